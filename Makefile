@@ -1,0 +1,53 @@
+# Everything a fresh machine needs: `make train`, `make test`. Each target sets up what it is missing.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow test-lowest lint format benchmark clean
+
+help:  ## Show every target with one line
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.dev  ## Create .venv with everything a developer needs (tests, linters, all loggers, sweeps)
+
+# Two stamps, so that a user who only trains does not wait for the linters.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"vitrail needs Python 3.11 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.x" if not (3, 11) <= v <= (3, 13) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch $@
+
+train: $(VENV)/.installed  ## Train a small ViT on the embedded digits (no network); more: make train ARGS="epochs=10"
+	@$(BIN)/python src/train.py $(ARGS)
+
+test: $(VENV)/.dev  ## Run the whole test suite (about 8 minutes on 2 cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev  ## Run the tests that take longer, too
+	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+
+test-lowest:  ## Run the suite with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=$(CURDIR)/.venv-lowest/constraints.txt .venv-lowest/constraints.txt
+
+lint: $(VENV)/.dev  ## Check format, style, types and the arrows between the rooms
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## Format the code and sort its imports
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.dev  ## Measure the cost of the framework against a bare PyTorch loop
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean:  ## Remove the environments and caches (runs in logs/ and data/ stay)
+	rm -rf .venv .venv-lowest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Train a backbone: `python src/train.py model=deit_small data=imagenet data.root=... trainer=ddp_8gpu`."""
+
+from cli import entry_point
+from omegaconf import DictConfig
+
+
+@entry_point("train")
+def main(config: DictConfig) -> None:
+    """Compose, train, print a table."""
+    from vitrail.run.training import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    main()

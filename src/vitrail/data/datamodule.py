@@ -1,0 +1,194 @@
+"""The LightningDataModules: a source, its augmentation and its loaders."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vitrail.data.augment import Augmentation, Pixels, Transform
+from vitrail.data.randomness import seeded
+from vitrail.data.sampling import Draw, EpochSampler
+from vitrail.data.sources import ImageNet, Source, Split
+from vitrail.errors import ConfigError, ImageError
+from vitrail.types import IGNORE, Sample
+
+
+class ViewDataset(Dataset[Sample]):
+    """A split seen through a transform: `Sample((3, H, W), class index, key)` for each draw of the sampler.
+
+    Args:
+        split: where the pictures come from.
+        transform: what becomes of them.
+        seed: of the random draws in `transform`; None for a transform that draws nothing.
+        skipped: file that lists unreadable images, which are then replaced by the next readable one; None stops at
+            the first.
+        fill: replace an unreadable image (training) rather than leaving it out of the count (validation).
+    """
+
+    def __init__(
+        self, split: Split, transform: Transform, seed: int | None, skipped: Path | None = None, fill: bool = True
+    ) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
+        self.skipped, self.fill = skipped, fill
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        index = draw.index
+        for _ in range(len(self.split)):
+            try:
+                sample = self._view(index, draw.epoch)
+            except ImageError as error:
+                if self.skipped is None:
+                    raise
+                with self.skipped.open("a", encoding="utf-8") as file:  # one short append: safe between workers
+                    file.write(f"{error}\n")
+                index = (index + 1) % len(self.split)
+                draw = draw._replace(padding=draw.padding or not self.fill)
+                continue
+            return sample._replace(label=IGNORE) if draw.padding else sample
+        raise ImageError(f"data.on_corrupt=skip: not one image of the split can be read, see {self.skipped}.")
+
+    def _view(self, index: int, epoch: int) -> Sample:
+        sample = self.split[index]
+        if self.seed is None:
+            return sample._replace(image=self.transform(sample.image))
+        with seeded(self.seed, epoch, index):
+            return sample._replace(image=self.transform(sample.image))
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Training and validation batches of any source.
+
+    Batches are `Sample(images (B, 3, H, W) float32, labels (B,) int64, keys list of B)`. In validation every image
+    counts exactly once on any number of processes; samples that only fill a batch have the label `IGNORE`.
+
+    Args:
+        source: the data set.
+        augment: augmentation of training and transform of evaluation.
+        image_size: side of the square that the network sees, or (height, width), in pixels.
+        mean: of the normalisation, for R, G and B in [0, 1].
+        std: of the normalisation.
+        hflip: probability of mirroring a training image, unless `augment` says otherwise.
+        batch_size: images per step on one device.
+        eval_batch_size: images per evaluation step on one device; None takes `batch_size`.
+        num_workers: loader processes per device; None takes the machine's cores over its devices, at most 8.
+        seed: of shuffling and augmentation.
+        on_corrupt: `stop` at an image that cannot be read, or `skip` it and list it in `skipped_file`.
+        skipped_file: where `skip` lists them.
+
+    Raises:
+        ConfigError: a value cannot work; the message names its key.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augment: Augmentation,
+        image_size: int | Sequence[int] = 224,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        hflip: float = 0.5,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        on_corrupt: Literal["stop", "skip"] = "stop",
+        skipped_file: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        if on_corrupt not in ("stop", "skip"):
+            raise ConfigError(f"data.on_corrupt={on_corrupt}: must be stop or skip.")
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size={batch_size}: must be at least 1.")
+        if on_corrupt == "skip" and skipped_file is None:
+            raise ConfigError("data.skipped_file: not set, but data.on_corrupt=skip has to list what it skips.")
+        self.source, self.augment, self.hflip, self.seed = source, augment, hflip, seed
+        size = image_size if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+        self.pixels = Pixels(size, tuple(mean), tuple(std))
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their indices."""
+        return self.source.classes
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.source.classes)
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls it on one process."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits."""
+        if stage in (None, "fit") and not hasattr(self, "train"):
+            transform = self.augment.training(self.pixels, self.hflip)
+            self.train = ViewDataset(self.source.open("train"), transform, self.seed, self.skipped_file)
+        if not hasattr(self, "val"):
+            transform = self.augment.evaluation(self.pixels)
+            self.val = ViewDataset(self.source.open("val"), transform, None, self.skipped_file, fill=False)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled, augmented, all batches full.
+
+        Raises:
+            ConfigError: there are fewer images than one global batch.
+        """
+        sampler = self._sampler(self.train, shuffle=True)
+        if len(sampler) == 0:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} on {sampler.world_size} devices is more than "
+                f"the {len(self.train)} training images."
+            )
+        return self._loader(self.train, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """In order, every image once."""
+        return self._loader(self.val, self._sampler(self.val, shuffle=False), self.eval_batch_size)
+
+    def _sampler(self, dataset: ViewDataset, shuffle: bool) -> EpochSampler:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return EpochSampler(len(dataset), self.seed, shuffle, rank, world_size, self.batch_size)
+
+    def _loader(self, dataset: ViewDataset, sampler: EpochSampler, batch_size: int) -> DataLoader[Sample]:
+        workers = self._workers()
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator().manual_seed(self.seed),  # keeps the loader off the global random stream
+        )
+
+    def _workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        devices = self.trainer.num_devices if self.trainer else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(8, cores // devices))
+
+
+class ImageNetDataModule(ImageDataModule):
+    """ImageNet-1k from `root`, a folder that holds `train/` and `val/` with the 1000 class folders.
+
+    Args:
+        root: that folder.
+        augment: as in `ImageDataModule`, as all further arguments; DeiT's crop and flip by default.
+        kwargs: further arguments of `ImageDataModule`.
+    """
+
+    def __init__(self, root: str, augment: Augmentation | None = None, **kwargs: object) -> None:
+        super().__init__(ImageNet(root), augment or Augmentation(), **kwargs)  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""Which sample comes when: a function of (seed, epoch), on any number of processes."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+
+class Draw(NamedTuple):
+    """An order for one sample: its index, the epoch (for its augmentation), and whether it only fills the batch."""
+
+    index: int
+    epoch: int
+    padding: bool
+
+
+class EpochSampler(Sampler[Draw]):
+    """The draws of one process.
+
+    Shuffled (training): the order of all processes together is the one that a single process would see; what does not
+    fill a global batch is left out. In order (validation): every sample exactly once over all processes; draws that
+    only make their numbers equal are marked as padding, so that collective calls always pair up.
+
+    Args:
+        length: number of samples.
+        seed: of the shuffle.
+        shuffle: for training.
+        rank: this process.
+        world_size: number of processes.
+        batch_size: samples of one process in a step; only used to leave out the tail when shuffling.
+    """
+
+    def __init__(
+        self, length: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1, batch_size: int = 1
+    ) -> None:
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        together = batch_size * world_size if shuffle else world_size
+        self.total = length // together * together if shuffle else -(-length // together) * together
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of `epoch`; Lightning calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.total // self.world_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.arange(self.length)
+        for position in range(self.rank, self.total, self.world_size):
+            padding = position >= self.length
+            yield Draw(int(order[position % self.length]), self.epoch, padding)

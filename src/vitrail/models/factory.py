@@ -1,0 +1,62 @@
+"""Build any backbone by its timm name, and read its heads."""
+
+import difflib
+from typing import Any
+
+import timm
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+from vitrail.errors import ConfigError
+from vitrail.types import Heads
+
+
+def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
+    """Build the backbone that timm or vitrail registers as `name`.
+
+    Args:
+        name: any name that `timm.list_models()` shows.
+        num_classes: outputs of the classifier; 0 leaves the classifier out.
+        img_size: side of the input in pixels, or (height, width); passed on to backbones whose weights depend on it
+            (ViTs), which convolutional networks do not take.
+        kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None leaves timm's default.
+
+    Raises:
+        ConfigError: the name is unknown, or the backbone does not take one of the arguments.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() shows all."
+        raise ConfigError(f"model.name={name}: no such backbone{hint}")
+    fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+    try:
+        model = timm.create_model(
+            name, num_classes=num_classes, img_size=img_size if fixed_size else None, **kwargs
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"model.name={name}: {error or type(error).__name__}") from error
+    if fixed_size and (patch := getattr(model, "patch_embed", None)) is not None and img_size is not None:
+        _check_patches(name, img_size, getattr(patch, "patch_size", None))
+    return model
+
+
+def _check_patches(name: str, img_size: int | tuple[int, int], patch_size: tuple[int, int] | None) -> None:
+    """timm cuts off what does not fill a patch; an image that loses a border unnoticed is a mistake of the config."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if patch_size is not None and any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
+        raise ConfigError(
+            f"data.image_size={img_size}: {name} needs a multiple of its patch size {patch_size[0]}; "
+            "change data.image_size or model.patch_size."
+        )
+
+
+def forward_heads(model: nn.Module, images: Tensor) -> Heads:
+    """Logits of each head of `model` for `images` (B, 3, H, W), in training and in evaluation mode.
+
+    timm's distilled ViTs average their two heads unless asked for both; here both are always returned.
+    """
+    if isinstance(model, VisionTransformerDistilled):
+        features = model.forward_features(images)  # (B, 2 + N, D), class token and distillation token first
+        cls, distill = model.head_drop(features[:, 0]), model.head_drop(features[:, 1])
+        return Heads(cls=model.head(cls), distill=model.head_dist(distill))
+    return Heads(cls=model(images))

@@ -1,0 +1,5 @@
+"""Losses: heads and targets in, a dict of scalars out, of which `loss` is minimised; torch only."""
+
+from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
+
+__all__ = ["BinaryCrossEntropy", "CrossEntropy"]

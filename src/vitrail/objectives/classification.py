@@ -1,0 +1,72 @@
+"""Classification losses of the published recipes, on class indices (B,) or mixed probabilities (B, C).
+
+Label smoothing is applied here and nowhere else: it is linear, so smoothing after mixup or CutMix gives the same
+targets as timm's smoothing before it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.types import Heads, Targets
+
+
+def _class_heads(heads: Heads) -> list[Tensor]:
+    """Without a teacher the distillation token learns the label as well, or it would stay untrained."""
+    return [heads.cls] if heads.distill is None else [heads.cls, heads.distill]
+
+
+class CrossEntropy(nn.Module):
+    """Softmax cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567), mean over the batch.
+
+    Args:
+        smoothing: probability mass spread evenly over all classes, in [0, 1).
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
+        self.smoothing = smoothing
+
+    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
+        """Scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
+        logits = _class_heads(heads)
+        losses = [F.cross_entropy(head, targets.cls, label_smoothing=self.smoothing) for head in logits]
+        return {"loss": torch.stack(losses).mean()}
+
+
+class BinaryCrossEntropy(nn.Module):
+    """Sigmoid cross-entropy, one binary problem a class, as in "ResNet strikes back" (arXiv:2110.00476) and DeiT-III.
+
+    Args:
+        smoothing: probability mass spread evenly over all classes before the threshold, in [0, 1).
+        threshold: targets above it become 1, the others 0; None keeps them soft. DeiT-III binarises at 0
+            (arXiv:2204.07118), where any smoothing would set every target to 1, which is refused.
+        sum_classes: sum over the classes (big_vision) instead of their mean (timm, DeiT-III).
+    """
+
+    def __init__(self, smoothing: float = 0.0, threshold: float | None = None, sum_classes: bool = False) -> None:
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
+        if threshold == 0 and smoothing > 0:
+            raise ValueError(
+                f"objective.smoothing={smoothing} with objective.threshold=0 makes every class a positive; set one to 0 or null."
+            )
+        self.smoothing, self.threshold, self.sum_classes = smoothing, threshold, sum_classes
+
+    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
+        """Scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
+        losses = [self._loss(head, targets.cls) for head in _class_heads(heads)]
+        return {"loss": torch.stack(losses).mean()}
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        num_classes = logits.shape[-1]
+        if target.ndim == 1:
+            target = F.one_hot(target, num_classes)
+        target = target.to(logits.dtype) * (1 - self.smoothing) + self.smoothing / num_classes
+        if self.threshold is not None:
+            target = (target > self.threshold).to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return (loss.sum(-1) if self.sum_classes else loss.mean(-1)).mean()

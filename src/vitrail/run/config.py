@@ -1,0 +1,84 @@
+"""From a composed config to objects: refuse what nothing reads, name the key of what fails."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from vitrail.errors import ConfigError
+
+
+def check_keys(config: DictConfig, known: Iterable[str]) -> None:
+    """Refuse top-level keys that nothing reads; what lies deeper is passed to a constructor, which refuses its own.
+
+    Raises:
+        ConfigError: names the first such key.
+    """
+    if unknown := [str(key) for key in config if key not in set(known)]:
+        raise ConfigError(f"{unknown[0]}: no such config key; nothing would read it.")
+
+
+def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
+    """Build the object that `config` describes; None for null.
+
+    Raises:
+        ConfigError: it cannot be built; the message starts with `key` unless it names a key itself.
+    """
+    if config is None:
+        return None
+    try:
+        # Deferred first: arguments given to instantiate() itself would be turned into configs where they are dataclasses.
+        build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        full_key = _full_key(str(error))
+        where = key if not full_key or full_key == key else f"{key}.{full_key}"
+        reason = str(cause) if cause is not None and str(cause) else str(error).splitlines()[0]
+        raise ConfigError(f"{where}: {_shorten(reason)}") from error
+    try:
+        return build(**kwargs)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"{key}: {_shorten(str(error))}") from error
+
+
+def _full_key(message: str) -> str:
+    lines = [line for line in message.splitlines() if line.startswith("full_key: ")]
+    return lines[0].removeprefix("full_key: ") if lines else ""
+
+
+def _shorten(reason: str) -> str:
+    """One line; a constructor's complaint about an argument in the words of a config."""
+    first = reason.strip().splitlines()[0]
+    _, found, argument = first.partition("got an unexpected keyword argument ")
+    return f"no such key {argument}." if found else first
+
+
+def plain(config: DictConfig | ListConfig) -> Any:
+    """The config as dicts, lists and scalars, interpolations resolved, so that it loads anywhere and safely."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def restore(config: DictConfig, directory: Path) -> DictConfig:
+    """The config of the run in `directory`, with what the command line says on top.
+
+    Groups named on the command line (`trainer=ddp_8gpu`) replace the run's whole group; keys replace single values.
+    """
+    saved = OmegaConf.create(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+    assert isinstance(saved, DictConfig)
+    with open_dict(saved):
+        for override in HydraConfig.get().overrides.task:
+            key = override.partition("=")[0].lstrip("+~")
+            if key != "resume" and OmegaConf.select(config, key) is not None:
+                OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
+        saved.resume = str(directory)
+    return saved

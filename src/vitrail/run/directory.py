@@ -1,0 +1,101 @@
+"""The run directory: what a run was told, what it ran on, and what came out."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitrail.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("vitrail", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "torchmetrics", "timm", "numpy")
+
+
+class RunDirectory:
+    """Files of one run.
+
+    ```
+    config.yaml       resolved config                 metrics.csv        one row an epoch
+    overrides.txt     the command line's overrides    checkpoints/       last.ckpt and best.ckpt
+    versions.yaml     git commit, packages, machine   train.log          what the terminal showed, and tracebacks
+    results.json      best and last metrics           first_batch.png    what the network saw first
+    ```
+
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint to go on from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint with the best monitored metric."""
+        return self.checkpoints / "best.ckpt"
+
+    def record(self, config: dict[str, Any], overrides: list[str]) -> None:
+        """Write what the run was told and what it runs on; call on one process.
+
+        Raises:
+            ConfigError: the directory cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            self.write("overrides.txt", "".join(f"{override}\n" for override in overrides))
+            self.write("versions.yaml", yaml.safe_dump(versions(), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"paths.logs: cannot write to {self.path} ({error.strerror}).") from error
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run; a reader never sees half of it."""
+        target = self.path / name
+        unfinished = target.with_name(f".{name}.{os.getpid()}")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(target)
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json, from which sweeps and reports read."""
+        self.write("results.json", json.dumps(results, indent=1))
+
+
+def versions() -> dict[str, Any]:
+    """Git commit (with `-dirty` where files differ from it), package versions, Python and the machine."""
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": found,
+    }
+
+
+def _commit() -> str | None:
+    project = Path(__file__).resolve().parents[3]
+    command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git, or not a checkout

@@ -1,0 +1,207 @@
+"""The training job: build everything from a config, check that it fits together, fit, report."""
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from rich import get_console
+from torch import nn
+
+import vitrail.models  # noqa: F401  # registers the backbones
+from vitrail.data import ImageDataModule
+from vitrail.errors import ConfigError
+from vitrail.insight import training_table
+from vitrail.run.config import check_keys, instantiate, plain, restore
+from vitrail.run.directory import RunDirectory
+from vitrail.run.loggers import MetricsCSV
+from vitrail.training import ImageClassifier
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Run the training that `config` describes; returns what results.json holds.
+
+    Raises:
+        ConfigError: a setting cannot work; raised before any process or training starts, where that can be known.
+    """
+    run = RunDirectory(HydraConfig.get().runtime.output_dir)
+    set_up_logging()
+    check_keys(config, compose("train"))
+    if config.resume:
+        config = restore(config, run.path)
+    check_devices(config.trainer)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+    data: ImageDataModule = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+    module = build_module(config, data)
+    csv_log = MetricsCSV(run.path / "metrics.csv")
+    trainer = build_trainer(config, run, data, csv_log)
+    if rank_zero_only.rank == 0:
+        run.record(plain(config), list(HydraConfig.get().overrides.task))
+    log_settings(config, module, data, trainer, run)
+
+    started = time.monotonic()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint_to_resume(config, run), weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    results = summarise(csv_log, trainer, time.monotonic() - started, run)
+    if trainer.is_global_zero:
+        run.write_results(results)
+        get_console().print(training_table(results, run.path))
+    return results
+
+
+def set_up_logging() -> None:
+    """Let Lightning's messages go where ours go (terminal and log file), and keep ranks other than 0 quiet."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    if rank_zero_only.rank != 0:
+        for logger_name in (None, "vitrail"):
+            logging.getLogger(logger_name).setLevel(logging.WARNING)
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that this machine lacks before any process is started.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if trainer.accelerator in ("gpu", "cuda"):
+        available = torch.cuda.device_count()
+        if available == 0:
+            raise ConfigError(f"trainer.accelerator={trainer.accelerator}: no GPU is visible here; trainer=cpu works.")
+        if isinstance(trainer.devices, int) and trainer.devices > available:
+            raise ConfigError(f"trainer.devices={trainer.devices}: only {available} GPUs are visible here.")
+
+
+def build_model(config: DictConfig, data: ImageDataModule) -> nn.Module:
+    """The backbone of `config.model` for the classes and the image size of `data`.
+
+    Raises:
+        ConfigError: `model.num_classes` is set and does not fit the data.
+    """
+    asked = config.model.num_classes
+    if asked is not None and asked != data.num_classes:
+        raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {data.num_classes} classes.")
+    return instantiate(config.model, "model", num_classes=data.num_classes, img_size=data.pixels.size)
+
+
+def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
+    """The LightningModule of a training.
+
+    Raises:
+        ConfigError: parts that do not fit together.
+    """
+    mixing = data.augment.mix
+    if mixing is not None and data.batch_size % 2:
+        raise ConfigError(f"data.batch_size={data.batch_size}: must be even, augment.mix pairs the images of a batch.")
+    return ImageClassifier(
+        build_model(config, data),
+        instantiate(config.objective, "objective"),
+        data.num_classes,
+        optimizer=instantiate(config.optimizer, "optimizer"),
+        schedule=instantiate(config.schedule, "schedule"),
+        mixing=mixing,
+        seed=config.seed,
+        compile_mode=config.compile,
+        checkpointing=config.checkpointing,
+    )
+
+
+class _KeepConfig(L.Callback):
+    """Put the config and the class names into each checkpoint, so that it can be used without its run directory."""
+
+    def __init__(self, config: dict[str, Any], classes: list[str]) -> None:
+        self.content = {"config": config, "classes": list(classes)}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.content)
+
+
+def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, csv_log: MetricsCSV) -> L.Trainer:
+    """Lightning's Trainer with the callbacks and loggers that the config names."""
+    named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
+    callbacks = [callback for callback in named.values() if callback is not None]
+    callbacks.append(_KeepConfig(plain(config), data.classes))
+    loggers = [csv_log]
+    for name, node in (config.logger or {}).items():
+        if node is not None:
+            loggers.append(instantiate(node, f"logger.{name}"))
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        "trainer",
+        strategy=instantiate(config.strategy, "strategy"),
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(run.path),
+    )
+    for logger in loggers:
+        logger.log_hyperparams(plain(config))
+    return trainer
+
+
+def checkpoint_to_resume(config: DictConfig, run: RunDirectory) -> Path | None:
+    """The run's last checkpoint when resuming; None starts at the beginning.
+
+    Raises:
+        ConfigError: the run is finished.
+    """
+    if not config.resume:
+        return None
+    if not run.last.is_file():
+        log.warning("resume=%s: no checkpoint yet, starting at the beginning.", config.resume)
+        return None
+    epochs = torch.load(run.last, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+    if epochs >= config.trainer.max_epochs:
+        raise ConfigError(f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on.")
+    return run.last
+
+
+def log_settings(
+    config: DictConfig, module: ImageClassifier, data: ImageDataModule, trainer: L.Trainer, run: RunDirectory
+) -> None:
+    """Say what is about to happen, the learning rate and the effective batch above all."""
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    log.info("run directory %s", run.path)
+    log.info("%s, %.2f M parameters, %s px, %d classes", config.model.name, parameters / 1e6, data.pixels.size, data.num_classes)
+    log.info("%s", instantiate(config.optimizer, "optimizer").describe(batch))
+    log.info("%d x %s, precision %s", trainer.world_size, trainer.accelerator.name(), config.trainer.precision)
+
+
+def summarise(csv_log: MetricsCSV, trainer: L.Trainer, seconds: float, run: RunDirectory) -> dict[str, Any]:
+    """Best accuracies over all epochs, and how the training ran."""
+    rows = csv_log.rows.values()
+    speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
+    skipped = run.path / "skipped.txt"
+    results: dict[str, Any] = {
+        metric: csv_log.best(metric)
+        for metric in ("val/top1", "val/top5", "val/top1_ema", "val/top5_ema")
+        if csv_log.best(metric) is not None
+    }
+    return {
+        **results,
+        "epochs": trainer.current_epoch,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(statistics.median(speeds), 1) if speeds else 0.0,
+        "skipped_images": len(set(skipped.read_text(encoding="utf-8").splitlines())) if skipped.is_file() else 0,
+        "last": _floats(trainer.callback_metrics),
+    }
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,178 @@
+"""The LightningModule: one training step, one validation step, nothing about where they run."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from vitrail.data import Mixing
+from vitrail.errors import ConfigError
+from vitrail.models import forward_heads
+from vitrail.training.optimizers import OptimizerFactory
+from vitrail.training.schedules import CosineSchedule
+from vitrail.types import IGNORE, Heads, Sample, Targets
+
+
+class ImageClassifier(L.LightningModule):
+    """Train and validate a backbone.
+
+    Logs, per epoch: `train/<loss>`, `train/grad_norm`, `train/lr`, `val/loss`, `val/top1`, `val/top5` (in %).
+
+    Args:
+        model: backbone.
+        objective: maps (Heads, Targets) to a dict of losses, of which `loss` is minimised.
+        num_classes: C.
+        optimizer: what to build the optimiser from; only needed to train.
+        schedule: of the learning rate; only needed to train.
+        mixing: mixup and CutMix of training batches; None for none.
+        seed: of mixing, and of dropout and drop path, whose draws differ from rank to rank.
+        compile_mode: mode of `torch.compile` (`default`, `max-autotune`, ...); None runs eagerly. The state dict's
+            keys are the same with and without.
+        checkpointing: recompute activations in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        num_classes: int,
+        optimizer: OptimizerFactory | None = None,
+        schedule: CosineSchedule | None = None,
+        mixing: Mixing | None = None,
+        seed: int = 0,
+        compile_mode: str | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.num_classes = model, objective, num_classes
+        self.optimizer, self.schedule = optimizer, schedule
+        self.mixing, self.seed = mixing, seed
+        self.heads = torch.compile(forward_heads, mode=compile_mode) if compile_mode else forward_heads
+        if checkpointing:
+            _set_grad_checkpointing(model)
+        self.val_metrics = validation_metrics(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, C); of a distilled backbone in evaluation the mean of its heads, as published."""
+        return self._logits(self.heads(self.model, images))
+
+    @staticmethod
+    def _logits(heads: Heads) -> Tensor:
+        return heads.cls if heads.distill is None else (heads.cls + heads.distill) / 2
+
+    # Training
+
+    def on_train_start(self) -> None:
+        """Give every rank dropout masks of its own; up to here all ranks draw the same, for equal weights."""
+        if self.trainer.global_step == 0:
+            torch.manual_seed(self.seed * 1_000_003 + self.global_rank)
+
+    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Mix a training batch on its device, so that callbacks see what the network sees."""
+        if not self.training or self.mixing is None:
+            return batch
+        batches_seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        key = (self.seed, batches_seen, self.global_rank)
+        image, label = self.mixing(batch.image, batch.label, self.num_classes, key)
+        return Sample(image, label, batch.key)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Scalar loss of one batch."""
+        losses = self.objective(self.heads(self.model, batch.image), Targets(cls=batch.label))
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in losses.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch.image),
+            prog_bar=True,
+        )
+        return losses["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm before clipping, at the steps that are logged at all: it costs a pass over memory."""
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            self.log("train/grad_norm", nn.utils.get_total_norm(grads), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def on_train_epoch_start(self) -> None:
+        """Log the epoch's learning rate (at its first step, of the group that is not scaled down by layer decay)."""
+        groups = self.trainer.optimizers[0].param_groups
+        self.log("train/lr", max(group["lr"] for group in groups), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimiser and schedule for the effective batch of this run.
+
+        Raises:
+            ConfigError: a value cannot work.
+        """
+        assert self.optimizer is not None
+        assert self.schedule is not None
+        optimizer = self.optimizer.build(self.model, self.effective_batch)
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ConfigError(f"trainer.max_epochs={epochs}: must be at least 1, the schedule depends on it.")
+        steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
+        scheduler = self.schedule.build(optimizer, epochs, steps_per_epoch)
+        interval = "step" if self.schedule.per_step else "epoch"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per optimiser step over all devices."""
+        trainer = self.trainer
+        return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
+        """Tell timm's scheduler the number of finished epochs or steps."""
+        scheduler.step(self.current_epoch + 1)
+        scheduler.step_update(self.global_step)
+
+    # Validation
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> None:
+        """Count one batch."""
+        self.update_metrics(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all processes together."""
+        self.log_dict(self.compute_metrics("val/"), prog_bar=True, sync_dist=True, batch_size=1)
+
+    def update_metrics(self, batch: Sample) -> None:
+        """Add a batch (images (B, 3, H, W), labels (B,), `IGNORE` where not to count) to the validation metrics."""
+        logits = self(batch.image).float()
+        counted = batch.label != IGNORE
+        losses = F.cross_entropy(logits, batch.label, ignore_index=IGNORE, reduction="none")
+        self.val_metrics["loss"].update(losses, counted.float())
+        self.val_metrics["top1"].update(logits, batch.label)
+        self.val_metrics["top5"].update(logits, batch.label)
+
+    def compute_metrics(self, prefix: str) -> dict[str, Tensor]:
+        """Loss and top-1 and top-5 in %, over all processes since the last call."""
+        values = self.val_metrics.compute()
+        self.val_metrics.reset()
+        return {f"{prefix}{name}": value if name == "loss" else 100 * value for name, value in values.items()}
+
+
+def validation_metrics(num_classes: int) -> MetricCollection:
+    """Mean cross-entropy, top-1 and top-5 over what is not labelled `IGNORE`."""
+
+    def accuracy(k: int) -> MulticlassAccuracy:
+        k = min(k, num_classes)
+        return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
+
+    return MetricCollection(
+        {"loss": MeanMetric(nan_strategy="disable"), "top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False
+    )
+
+
+def _set_grad_checkpointing(model: nn.Module) -> None:
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise ConfigError(f"checkpointing=true: {type(model).__name__} does not support it.") from error

@@ -1,0 +1,76 @@
+"""The optimiser of a recipe: timm's factory by name, the learning rate scaled to the effective batch."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from vitrail.errors import ConfigError
+
+_LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch ratio
+
+
+class OptimizerFactory:
+    """Build an optimiser once the effective batch is known.
+
+    One-dimensional parameters, biases and what the model's `no_weight_decay()` names get no weight decay, as in the
+    published recipes.
+
+    Args:
+        name: any name that `timm.optim.list_optimizers()` shows.
+        lr: base learning rate.
+        weight_decay: for the parameters that have one.
+        lr_scaling: `linear`: lr x batch / reference; `sqrt`: lr x its root; `none`: lr as it is.
+        lr_reference_batch: effective batch that `lr` is given for, in images.
+        layer_decay: factor of the learning rate from each block to the one before it; None for one rate.
+        options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
+
+    Raises:
+        ConfigError: unknown scaling rule.
+    """
+
+    def __init__(
+        self,
+        name: str = "adamw",
+        lr: float = 5e-4,
+        weight_decay: float = 0.05,
+        lr_scaling: str = "linear",
+        lr_reference_batch: int = 512,
+        layer_decay: float | None = None,
+        **options: Any,
+    ) -> None:
+        if lr_scaling not in _LR_RULES:
+            raise ConfigError(f"optimizer.lr_scaling={lr_scaling}: must be one of {', '.join(_LR_RULES)}.")
+        self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
+        self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
+        self.layer_decay, self.options = layer_decay, options
+
+    def scaled_lr(self, effective_batch: int) -> float:
+        """Peak learning rate for `effective_batch` images per optimiser step, over all devices."""
+        return self.lr * (effective_batch / self.lr_reference_batch) ** _LR_RULES[self.lr_scaling]
+
+    def build(self, model: nn.Module, effective_batch: int) -> torch.optim.Optimizer:
+        """The optimiser over all trainable parameters of `model`.
+
+        Raises:
+            ConfigError: timm knows no such optimiser, or it does not take one of the options.
+        """
+        try:
+            return create_optimizer_v2(
+                model,
+                opt=self.name,
+                lr=self.scaled_lr(effective_batch),
+                weight_decay=self.weight_decay,
+                layer_decay=self.layer_decay,
+                **self.options,
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"optimizer.name={self.name}: {error}") from error
+
+    def describe(self, effective_batch: int) -> str:
+        """One line for the log: a recipe run at another batch is the most common way to break it."""
+        lr = f"lr {self.scaled_lr(effective_batch):.3g}"
+        if self.lr_scaling != "none":
+            lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"
+        return f"{self.name}: {lr}, weight decay {self.weight_decay:g}, effective batch {effective_batch}"
