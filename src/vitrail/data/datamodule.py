@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitrail.data.augment import Augmentation, Pixels, Transform
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler
-from vitrail.data.sources import ImageNet, Source, Split
+from vitrail.data.sources import Digits, ImageFolder, ImageNet, Source, Split, TorchvisionDataset
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, Sample
 
@@ -181,14 +181,53 @@ class ImageDataModule(L.LightningDataModule):
         return max(1, min(8, cores // devices))
 
 
-class ImageNetDataModule(ImageDataModule):
-    """ImageNet-1k from `root`, a folder that holds `train/` and `val/` with the 1000 class folders.
+class DigitsDataModule(ImageDataModule):
+    """The digits embedded in scikit-learn; arguments as `ImageDataModule` without `source`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(Digits(), **kwargs)
+
+
+class TorchvisionDataModule(ImageDataModule):
+    """A data set of torchvision.
 
     Args:
-        root: that folder.
-        augment: as in `ImageDataModule`, as all further arguments; DeiT's crop and flip by default.
+        name: as in `TorchvisionDataset`.
+        root: likewise.
+        download: likewise.
+        classes: likewise.
+        kwargs: as `ImageDataModule`.
+    """
+
+    def __init__(self, name: str, root: str, download: bool, classes: list[str], **kwargs: Any) -> None:
+        super().__init__(TorchvisionDataset(name, root, download, classes), **kwargs)
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images of the user's own.
+
+    Args:
+        root: as in `ImageFolder`.
+        train_dir: likewise.
+        val_dir: likewise.
+        augment: as in `ImageDataModule`, as all further arguments; Inception's crop and flip by default.
         kwargs: further arguments of `ImageDataModule`.
     """
 
-    def __init__(self, root: str, augment: Augmentation | None = None, **kwargs: object) -> None:
-        super().__init__(ImageNet(root), augment or Augmentation(), **kwargs)  # type: ignore[arg-type]
+    folder_type = ImageFolder
+
+    def __init__(
+        self,
+        root: str | None,
+        train_dir: str = "train",
+        val_dir: str = "val",
+        augment: Augmentation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(self.folder_type(root, train_dir, val_dir), augment or Augmentation(), **kwargs)
+
+
+class ImageNetDataModule(ImageFolderDataModule):
+    """ImageNet-1k from `root`, a folder that holds `train/` and `val/` with the 1000 class folders."""
+
+    folder_type = ImageNet

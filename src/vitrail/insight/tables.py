@@ -1,34 +1,38 @@
 """Tables that end a training or an evaluation."""
 
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 
-def training_table(results: Mapping[str, Any], directory: Path) -> Table:
+def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     """What a training gave, where its files lie, and what can be done next."""
     table = Table(title="Training finished", show_header=False, title_style="bold")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     table.add_row("best top-1", _both(results, "val/top1"))
     table.add_row("best top-5", _both(results, "val/top5"))
     table.add_row("training", f"{results['epochs']} epochs in {results['seconds']:.0f} s")
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s")
     if results.get("skipped_images"):
-        table.add_row("skipped", f"{results['skipped_images']} unreadable images, see {_near(directory)}/skipped.txt")
-    table.add_section()
-    table.add_row("run directory", _near(directory))
-    table.add_row("checkpoint", _near(directory / "checkpoints" / "best.ckpt"))
-    table.add_row("config", _near(directory / "config.yaml"))
-    table.add_row("metrics", _near(directory / "metrics.csv"))
-    table.add_section()
-    table.add_row("evaluate", f"python src/eval.py ckpt={_near(directory)}")
-    table.add_row("resume", f"python src/train.py resume={_near(directory)} epochs={2 * results['epochs']}")
-    table.add_row("your images", "python src/train.py data=imagefolder data.root=/path/with/train/and/val")
-    return table
+        table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
+    run, python = _near(directory), _interpreter()
+    # Lines of their own rather than table cells: paths and commands must not be broken when copied.
+    lines = [
+        ("run directory", run),
+        ("checkpoint", f"{run}/checkpoints/best.ckpt"),
+        ("config", f"{run}/config.yaml"),
+        ("metrics", f"{run}/metrics.csv"),
+        ("evaluate", f"{python} src/eval.py ckpt={run}"),
+        ("train on", f"{python} src/train.py resume={run} epochs={2 * results['epochs']}"),
+        ("your images", f"{python} src/train.py data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
+    ]
+    return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 
 
 def evaluation_table(results: Mapping[str, Mapping[str, float]], what: str) -> Table:
@@ -60,3 +64,8 @@ def _near(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def _interpreter() -> str:
+    """How to call this Python from the working directory: `python` only where that is the same one."""
+    return "python" if shutil.which("python") == sys.executable else _near(Path(sys.executable))

@@ -3,6 +3,7 @@
 import logging
 import statistics
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,21 @@ from torch import nn
 import vitrail.models  # noqa: F401  # registers the backbones
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.insight import training_table
+from vitrail.insight import training_report
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory
 from vitrail.run.loggers import MetricsCSV
 from vitrail.training import ImageClassifier
 
 log = logging.getLogger(__name__)
+
+# Lightning and PyTorch warn of what is meant here, or of each other.
+_EXPECTED_WARNINGS = (
+    ".*isinstance.treespec, LeafSpec.*",
+    "You have overridden `on_after_batch_transfer`.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     results = summarise(csv_log, trainer, time.monotonic() - started, run)
     if trainer.is_global_zero:
         run.write_results(results)
-        get_console().print(training_table(results, run.path))
+        get_console().print(training_report(results, run.path), soft_wrap=True)
     return results
 
 
@@ -69,6 +78,8 @@ def set_up_logging() -> None:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     if rank_zero_only.rank != 0:
         for logger_name in (None, "vitrail"):
             logging.getLogger(logger_name).setLevel(logging.WARNING)

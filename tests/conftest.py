@@ -1,0 +1,24 @@
+import os
+
+import pytest
+import torch
+
+os.environ["WANDB_MODE"] = "offline"
+torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """`train/` and `val/` of two classes, real JPEGs of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+    from PIL import Image
+
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
+    for split, count in (("train", 8), ("val", 3)):
+        for name, photograph in zip(("flower", "pagoda"), reversed(photographs), strict=True):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                box = (20 * number, 10 * number, 20 * number + 300, 10 * number + 260)
+                photograph.crop(box).save(folder / f"{name}_{number}.jpg")
+    return tmp_path / "images"

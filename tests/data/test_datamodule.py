@@ -1,0 +1,144 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_transform
+
+from vitrail.data import Augmentation, DigitsDataModule, ImageFolderDataModule, ImageNetDataModule, Mixing
+from vitrail.data.randomness import seeded
+from vitrail.data.sampling import Draw
+from vitrail.errors import ConfigError, ImageError
+from vitrail.types import IGNORE
+
+
+def digits(**kwargs):
+    defaults = {"augment": Augmentation(scale=(0.6, 1.0)), "image_size": 16, "batch_size": 8, "num_workers": 0}
+    data = DigitsDataModule(**{**defaults, **kwargs})
+    data.setup()
+    return data
+
+
+def test_batches__shapes_and_statistics():
+    data = digits(augment=Augmentation(enabled=False), mean=(0.5,) * 3, std=(0.25,) * 3)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.image.shape == (8, 3, 16, 16)
+    assert batch.image.dtype == torch.float32
+    assert batch.image.min() == -2
+    assert 1.5 < batch.image.max() <= 2
+    assert batch.label.dtype == torch.int64
+    assert len(batch.key) == 8
+    assert all(key.startswith("digits/train/") for key in batch.key)
+
+
+def test_views__function_of_seed_epoch_and_index():
+    """The same pixels with 0 and 2 workers and in any order; other pixels in another epoch or with another seed."""
+    first, second = digits(), digits(num_workers=2)
+    for one, two, _ in zip(first.train_dataloader(), second.train_dataloader(), range(3), strict=False):
+        torch.testing.assert_close(one.image, two.image, rtol=0, atol=0)
+    view = first.train[Draw(5, 0, False)].image
+    assert torch.equal(view, second.train[Draw(5, 0, False)].image)
+    assert not torch.equal(view, first.train[Draw(5, 1, False)].image)
+    assert not torch.equal(view, digits(seed=1).train[Draw(5, 0, False)].image)
+
+
+def test_views__equal_timms_pipeline_with_the_same_draws(image_tree):
+    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel", "interpolation": "bicubic"}
+    augment = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5)
+    data = ImageFolderDataModule(str(image_tree), augment=augment, image_size=64, hflip=0.5, seed=4)
+    data.setup()
+    timms = create_transform(64, is_training=True, hflip=0.5, color_jitter=None, **options)
+    for index in range(len(data.train)):
+        with seeded(4, 2, index):
+            expected = timms(data.train.split[index].image)
+        assert torch.equal(data.train[Draw(index, 2, False)].image, expected)
+
+
+def test_evaluation__equals_timms_pipeline(image_tree):
+    data = ImageFolderDataModule(str(image_tree), image_size=64, augment=Augmentation(crop_pct=0.9))
+    data.setup()
+    timms = create_transform(64, is_training=False, crop_pct=0.9, interpolation="bicubic")
+    for index in range(len(data.val)):
+        assert torch.equal(data.val[Draw(index, 0, False)].image, timms(data.val.split[index].image))
+
+
+def test_padding__is_not_counted():
+    data = digits()
+    assert data.val[Draw(3, 0, True)].label == IGNORE
+    assert data.val[Draw(3, 0, False)].label == int(data.val.split.labels[3])
+
+
+def test_seeded__leaves_no_trace():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with seeded(1, 2):
+        inside = random.random(), np.random.rand(), torch.rand(1)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    with seeded(1, 2):
+        assert (random.random(), np.random.rand(), torch.rand(1)) == inside
+    with seeded(2, 1):
+        assert random.random() != inside[0]
+
+
+def test_corrupt__stop_or_skip(image_tree, tmp_path):
+    (image_tree / "train" / "flower" / "flower_2.jpg").write_text("no image")
+    (image_tree / "val" / "flower" / "flower_1.jpg").write_text("no image")
+    data = ImageFolderDataModule(str(image_tree), image_size=32)
+    data.setup()
+    with pytest.raises(ImageError, match=r"flower_2.jpg"):
+        data.train[Draw(2, 0, False)]
+    skipped = tmp_path / "skipped.txt"
+    data = ImageFolderDataModule(str(image_tree), image_size=32, on_corrupt="skip", skipped_file=skipped)
+    data.setup()
+    assert data.train[Draw(2, 0, False)].key == "flower/flower_3"
+    assert data.val[Draw(1, 0, False)].label == IGNORE
+    assert [line.split(":")[0].rpartition("/")[2] for line in skipped.read_text().splitlines()] == [
+        *("flower_2.jpg", "flower_1.jpg")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_corrupt": "ignore"}, "data.on_corrupt=ignore"),
+        ({"on_corrupt": "skip"}, "data.skipped_file"),
+        ({"batch_size": 0}, "data.batch_size=0"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        digits(**arguments)
+
+
+def test_imagenet__refuses_other_folders(image_tree):
+    with pytest.raises(ConfigError, match="2 class folders are not the 1000"):
+        ImageNetDataModule(str(image_tree))
+
+
+def test_mixing__equals_timm_with_the_same_draws():
+    from timm.data import Mixup
+
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
+    for mode in ("batch", "pair", "elem"):
+        timms = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, label_smoothing=0.0, num_classes=7)
+        for step in range(8):
+            with seeded(0, step, 0):
+                expected = timms(images.clone(), labels)
+            mixed = Mixing(0.8, 1.0, mode=mode)(images.clone(), labels, 7, key=(0, step, 0))
+            torch.testing.assert_close(mixed, expected, rtol=0, atol=0)
+
+
+def test_mixing__ranks_and_steps_draw_their_own():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    draws = [Mixing()(images.clone(), labels, 4, key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0))]
+    assert len({tuple(target.flatten().tolist()) for _, target in draws}) == 3
+    for _, target in draws:
+        torch.testing.assert_close(target.sum(1), torch.ones(4))
+
+
+def test_mixing__refuses():
+    with pytest.raises(ConfigError, match=r"augment.mix: mixup and cutmix are both 0"):
+        Mixing(0, 0)
+    with pytest.raises(ConfigError, match=r"augment.mix.mode=pairs"):
+        Mixing(mode="pairs")

@@ -1,0 +1,48 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitrail.data.sampling import EpochSampler
+
+
+@given(length=st.integers(0, 200), world=st.integers(1, 9))
+def test_in_order__every_sample_once_and_equal_numbers(length, world):
+    ranks = [list(EpochSampler(length, 0, False, rank, world, batch_size=7)) for rank in range(world)]
+    assert len({len(draws) for draws in ranks}) == 1
+    counted = sorted(draw.index for draws in ranks for draw in draws if not draw.padding)
+    assert counted == list(range(length))
+
+
+@given(length=st.integers(1, 300), world=st.integers(1, 5), batch=st.integers(1, 16), epoch=st.integers(0, 3))
+def test_shuffled__processes_together_see_the_order_of_one(length, world, batch, epoch):
+    def draws(rank, world_size, batch_size):
+        sampler = EpochSampler(length, 3, True, rank, world_size, batch_size)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == len(list(sampler))
+        return [draw.index for draw in sampler]
+
+    one = draws(0, 1, batch * world)
+    ranks = [draws(rank, world, batch) for rank in range(world)]
+    assert len(one) == length // (batch * world) * batch * world
+    assert len(set(one)) == len(one)
+    for step in range(len(one) // (batch * world)):
+        together = {index for rank in ranks for index in rank[step * batch : (step + 1) * batch]}
+        assert together == set(one[step * batch * world : (step + 1) * batch * world])
+
+
+def test_shuffled__another_order_each_epoch_and_seed():
+    orders = set()
+    for seed in (0, 1):
+        for epoch in (0, 1):
+            sampler = EpochSampler(50, seed, True)
+            sampler.set_epoch(epoch)
+            orders.add(tuple(draw.index for draw in sampler))
+            assert {draw.epoch for draw in sampler} == {epoch}
+    assert len(orders) == 4
+
+
+def test_len__before_and_after():
+    assert len(EpochSampler(10, 0, False, 1, 4)) == 3
+    assert len(EpochSampler(10, 0, True, 1, 2, batch_size=4)) == 4
+    with pytest.raises(StopIteration):
+        next(iter(EpochSampler(3, 0, True, batch_size=4)))

@@ -1,0 +1,85 @@
+import pytest
+import timm
+import torch
+import yaml
+from programs import PROJECT
+
+import vitrail  # noqa: F401
+from vitrail.errors import ConfigError
+from vitrail.models import create_model, forward_heads
+
+# Parameters with 1000 classes, as published: the DeiT paper's table (5M, 22M, 86M) in full, and timm's own ViTs.
+PARAMETERS = {
+    "deit_tiny": 5_717_416,
+    "deit_small": 22_050_664,
+    "deit_base": 86_567_656,
+    "deit_tiny_distilled": 5_910_800,
+    "deit_small_distilled": 22_436_432,
+    "deit_base_distilled": 87_338_192,
+    "vit_tiny": 5_717_416,
+    "vit_small": 22_050_664,
+    "vit_base": 86_567_656,
+    "vit_large": 304_326_632,
+    "vit_huge": 632_045_800,
+    "vit_giant": 1_012_611_432,
+    "vit_gigantic": 1_844_440_680,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_configs__build_the_published_size(name):
+    config = yaml.safe_load((PROJECT / "conf" / "model" / f"{name}.yaml").read_text())
+    with torch.device("meta"):
+        model = create_model(config["name"], num_classes=1000, img_size=224)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_registry__importing_vitrail_is_enough():
+    assert {"vit_nano", "deit_nano", "deit_nano_distilled"} <= set(timm.list_models())
+    model = timm.create_model("vit_nano", num_classes=7, img_size=28, in_chans=1)
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
+    assert timm.create_model("deit_nano", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+
+
+def test_create_model__image_size_only_where_weights_depend_on_it():
+    assert create_model("resnet18", num_classes=3, img_size=64)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    model = create_model("deit_tiny_patch16_224", num_classes=3, img_size=64)
+    assert model.pos_embed.shape == (1, 17, 192)
+    assert create_model("vit_nano", num_classes=3, img_size=(16, 32)).pos_embed.shape == (1, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "deit_smal_patch16_224"}, "did you mean deit_small_patch16_224"),
+        ({"name": "vit_nano", "img_size": 30}, "data.image_size=30: vit_nano needs a multiple of its patch size 4"),
+        ({"name": "vit_nano", "colour": "red"}, "model.name=vit_nano: .*colour"),
+    ],
+)
+def test_create_model__refuses(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        create_model(num_classes=3, **arguments)
+
+
+def test_forward_heads__both_heads_of_distilled_models():
+    torch.manual_seed(0)
+    model = create_model("deit_nano_distilled", num_classes=5, img_size=16).eval()
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head_dist.weight)
+    images = torch.randn(3, 3, 16, 16)
+    heads = forward_heads(model, images)
+    assert heads.tokens is None
+    torch.testing.assert_close((heads.cls + heads.distill) / 2, model(images))
+    assert not torch.allclose(heads.cls, heads.distill)
+    model.train()
+    model.set_distilled_training(True)
+    trained = forward_heads(model, images)
+    torch.testing.assert_close((trained.cls, trained.distill), model(images))
+
+
+def test_forward_heads__one_head_of_others():
+    model = create_model("vit_nano", num_classes=5, img_size=16).eval()
+    images = torch.randn(2, 3, 16, 16)
+    heads = forward_heads(model, images)
+    assert heads.distill is None
+    torch.testing.assert_close(heads.cls, model(images))

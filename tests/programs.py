@@ -1,0 +1,58 @@
+"""Run the entry points as a user does: real processes, a run directory of their own."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+# Two training and two validation batches of the digits, nothing drawn: the smallest real training.
+QUICK = ("trainer=cpu", "epochs=1", "trainer.limit_train_batches=2", "callbacks.model_summary=null")
+
+
+def environment(logs: Path, **extra: str) -> dict[str, str]:
+    """A user's environment without keys, with one thread a process, and `logs` as its logs folder."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW", "VITRAIL"))}
+    return {**inherited, "VITRAIL_LOGS": str(logs), "OMP_NUM_THREADS": "1", "HOME": str(logs), "COLUMNS": "200", **extra}
+
+
+def run(program: str, *args: str, logs: Path, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run `src/<program>` to its end."""
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "src" / program), *args],
+        env=environment(logs, **extra),
+        cwd=logs,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def train(*args: str, logs: Path, **extra: str) -> Path:
+    """Train, expect success, and return the run directory."""
+    before = set(run_directories(logs))
+    result = run("train.py", *args, logs=logs, **extra)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (directory,) = set(run_directories(logs)) - before
+    return directory
+
+
+def error_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence of a run that had to fail, without a traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def run_directories(logs: Path, task: str = "train") -> list[Path]:
+    return sorted((logs / task / "runs").glob("*"))
+
+
+def metrics(directory: Path) -> list[dict[str, float]]:
+    with (directory / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]

@@ -1,0 +1,52 @@
+"""Two real processes with gloo: same curve as one process, every image once."""
+
+import json
+
+import pytest
+from programs import metrics, run, run_directories, train
+
+
+def test_ddp__same_loss_curve_as_one_process(tmp_path):
+    """The same global batch and seed, with augmentation, on one process and on two; no dropout in the model."""
+    common = ("epochs=2", "trainer.limit_train_batches=8", "callbacks.model_summary=null")
+    one = train("trainer=cpu", "data.batch_size=64", *common, logs=tmp_path)
+    two = train("trainer=ddp_cpu_2", "data.batch_size=32", *common, logs=tmp_path)
+    assert len(list((two / "checkpoints").iterdir())) == 2
+    for single, double in zip(metrics(one), metrics(two), strict=True):
+        assert double["train/loss"] == pytest.approx(single["train/loss"], abs=1e-4)
+        assert double["val/loss"] == pytest.approx(single["val/loss"], abs=1e-4)
+        assert double["val/top1"] == pytest.approx(single["val/top1"], abs=1e-3)
+        assert double["step"] == single["step"]
+
+
+def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
+    """359 images on two processes with batches of 50: the accuracy of one process, for BatchNorm too."""
+    directory, logs = finished_one
+    results = []
+    for trainer, batch in (("cpu", 359), ("ddp_cpu_2", 50)):
+        result = run(
+            "eval.py", f"ckpt={directory}", f"trainer={trainer}", f"+data.eval_batch_size={batch}", logs=logs
+        )
+        assert result.returncode == 0, result.stderr
+        results.append(json.loads((run_directories(logs, "eval")[-1] / "results.json").read_text())["raw"])
+    assert results[1]["top1"] == pytest.approx(results[0]["top1"], abs=1e-4)
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+
+
+@pytest.fixture
+def finished_one(tmp_path):
+    arguments = ("model=timm", "model.name=resnet10t", "trainer=cpu", "epochs=1", "trainer.limit_train_batches=10")
+    return train(*arguments, logs=tmp_path), tmp_path
+
+
+def test_ddp__a_corrupt_image_on_one_rank_ends_both(image_tree, tmp_path):
+    broken = image_tree / "train" / "pagoda" / "pagoda_3.jpg"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    result = run(
+        *("train.py", "data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=2"),
+        *("data.num_workers=1", "trainer=ddp_cpu_2", "model=vit_nano", "epochs=1", "callbacks.model_summary=null"),
+        logs=tmp_path,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert "pagoda_3.jpg: not a readable image" in result.stderr

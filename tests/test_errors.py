@@ -1,0 +1,119 @@
+"""Wrong input ends in one sentence that names the key or the file, with a failing status and without a traceback."""
+
+import pytest
+from PIL import Image
+from programs import QUICK, error_of, run, run_directories, train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr: no such config key; did you mean optimizer.lr"),
+        (["modle=vit_tiny"], "modle: no such config key"),
+        (["model=vit_tinny"], "model=vit_tinny: no such file in conf/model/; there is deit_base"),
+        (["trainer=ddp_9gpu"], "trainer=ddp_9gpu: no such file"),
+        (["optimizer.lr=[1"], "optimizer.lr"),
+    ],
+)
+def test_config__misspelt(arguments, sentence, tmp_path):
+    assert sentence in error_of(run("train.py", *arguments, logs=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["+colour=red"], "colour: no such config key; nothing would read it."),
+        (["+model.colour=red"], "model"),
+        (["+trainer.colour=red"], "trainer: no such key 'colour'."),
+        (["model.num_classes=7"], "model.num_classes=7 does not fit the data, which has 10 classes."),
+        (["data=imagefolder"], "data.root: not set"),
+        (["data=imagefolder", "data.root=/nowhere/at/all"], "data.root=/nowhere/at/all: no such folder."),
+        (["data.batch_size=2000"], "data.batch_size=2000 on 1 devices is more than the 1438 training images."),
+        (["trainer=gpu"], "trainer.accelerator=gpu: no GPU is visible here"),
+        (["model=timm", "model.name=resnet51"], "model.name=resnet51: no such backbone; did you mean resnet5"),
+        (["data.image_size=18"], "data.image_size=18: vit_nano needs a multiple of its patch size 4"),
+        (["optimizer.name=adamm"], "optimizer.name=adamm"),
+        (["resume=/nowhere"], "resume=/nowhere: no run directory"),
+        (["data=fashion_mnist", "data.download=false"], "FashionMNIST is not there and data.download=false."),
+    ],
+)
+def test_values__that_cannot_work(arguments, sentence, tmp_path):
+    if "trainer=gpu" not in arguments:
+        arguments = [*QUICK, *arguments]
+    assert sentence in error_of(run("train.py", *arguments, logs=tmp_path, VITRAIL_DATA=str(tmp_path / "data")))
+
+
+def folder_error(tree, logs, *arguments):
+    return error_of(
+        run(
+            *("train.py", "data=imagefolder", f"data.root={tree}", "data.image_size=32", "data.batch_size=4"),
+            *("data.num_workers=1", *QUICK, *arguments),
+            logs=logs,
+        )
+    )
+
+
+def test_folders__different_classes(image_tree, tmp_path):
+    (image_tree / "val" / "pagoda").rename(image_tree / "val" / "temple")
+    sentence = folder_error(image_tree, tmp_path)
+    assert "train and val hold different classes: 1 only in train/ (pagoda) and 1 only in val/ (temple)." in sentence
+
+
+def test_folders__truncated_image(image_tree, tmp_path):
+    broken = image_tree / "train" / "flower" / "flower_2.jpg"
+    broken.write_bytes(broken.read_bytes()[:3000])
+    sentence = folder_error(image_tree, tmp_path, "trainer.limit_train_batches=null")
+    assert f"{broken}: not a readable image (image file is truncated" in sentence
+
+
+def test_folders__corrupt_images_skipped_by_choice(image_tree, tmp_path):
+    (image_tree / "train" / "flower" / "flower_2.jpg").write_text("no image")
+    (image_tree / "val" / "flower" / "flower_1.jpg").write_text("no image either")
+    directory = train(
+        *("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4"),
+        *("model=vit_nano", "data.on_corrupt=skip", *QUICK, "trainer.limit_train_batches=null", "epochs=2"),
+        logs=tmp_path,
+    )
+    lines = set((directory / "skipped.txt").read_text().splitlines())
+    assert len(lines) == 2
+    assert any("train/flower/flower_2.jpg: not a readable image" in line for line in lines)
+    assert '"skipped_images": 2' in (directory / "results.json").read_text()
+
+
+def test_imagenet__wants_its_thousand_classes(image_tree, tmp_path):
+    result = run("train.py", "data=imagenet", f"data.root={image_tree}", *QUICK, logs=tmp_path)
+    assert "2 class folders are not the 1000 of ImageNet-1k" in error_of(result)
+
+
+def test_run_directory__not_writable(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    result = run("train.py", *QUICK, logs=tmp_path, VITRAIL_LOGS=str(tmp_path / "file"))
+    assert str(tmp_path / "file") in error_of(result)
+
+
+def test_debug__shows_the_traceback(tmp_path):
+    result = run("train.py", "debug=smoke", "model.num_classes=7", logs=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "model.num_classes=7 does not fit" in result.stderr
+
+
+def test_unexpected_error__traceback_in_the_log_file(tmp_path):
+    run("train.py", *QUICK, "trainer.precision=bf17", logs=tmp_path)
+    (directory,) = run_directories(tmp_path)
+    assert "Traceback" in (directory / "train.log").read_text()
+
+
+def test_eval__wrong_checkpoints(image_tree, tmp_path):
+    assert "no such file" in error_of(run("eval.py", "ckpt=/nowhere.ckpt", logs=tmp_path))
+    picture = tmp_path / "picture.ckpt"
+    Image.new("RGB", (4, 4)).save(picture, format="PNG")
+    assert "not a checkpoint" in error_of(run("eval.py", f"ckpt={picture}", logs=tmp_path))
+
+
+def test_checkpoint__of_another_architecture(tmp_path):
+    directory = train(*QUICK, logs=tmp_path)
+    result = run("train.py", f"resume={directory}", "epochs=2", "model=deit_nano", logs=tmp_path)
+    sentence = error_of(result)
+    assert "checkpoints/last.ckpt does not fit" in sentence
+    assert "cls_token" in sentence
