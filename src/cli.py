@@ -91,6 +91,8 @@ def sentence(error: BaseException) -> str:
 
 def _composition(error: BaseException, text: str) -> str:
     """Shorten Hydra's and OmegaConf's messages to what was asked for and what there is."""
+    if (override := getattr(error, "override", None)) is not None:
+        return f"{override}: cannot be read as key=value ({text.splitlines()[0]})."
     if match := re.search(r"Could not override '([^']+)'", text):
         if match[1] == "hydra/launcher":
             return "hydra/launcher: use launcher=... instead."

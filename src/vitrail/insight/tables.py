@@ -21,16 +21,17 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s")
     if results.get("skipped_images"):
         table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
-    run, python = _near(directory), _interpreter()
+    run, scripts = _near(directory), _near(Path(sys.argv[0]).resolve().parent)
+    program = f"{_interpreter()} {scripts}"
     # Lines of their own rather than table cells: paths and commands must not be broken when copied.
     lines = [
         ("run directory", run),
         ("checkpoint", f"{run}/checkpoints/best.ckpt"),
         ("config", f"{run}/config.yaml"),
         ("metrics", f"{run}/metrics.csv"),
-        ("evaluate", f"{python} src/eval.py ckpt={run}"),
-        ("train on", f"{python} src/train.py resume={run} epochs={2 * results['epochs']}"),
-        ("your images", f"{python} src/train.py data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
+        ("evaluate", f"{program}/eval.py ckpt={run}"),
+        ("train on", f"{program}/train.py resume={run} epochs={2 * results['epochs']}"),
+        ("your images", f"{program}/train.py data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
     ]
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 

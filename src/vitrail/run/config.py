@@ -68,17 +68,35 @@ def plain(config: DictConfig | ListConfig) -> Any:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-def restore(config: DictConfig, directory: Path) -> DictConfig:
+def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictConfig:
     """The config of the run in `directory`, with what the command line says on top.
 
-    Groups named on the command line (`trainer=ddp_8gpu`) replace the run's whole group; keys replace single values.
+    Args:
+        config: as composed with the command line, which names only what is to change.
+        defaults: as composed without it; what differs follows from the command line, through interpolations too.
+        directory: the run.
     """
     saved = OmegaConf.create(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
     assert isinstance(saved, DictConfig)
+    before, now = _leaves(plain(defaults)), _leaves(plain(config))
     with open_dict(saved):
         for override in HydraConfig.get().overrides.task:
             key = override.partition("=")[0].lstrip("+~")
-            if key != "resume" and OmegaConf.select(config, key) is not None:
-                OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
-        saved.resume = str(directory)
+            if OmegaConf.select(config, key) is not None:  # a group replaces the run's whole group
+                value = OmegaConf.select(config, key)
+                OmegaConf.update(saved, key, plain(value) if OmegaConf.is_config(value) else value, merge=False)
+        for key, value in now.items():
+            if key not in before or before[key] != value:
+                OmegaConf.update(saved, key, value)
     return saved
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of everything that is not a dict."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _leaves(branch, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 from rich import get_console
 from torch import nn
 
-import vitrail.models  # noqa: F401  # registers the backbones
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
 from vitrail.insight import training_report
+from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory
 from vitrail.run.loggers import MetricsCSV
@@ -45,9 +45,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     run = RunDirectory(HydraConfig.get().runtime.output_dir)
     set_up_logging()
-    check_keys(config, compose("train"))
+    defaults = compose("train")
+    check_keys(config, defaults)
     if config.resume:
-        config = restore(config, run.path)
+        config = restore(config, defaults, run.path)
     check_devices(config.trainer)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -60,7 +61,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     log_settings(config, module, data, trainer, run)
 
     started = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint_to_resume(config, run), weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint_to_resume(config, run, module.model), weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     results = summarise(csv_log, trainer, time.monotonic() - started, run)
@@ -120,7 +121,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     mixing = data.augment.mix
     if mixing is not None and data.batch_size % 2:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, augment.mix pairs the images of a batch.")
-    return ImageClassifier(
+    module = ImageClassifier(
         build_model(config, data),
         instantiate(config.objective, "objective"),
         data.num_classes,
@@ -131,6 +132,10 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         compile_mode=config.compile,
         checkpointing=config.checkpointing,
     )
+    if config.compile is None:  # lets the summary count operations, by a forward pass that would be compiled in vain
+        size = data.pixels.size
+        module.example_input_array = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
+    return module
 
 
 class _KeepConfig(L.Callback):
@@ -165,18 +170,20 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     return trainer
 
 
-def checkpoint_to_resume(config: DictConfig, run: RunDirectory) -> Path | None:
+def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module) -> Path | None:
     """The run's last checkpoint when resuming; None starts at the beginning.
 
     Raises:
-        ConfigError: the run is finished.
+        ConfigError: the run is finished, or its checkpoint is of another architecture than `model`.
     """
     if not config.resume:
         return None
     if not run.last.is_file():
         log.warning("resume=%s: no checkpoint yet, starting at the beginning.", config.resume)
         return None
-    epochs = torch.load(run.last, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+    checkpoint = read_checkpoint(run.last)
+    load_weights(model, backbone_weights(checkpoint, ema=False), source=str(run.last))
+    epochs = checkpoint["epoch"] + 1
     if epochs >= config.trainer.max_epochs:
         raise ConfigError(f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on.")
     return run.last

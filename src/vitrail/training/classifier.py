@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vitrail.data import Mixing
@@ -146,11 +146,7 @@ class ImageClassifier(L.LightningModule):
     def update_metrics(self, batch: Sample) -> None:
         """Add a batch (images (B, 3, H, W), labels (B,), `IGNORE` where not to count) to the validation metrics."""
         logits = self(batch.image).float()
-        counted = batch.label != IGNORE
-        losses = F.cross_entropy(logits, batch.label, ignore_index=IGNORE, reduction="none")
-        self.val_metrics["loss"].update(losses, counted.float())
-        self.val_metrics["top1"].update(logits, batch.label)
-        self.val_metrics["top5"].update(logits, batch.label)
+        self.val_metrics.update(logits, batch.label)
 
     def compute_metrics(self, prefix: str) -> dict[str, Tensor]:
         """Loss and top-1 and top-5 in %, over all processes since the last call."""
@@ -167,8 +163,30 @@ def validation_metrics(num_classes: int) -> MetricCollection:
         return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
 
     return MetricCollection(
-        {"loss": MeanMetric(nan_strategy="disable"), "top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False
+        {"loss": MeanCrossEntropy(), "top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False
     )
+
+
+class MeanCrossEntropy(Metric):
+    """Mean cross-entropy over what is not labelled `IGNORE`; torchmetrics has no loss that leaves samples out."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add logits (B, C) and labels (B,)."""
+        self.total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        self.count += (labels != IGNORE).sum()
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        return self.total / self.count
 
 
 def _set_grad_checkpointing(model: nn.Module) -> None:
