@@ -98,7 +98,9 @@ def _composition(error: BaseException, text: str) -> str:
             return "hydra/launcher: use launcher=... instead."
         if "No match in the defaults list" in text:
             return f"{match[1]}: no such config group{_hint(match[1], _groups())}."
-        return f"{match[1]}: no such config key{_hint(match[1], _keys())}; to add it nevertheless, write +{match[1]}=..."
+        return (
+            f"{match[1]}: no such config key{_hint(match[1], _keys())}; to add it nevertheless, write +{match[1]}=..."
+        )
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, name = match[1].rpartition("/")
         names = [path.stem for path in (PROJECT / "conf" / group).glob("*.yaml")]

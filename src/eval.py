@@ -1,7 +1,8 @@
 """Evaluate a run: `python src/eval.py ckpt=<checkpoint or run directory>`."""
 
-from cli import entry_point
 from omegaconf import DictConfig
+
+from cli import entry_point
 
 
 @entry_point("eval")

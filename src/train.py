@@ -1,7 +1,8 @@
 """Train a backbone: `python src/train.py model=deit_small data=imagenet data.root=... trainer=ddp_8gpu`."""
 
-from cli import entry_point
 from omegaconf import DictConfig
+
+from cli import entry_point
 
 
 @entry_point("train")

@@ -10,8 +10,8 @@ torch.set_num_threads(1)  # the suite runs on as many processes as there are cor
 @pytest.fixture
 def image_tree(tmp_path):
     """`train/` and `val/` of two classes, real JPEGs of scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
     from PIL import Image
+    from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     for split, count in (("train", 8), ("val", 3)):

@@ -15,7 +15,14 @@ QUICK = ("trainer=cpu", "epochs=1", "trainer.limit_train_batches=2", "callbacks.
 def environment(logs: Path, **extra: str) -> dict[str, str]:
     """A user's environment without keys, with one thread a process, and `logs` as its logs folder."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW", "VITRAIL"))}
-    return {**inherited, "VITRAIL_LOGS": str(logs), "OMP_NUM_THREADS": "1", "HOME": str(logs), "COLUMNS": "200", **extra}
+    return {
+        **inherited,
+        "VITRAIL_LOGS": str(logs),
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(logs),
+        "COLUMNS": "200",
+        **extra,
+    }
 
 
 def run(program: str, *args: str, logs: Path, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -4,16 +4,18 @@ import subprocess
 import sys
 
 import pytest
+
 from cli import _load_dotenv, sentence
 from programs import PROJECT, environment, run
-
 from vitrail.errors import ConfigError, ImageError
 
 
 def test_help__shows_groups_and_overrides_without_importing_torch(tmp_path):
     result = run("train.py", "--help", logs=tmp_path)
     assert result.returncode == 0
-    groups = "model data objective augment optimizer schedule trainer strategy callbacks logger experiment launcher debug"
+    groups = (
+        "model data objective augment optimizer schedule trainer strategy callbacks logger experiment launcher debug"
+    )
     for group in [*groups.split(), "paths"]:
         assert f"\n{group}: " in result.stdout
     for override in ("model=deit_small", "data.root=", "trainer=ddp_8gpu", "optimizer.lr=", "resume="):
@@ -51,7 +53,10 @@ def test_shell_completion__completes_groups(tmp_path):
         (RuntimeError("shapes differ\nmore"), "RuntimeError: shapes differ (debug=default shows where)"),
         (PermissionError(13, "Permission denied", "/logs"), "/logs: Permission denied"),
         (
-            ImageError("Caught ImageError\nOriginal Traceback (most recent call last)\n  x\nvitrail.errors.ImageError: a.jpg: bad"),
+            ImageError(
+                "Caught ImageError in worker.\nOriginal Traceback (most recent call last)\n"
+                "  x\nvitrail.errors.ImageError: a.jpg: bad"
+            ),
             "a.jpg: bad",
         ),
     ],

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from programs import metrics, run, run_directories, train
 
 
@@ -24,9 +25,7 @@ def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
     directory, logs = finished_one
     results = []
     for trainer, batch in (("cpu", 359), ("ddp_cpu_2", 50)):
-        result = run(
-            "eval.py", f"ckpt={directory}", f"trainer={trainer}", f"+data.eval_batch_size={batch}", logs=logs
-        )
+        result = run("eval.py", f"ckpt={directory}", f"trainer={trainer}", f"+data.eval_batch_size={batch}", logs=logs)
         assert result.returncode == 0, result.stderr
         results.append(json.loads((run_directories(logs, "eval")[-1] / "results.json").read_text())["raw"])
     assert results[1]["top1"] == pytest.approx(results[0]["top1"], abs=1e-4)

@@ -2,6 +2,7 @@
 
 import pytest
 from PIL import Image
+
 from programs import QUICK, error_of, run, run_directories, train
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from programs import QUICK, metrics, run
 
 

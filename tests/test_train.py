@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+
 from programs import PROJECT, QUICK, environment, error_of, metrics, run, run_directories, train
 
 
@@ -136,7 +137,13 @@ def test_resume__after_kill(tmp_path):
 def test_own_images__with_everything_on(image_tree, tmp_path):
     """Real JPEGs, DeiT's augmentation with mixing, a distilled backbone, accumulation, clipping, loader workers."""
     directory = train(
-        *("data=imagefolder", f"data.root={image_tree}", "data.image_size=64", "data.batch_size=4", "data.num_workers=1"),
+        *(
+            "data=imagefolder",
+            f"data.root={image_tree}",
+            "data.image_size=64",
+            "data.batch_size=4",
+            "data.num_workers=1",
+        ),
         *("model=deit_tiny_distilled", "augment=deit", "trainer=cpu", "epochs=2", "callbacks.ema.decay=0.9"),
         *("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1.0", "checkpointing=true"),
         *("objective=binary_cross_entropy", "optimizer=lamb", "schedule=cosine_per_epoch"),

@@ -167,7 +167,7 @@ class OptunaSweeper(Sweeper):
 
     def __init__(self, metric: str, direction: str, trials: int, space: DictConfig, seed: int = 0) -> None:
         self.metric, self.direction, self.trials, self.seed = metric, direction, trials, seed
-        self.space = {key: OmegaConf.to_container(OmegaConf.create(value)) for key, value in space.items()}
+        self.space = {str(key): OmegaConf.to_container(OmegaConf.create(value)) for key, value in space.items()}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Build the launcher."""

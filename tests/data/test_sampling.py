@@ -9,7 +9,7 @@ from vitrail.data.sampling import EpochSampler
 def test_in_order__every_sample_once_and_equal_numbers(length, world):
     ranks = [list(EpochSampler(length, 0, False, rank, world, batch_size=7)) for rank in range(world)]
     assert len({len(draws) for draws in ranks}) == 1
-    counted = sorted(draw.index for draws in ranks for draw in draws if not draw.padding)
+    counted = sorted(draw.sample for draws in ranks for draw in draws if not draw.padding)
     assert counted == list(range(length))
 
 
@@ -19,7 +19,7 @@ def test_shuffled__processes_together_see_the_order_of_one(length, world, batch,
         sampler = EpochSampler(length, 3, True, rank, world_size, batch_size)
         sampler.set_epoch(epoch)
         assert len(sampler) == len(list(sampler))
-        return [draw.index for draw in sampler]
+        return [draw.sample for draw in sampler]
 
     one = draws(0, 1, batch * world)
     ranks = [draws(rank, world, batch) for rank in range(world)]
@@ -36,7 +36,7 @@ def test_shuffled__another_order_each_epoch_and_seed():
         for epoch in (0, 1):
             sampler = EpochSampler(50, seed, True)
             sampler.set_epoch(epoch)
-            orders.add(tuple(draw.index for draw in sampler))
+            orders.add(tuple(draw.sample for draw in sampler))
             assert {draw.epoch for draw in sampler} == {epoch}
     assert len(orders) == 4
 

@@ -50,7 +50,9 @@ def test_load__refuses_with_the_list(model, tmp_path):
     weights["head.bias"] = torch.zeros(9)
     torch.save(weights, tmp_path / "x.pth")
     before = first(model)
-    with pytest.raises(ConfigError, match=r"1 missing keys .*1 unexpected keys \(cls_token\), 1 tensors of another shape"):
+    with pytest.raises(
+        ConfigError, match=r"1 missing keys .*1 unexpected keys \(cls_token\), 1 tensors of another shape"
+    ):
         load_checkpoint(model, tmp_path / "x.pth")
     assert first(model) == before
 
@@ -67,6 +69,6 @@ def test_load__nothing_is_executed(model, tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save({"model": Trap()}, tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match="cannot be loaded safely|can be loaded safely"):
+    with pytest.raises(ConfigError, match=r"can be loaded safely"):
         load_checkpoint(model, tmp_path / "x.pth")
     assert not (tmp_path / "sprung").exists()

@@ -2,9 +2,9 @@ import pytest
 import timm
 import torch
 import yaml
-from programs import PROJECT
 
 import vitrail  # noqa: F401
+from programs import PROJECT
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 

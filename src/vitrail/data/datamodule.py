@@ -39,7 +39,7 @@ class ViewDataset(Dataset[Sample]):
         return len(self.split)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        index = draw.index
+        index = draw.sample
         for _ in range(len(self.split)):
             try:
                 sample = self._view(index, draw.epoch)

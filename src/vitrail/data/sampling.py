@@ -8,9 +8,9 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """An order for one sample: its index, the epoch (for its augmentation), and whether it only fills the batch."""
+    """An order for one sample: its index, the epoch (its augmentation depends on it), whether it only fills a batch."""
 
-    index: int
+    sample: int
     epoch: int
     padding: bool
 

@@ -26,9 +26,9 @@ SplitName = Literal["train", "val"]
 class Split(Protocol):
     """One split: a sequence of samples."""
 
-    def __len__(self) -> int: ...  # noqa: D105
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...  # noqa: D105
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 class Source(Protocol):
@@ -152,7 +152,7 @@ def _images(folder: Path) -> list[str]:
 
 
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 def _class_folders(folder: Path) -> Iterator[str]:
@@ -241,6 +241,7 @@ class ImageNet(ImageFolder):
             raise ConfigError(
                 f"data.root={self.root}: {len(self.classes)} class folders are not the 1000 of ImageNet-1k"
                 f" ({len(missing)} missing{f', first {missing[0]}' if missing else ''};"
-                f" {len(extra)} unknown{f', first {extra[0]}' if extra else ''}); use data=imagefolder for other classes."
+                f" {len(extra)} unknown{f', first {extra[0]}' if extra else ''});"
+                " use data=imagefolder for other classes."
             )
         self.descriptions = [info.label_name_to_description(name) for name in expected]

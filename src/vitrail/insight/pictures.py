@@ -32,7 +32,9 @@ class FirstBatchPicture(L.Callback):
     def __init__(self, path: str | Path, count: int = 24) -> None:
         self.path, self.count = Path(path), count
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Draw the first batch of a run that is not resumed."""
         if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0:
             return

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 
-
 def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     """What a training gave, where its files lie, and what can be done next."""
     table = Table(title="Training finished", show_header=False, title_style="bold")

@@ -11,7 +11,9 @@ from vitrail.errors import ConfigError
 from vitrail.types import Heads
 
 
-def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, img_size: int | tuple[int, int] | None = None, **kwargs: Any
+) -> nn.Module:
     """Build the backbone that timm or vitrail registers as `name`.
 
     Args:
@@ -30,9 +32,7 @@ def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] | 
         raise ConfigError(f"model.name={name}: no such backbone{hint}")
     fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
     try:
-        model = timm.create_model(
-            name, num_classes=num_classes, img_size=img_size if fixed_size else None, **kwargs
-        )
+        model = timm.create_model(name, num_classes=num_classes, img_size=img_size if fixed_size else None, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model.name={name}: {error or type(error).__name__}") from error
     if fixed_size and (patch := getattr(model, "patch_embed", None)) is not None and img_size is not None:

@@ -52,7 +52,8 @@ class BinaryCrossEntropy(nn.Module):
             raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
         if threshold == 0 and smoothing > 0:
             raise ValueError(
-                f"objective.smoothing={smoothing} with objective.threshold=0 makes every class a positive; set one to 0 or null."
+                f"objective.smoothing={smoothing} with objective.threshold=0 makes every class a positive;"
+                " set smoothing to 0 or threshold to null."
             )
         self.smoothing, self.threshold, self.sum_classes = smoothing, threshold, sum_classes
 

@@ -33,7 +33,7 @@ def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
     if config is None:
         return None
     try:
-        # Deferred first: arguments given to instantiate() itself would be turned into configs where they are dataclasses.
+        # Deferred: Hydra would turn dataclasses among the arguments of instantiate() into configs.
         build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
@@ -42,13 +42,13 @@ def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
         full_key = _full_key(str(error))
         where = key if not full_key or full_key == key else f"{key}.{full_key}"
         reason = str(cause) if cause is not None and str(cause) else str(error).splitlines()[0]
-        raise ConfigError(f"{where}: {_shorten(reason)}") from error
+        raise ConfigError(_sentence(where, reason)) from error
     try:
         return build(**kwargs)
     except ConfigError:
         raise
     except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"{key}: {_shorten(str(error))}") from error
+        raise ConfigError(_sentence(key, str(error))) from error
 
 
 def _full_key(message: str) -> str:
@@ -56,11 +56,13 @@ def _full_key(message: str) -> str:
     return lines[0].removeprefix("full_key: ") if lines else ""
 
 
-def _shorten(reason: str) -> str:
-    """One line; a constructor's complaint about an argument in the words of a config."""
+def _sentence(key: str, reason: str) -> str:
+    """One line that starts with the key; a constructor's complaint about an argument in the words of a config."""
     first = reason.strip().splitlines()[0]
+    if first.startswith(f"{key}."):
+        return first
     _, found, argument = first.partition("got an unexpected keyword argument ")
-    return f"no such key {argument}." if found else first
+    return f"{key}: no such key {argument}." if found else f"{key}: {first}"
 
 
 def plain(config: DictConfig | ListConfig) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from vitrail.errors import ConfigError
 
@@ -74,6 +75,11 @@ class RunDirectory:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json, from which sweeps and reports read."""
         self.write("results.json", json.dumps(results, indent=1))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes for all of them; known from the environment, before any group of processes is."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def versions() -> dict[str, Any]:

@@ -39,9 +39,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"ckpt={path}: holds no config, so it was not written by vitrail's train.py.")
     run_config = with_overrides(checkpoint["config"], config)
     check_devices(config.trainer)
-    data: ImageDataModule = instantiate(
-        run_config.data, "data", augment=instantiate(run_config.augment, "augment")
-    )
+    data: ImageDataModule = instantiate(run_config.data, "data", augment=instantiate(run_config.augment, "augment"))
     if list(data.classes) != checkpoint["classes"]:
         raise ConfigError(
             f"data: its {data.num_classes} classes are not the {len(checkpoint['classes'])} that the checkpoint knows."

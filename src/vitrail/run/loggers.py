@@ -4,6 +4,7 @@ import csv
 import logging
 import netrc
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitrail.errors import ConfigError
+from vitrail.run.directory import is_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -91,25 +93,37 @@ def wandb(run_dir: str, project: str | None = None, entity: str | None = None, *
     """
     import wandb as package
 
-    mode, why = _wandb_mode()
-    if why:
-        log.warning("logger=wandb: %s; the run is stored offline, upload it later with `wandb sync %s`.", why, run_dir)
     directory = Path(run_dir)
     id_file = directory / "wandb_id.txt"
-    if rank_zero_only.rank == 0 and not id_file.is_file():
+    if is_rank_zero() and not id_file.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(package.util.generate_id())
-    return WandbLogger(
-        save_dir=run_dir,
-        name=directory.name,
-        id=id_file.read_text().strip() if id_file.is_file() else None,
-        project=project,
-        entity=entity,
-        resume="allow",
-        # An unreachable server must not hold up the training: give up early and go on without.
-        settings=package.Settings(mode=mode, init_timeout=30, silent=mode != "online", console="off"),
-        **kwargs,
-    )
+        id_file.write_text(secrets.token_hex(4))
+
+    def logger(mode: str) -> WandbLogger:
+        return WandbLogger(
+            save_dir=run_dir,
+            name=directory.name,
+            id=id_file.read_text().strip() if id_file.is_file() else None,
+            project=project,
+            entity=entity,
+            resume="allow",
+            # Give up on a server that does not answer rather than hold up the training.
+            settings=package.Settings(mode=mode, init_timeout=20, silent=mode != "online", console="off"),
+            **kwargs,
+        )
+
+    mode, why = _wandb_mode()
+    if mode == "online" and is_rank_zero():
+        try:
+            online = logger("online")
+            _ = online.experiment  # connects
+            return online
+        except Exception as error:  # wandb raises its own errors, requests' and plain ones
+            package.teardown()  # or the id would count as in use
+            mode, why = "offline", f"the server refuses or does not answer ({str(error).splitlines()[0]})"
+    if why:
+        log.warning("logger=wandb: %s; the run is stored offline, `wandb sync %s/wandb/*` uploads it.", why, run_dir)
+    return logger(mode)
 
 
 def _wandb_mode() -> tuple[str, str | None]:
@@ -164,7 +178,12 @@ def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> M
     Raises:
         ConfigError: MLflow is not installed.
     """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training reports to nobody unasked
+    if tracking_uri.startswith("sqlite:///"):  # MLflow would put pictures into the working directory
+        kwargs.setdefault("artifact_location", str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlruns"))
     try:
-        return MLFlowLogger(experiment_name=experiment, tracking_uri=tracking_uri, run_name=Path(run_dir).name, **kwargs)
+        return MLFlowLogger(
+            experiment_name=experiment, tracking_uri=tracking_uri, run_name=Path(run_dir).name, **kwargs
+        )
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow: not installed, pip install 'vitrail[tracking]'.") from error

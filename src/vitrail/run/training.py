@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich import get_console
 from torch import nn
@@ -22,7 +21,7 @@ from vitrail.errors import ConfigError
 from vitrail.insight import training_report
 from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint
 from vitrail.run.config import check_keys, instantiate, plain, restore
-from vitrail.run.directory import RunDirectory
+from vitrail.run.directory import RunDirectory, is_rank_zero
 from vitrail.run.loggers import MetricsCSV
 from vitrail.training import ImageClassifier
 
@@ -33,6 +32,7 @@ _EXPECTED_WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",
     "You have overridden `on_after_batch_transfer`.*",
     ".*does not have many workers.*",
+    "The number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
 )
 
@@ -56,7 +56,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     module = build_module(config, data)
     csv_log = MetricsCSV(run.path / "metrics.csv")
     trainer = build_trainer(config, run, data, csv_log)
-    if rank_zero_only.rank == 0:
+    if is_rank_zero():
         run.record(plain(config), list(HydraConfig.get().overrides.task))
     log_settings(config, module, data, trainer, run)
 
@@ -81,7 +81,7 @@ def set_up_logging() -> None:
     logging.captureWarnings(True)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    if rank_zero_only.rank != 0:
+    if not is_rank_zero():
         for logger_name in (None, "vitrail"):
             logging.getLogger(logger_name).setLevel(logging.WARNING)
 
@@ -185,7 +185,9 @@ def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module
     load_weights(model, backbone_weights(checkpoint, ema=False), source=str(run.last))
     epochs = checkpoint["epoch"] + 1
     if epochs >= config.trainer.max_epochs:
-        raise ConfigError(f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on.")
+        raise ConfigError(
+            f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on."
+        )
     return run.last
 
 
@@ -196,7 +198,13 @@ def log_settings(
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     log.info("run directory %s", run.path)
-    log.info("%s, %.2f M parameters, %s px, %d classes", config.model.name, parameters / 1e6, data.pixels.size, data.num_classes)
+    log.info(
+        "%s, %.2f M parameters, %s px, %d classes",
+        config.model.name,
+        parameters / 1e6,
+        data.pixels.size,
+        data.num_classes,
+    )
     log.info("%s", instantiate(config.optimizer, "optimizer").describe(batch))
     log.info("%d x %s, precision %s", trainer.world_size, trainer.accelerator.name(), config.trainer.precision)
 

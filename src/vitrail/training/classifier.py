@@ -95,17 +95,27 @@ class ImageClassifier(L.LightningModule):
         return losses["loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm before clipping, at the steps that are logged at all: it costs a pass over memory."""
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
+        if (self.global_step - self._epoch_began) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            self.log("train/grad_norm", nn.utils.get_total_norm(grads), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+            self.log(
+                "train/grad_norm",
+                nn.utils.get_total_norm(grads),
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                batch_size=1,
+            )
 
     def on_train_epoch_start(self) -> None:
         """Log the epoch's learning rate (at its first step, of the group that is not scaled down by layer decay)."""
+        self._epoch_began = self.global_step
         groups = self.trainer.optimizers[0].param_groups
-        self.log("train/lr", max(group["lr"] for group in groups), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        self.log(
+            "train/lr", max(group["lr"] for group in groups), on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+        )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]  # Lightning knows no timm scheduler
         """Optimiser and schedule for the effective batch of this run.
 
         Raises:
@@ -125,8 +135,8 @@ class ImageClassifier(L.LightningModule):
     @property
     def effective_batch(self) -> int:
         """Images per optimiser step over all devices."""
-        trainer = self.trainer
-        return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
         """Tell timm's scheduler the number of finished epochs or steps."""

@@ -86,5 +86,3 @@ class EMA(WeightAveraging):
 def _to(batch: Any, module: ImageClassifier) -> Any:
     device = next(module.parameters()).device
     return batch._replace(image=batch.image.to(device), label=batch.label.to(device))
-
-

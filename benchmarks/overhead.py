@@ -1,0 +1,119 @@
+"""What the framework costs: seconds a step of the whole Lightning loop over those of a bare PyTorch loop.
+
+Both train the same backbone on the same batches, in turns within one process, so that the machine's mood cancels out.
+The framework's side is what `python src/train.py` runs: LightningModule, EMA, speed monitor, logging, progress bar,
+metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for` loop.
+
+Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 12]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import RichProgressBar
+from timm.optim import create_optimizer_v2
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from vitrail.data import Augmentation, DigitsDataModule
+from vitrail.models import create_model
+from vitrail.objectives import CrossEntropy
+from vitrail.run.loggers import MetricsCSV
+from vitrail.training import EMA, CosineSchedule, ImageClassifier, OptimizerFactory, SpeedMonitor
+
+
+class Fixed(DigitsDataModule):
+    """Batches made once, so that only the loops differ."""
+
+    def __init__(self, steps: int, batch: int) -> None:
+        super().__init__(augment=Augmentation(), image_size=32, batch_size=batch, num_workers=0)
+        self.setup()
+        self.batches = [made for made, _ in zip(super().train_dataloader(), range(steps), strict=False)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The batches as they are."""
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class Clock(L.Callback):
+    """Seconds from the start of the first batch to the end of the last."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop, until the next one."""
+        self.seconds = time.perf_counter() - self.started
+
+
+def framework(model: torch.nn.Module, data: Fixed, folder: str) -> float:
+    """Seconds for one epoch of the Trainer."""
+    module = ImageClassifier(model, CrossEntropy(0.1), 10, OptimizerFactory(), CosineSchedule(per_step=True))
+    clock = Clock()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=20,
+        logger=[MetricsCSV(Path(folder) / "metrics.csv")],
+        callbacks=[EMA(0.999), SpeedMonitor(), RichProgressBar(), clock],
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=data)
+    return clock.seconds
+
+
+def bare(model: torch.nn.Module, data: Fixed) -> float:
+    """Seconds for the same steps in a plain loop."""
+    model.train()
+    optimizer = create_optimizer_v2(model, "adamw", lr=5e-4, weight_decay=0.05)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    scheduler = CosineSchedule(per_step=True).build(optimizer, 1, len(data.batches))
+    started = time.perf_counter()
+    for step, batch in enumerate(data.train_dataloader()):
+        loss = F.cross_entropy(model(batch.image), batch.label, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step_update(step + 1)
+        average.update_parameters(model)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure in turns and print the ratio of each round and their median."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; one more is thrown away first")
+    parser.add_argument("--batch", type=int, default=12, help="images a step")
+    args = parser.parse_args()
+    data, ratios, steps = Fixed(args.steps, args.batch), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds + 1):
+            torch.manual_seed(0)
+            plain = bare(create_model("vit_nano", 10, 32), data)
+            whole = framework(create_model("vit_nano", 10, 32), data, folder)
+            if number:
+                ratios.append(whole / plain)
+                steps.append(1000 * plain / len(data.batches))
+    print(
+        f"bare loop: {statistics.median(steps):.1f} ms a step (batch {args.batch}, {torch.get_num_threads()} threads)"
+    )
+    print("framework / bare loop:", " ".join(f"{ratio:.3f}" for ratio in ratios))
+    print(f"median {statistics.median(ratios):.3f}, least {min(ratios):.3f}, largest {max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Every shipped config composes, and what it says is what is built."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT
+from vitrail.errors import ConfigError
+from vitrail.run.config import check_keys, instantiate
+from vitrail.run.evaluation import find_checkpoint
+
+CONF = PROJECT / "conf"
+GROUPS = sorted(
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("hydra", "paths", "launcher", "sweep", "debug", "experiment", "logger")
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides):
+    return compose("train", [*overrides, "paths.run=/tmp/run"])
+
+
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_every_group_file__composes_and_is_documented(group, name):
+    config = composed(f"{group}={name}", *(["model.name=resnet18"] if name == "timm" else []))
+    assert config[group] is not None
+    OmegaConf.to_container(config, resolve=True)
+    text = (CONF / group / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+    values = [line for line in text.splitlines() if line.strip().partition(": ")[2] and "_target_" not in line]
+    assert not [line for line in values if "#" not in line and not line.lstrip().startswith("- override")]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment__composes_with_known_keys(name):
+    check_keys(composed(f"experiment={name}"), composed())
+    header = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert "# Command: python src/train.py experiment=" + name in header
+    assert "# Hardware: " in header
+
+
+@pytest.mark.parametrize("name", ["default", "smoke"])
+def test_every_debug__composes(name):
+    assert composed(f"debug={name}").epochs == 1
+
+
+def test_every_model__builds_from_its_config(monkeypatch):
+    import torch
+
+    for path in (CONF / "model").glob("*.yaml"):
+        if path.stem != "timm":
+            with torch.device("meta"):
+                node = composed(f"model={path.stem}").model
+                assert instantiate(node, "model", num_classes=3, img_size=224).num_classes == 3
+
+
+def test_optimizers_schedules_objectives__build():
+    import torch
+
+    for group in ("optimizer", "schedule", "objective", "augment"):
+        for path in (CONF / group).glob("*.yaml"):
+            built = instantiate(composed(f"{group}={path.stem}")[group], group)
+            if group == "optimizer":
+                built.build(torch.nn.Linear(2, 2), 64)
+
+
+def test_strategy__follows_the_trainer_and_the_user():
+    assert composed("trainer=ddp_8gpu").strategy._target_.endswith("DDPStrategy")
+    assert composed("trainer=ddp_2x8gpu").trainer.num_nodes == 2
+    assert composed("trainer=ddp_2x8gpu").trainer.devices == 8
+    assert composed("trainer=ddp_8gpu", "strategy=auto").strategy._args_ == ["auto"]
+    assert composed("trainer=cpu").strategy._args_ == ["auto"]
+    assert composed("trainer=gpu").trainer.precision == "bf16-mixed"
+
+
+def test_check_keys__names_the_unknown():
+    with pytest.raises(ConfigError, match=r"^optimizr: no such config key"):
+        check_keys(OmegaConf.create({"optimizer": 1, "optimizr": 2}), ["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_target_": "vitrail.objectives.CrossEntropy", "smooth": 1}, r"^objective: no such key 'smooth'\.$"),
+        ({"_target_": "vitrail.objectives.CrossEntropy", "smoothing": 2}, r"^objective.smoothing=2: must lie in"),
+        ({"_target_": "vitrail.objectives.Nothing"}, r"^objective: .*Nothing"),
+    ],
+)
+def test_instantiate__names_the_key(node, message):
+    with pytest.raises(ConfigError, match=message):
+        instantiate(OmegaConf.create(node), "objective")
+
+
+def test_find_checkpoint__best_before_last(tmp_path):
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run directory"):
+        find_checkpoint(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("last", "best"):
+        (tmp_path / "checkpoints" / f"{name}.ckpt").touch()
+        assert find_checkpoint(str(tmp_path)) == tmp_path / "checkpoints" / f"{name}.ckpt"
+    assert find_checkpoint("x.ckpt") == Path.cwd() / "x.ckpt"

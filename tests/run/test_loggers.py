@@ -1,0 +1,145 @@
+import csv
+import socket
+import sqlite3
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from programs import QUICK, metrics, run, run_directories, train
+from vitrail.run.loggers import MetricsCSV, _wandb_mode
+
+
+def test_csv__one_row_an_epoch_and_goes_on_after_resume(tmp_path):
+    path = tmp_path / "metrics.csv"
+    log = MetricsCSV(path)
+    log.log_metrics({"epoch": 0, "val/top1": 10.0}, step=4)
+    log.log_metrics({"epoch": 0, "train/loss": 2.5}, step=5)
+    log.log_metrics({"epoch": 1, "val/top1": 30.0}, step=9)
+    log.log_metrics({"lr": 1.0}, step=9)  # without an epoch: nowhere to put it
+    log.save()
+    again = MetricsCSV(path)
+    again.log_metrics({"epoch": 1, "val/top1": 20.0, "new": 1.0}, step=9)  # the epoch that was interrupted
+    again.finalize("success")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"epoch": "0", "step": "5", "new": "", "train/loss": "2.5", "val/top1": "10"},
+        {"epoch": "1", "step": "9", "new": "1", "train/loss": "", "val/top1": "20"},
+    ]
+    assert again.best("val/top1") == 20
+    assert again.best("nothing") is None
+
+
+def test_wandb_mode__decided_before_training(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert _wandb_mode()[0] == "offline"
+    assert "no API key" in _wandb_mode()[1]
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        assert _wandb_mode() == ("offline", "127.0.0.1 cannot be reached")
+        listener.listen()
+        assert _wandb_mode() == ("online", None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert _wandb_mode() == ("offline", None)
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    with pytest.raises(ValueError, match="WANDB_MODE=sideways"):
+        _wandb_mode()
+
+
+def wandb_history(directory):
+    """All history rows of an offline run, read from its binary file (leveldb log format, one protobuf a record)."""
+    import struct
+
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = (directory / "wandb").glob("offline-run-*/run-*.wandb")
+    data, position, payload, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        payload += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, or last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            payload = b""
+            if record.WhichOneof("record_type") == "history":
+                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
+    return rows
+
+
+def test_several_loggers__without_key_and_network(tmp_path):
+    """W&B offline with one sentence, TensorBoard and MLflow beside it; every one holds the metrics."""
+    pytest.importorskip("tensorboard")
+    result = run("train.py", "logger=[wandb,tensorboard,mlflow]", *QUICK, logs=tmp_path, COLUMNS="400")
+    assert result.returncode == 0, result.stderr
+    (directory,) = run_directories(tmp_path)
+    assert (result.stdout + result.stderr).count("the run is stored offline") == 1
+    expected = metrics(directory)[0]
+
+    rows = wandb_history(directory)
+    top1 = [float(row["val/top1"]) for row in rows if "val/top1" in row]
+    assert top1 == [pytest.approx(expected["val/top1"], rel=1e-4)]
+    assert any("first_batch" in key for row in rows for key in row)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    assert events.Scalars("train/loss")[0].value == pytest.approx(expected["train/loss"], rel=1e-4)
+    assert events.Tags()["images"] == ["first_batch"]
+
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        rows = database.execute("select value from metrics where key = 'val/top5_ema'").fetchall()
+        names = database.execute("select name, status from runs").fetchall()
+    assert [value for (value,) in rows] == [pytest.approx(expected["val/top5_ema"], rel=1e-4)]
+    assert names == [(directory.name, "FINISHED")]
+    assert len(list((tmp_path / "mlruns").rglob("first_batch.png"))) == 1
+
+
+def test_wandb__resume_keeps_the_run(tmp_path):
+    directory = train("logger=wandb", *QUICK, logs=tmp_path, WANDB_MODE="offline")
+    identity = (directory / "wandb_id.txt").read_text()
+    result = run("train.py", f"resume={directory}", "epochs=2", logs=tmp_path, WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    assert (directory / "wandb_id.txt").read_text() == identity
+    assert {path.stem for path in directory.glob("wandb/*/run-*.wandb")} == {f"run-{identity}"}
+
+
+def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(401)
+            self.end_headers()
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    started = time.monotonic()
+    try:
+        result = run(
+            *("train.py", "logger=wandb", *QUICK),
+            logs=tmp_path,
+            COLUMNS="400",
+            WANDB_API_KEY="0" * 40,
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
+        )
+    finally:
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("stored offline") == 1
+    assert len(metrics(run_directories(tmp_path)[0])) == 1
+    assert time.monotonic() - started < 120

@@ -1,0 +1,169 @@
+"""The LightningModule against a plain loop: same losses, same weights, same averages."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+
+from vitrail.data import Augmentation, DigitsDataModule, Mixing
+from vitrail.errors import ConfigError
+from vitrail.models import create_model
+from vitrail.objectives import CrossEntropy
+from vitrail.training import EMA, CosineSchedule, ImageClassifier, OptimizerFactory
+from vitrail.types import IGNORE, Sample
+
+
+def build(mixing=None, **kwargs):
+    torch.manual_seed(0)
+    model = create_model("deit_nano", 10, 8, depth=2)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    data = DigitsDataModule(augment=Augmentation(mix=mixing), image_size=8, batch_size=16, num_workers=0)
+    return ImageClassifier(model, CrossEntropy(0.1), 10, mixing=mixing, **kwargs), data
+
+
+def trainer(tmp_path, callbacks=(), **kwargs):
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        default_root_dir=tmp_path, callbacks=list(callbacks), **kwargs,
+    )  # fmt: skip
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def test_training__equals_a_plain_loop(tmp_path):
+    """AdamW, per-step cosine, mixing, clipping, accumulation and EMA over 30 optimiser steps, to 1e-5."""
+    mixing = Mixing(0.8, 1.0)
+    optimizer = OptimizerFactory(lr=2e-3, lr_scaling="none", betas=(0.9, 0.999), eps=1e-8)
+    schedule = CosineSchedule(1, 1e-6, 1e-5, per_step=True)
+    module, data = build(mixing, optimizer=optimizer, schedule=schedule, seed=5)
+    model, average = copy.deepcopy(module.model), None
+    recorded, ema = Losses(), EMA(decay=0.9)
+    fit = trainer(
+        tmp_path, [recorded, ema], max_epochs=3, limit_train_batches=20, limit_val_batches=0,
+        accumulate_grad_batches=2, gradient_clip_val=0.5,
+    )  # fmt: skip
+    fit.fit(module, datamodule=data)
+
+    plain = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
+    scheduler = schedule.build(plain, 3, 10)
+    losses, step, seen = [], 0, 0
+    sampler_data = DigitsDataModule(augment=Augmentation(), image_size=8, batch_size=16, num_workers=0)
+    sampler_data.setup()
+    loader = sampler_data.train_dataloader()
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        for number, batch in zip(range(20), loader, strict=False):
+            images, target = mixing(batch.image, batch.label, 10, (5, seen, 0))
+            seen += 1
+            loss = torch.sum(-(0.9 * target + 0.01) * F.log_softmax(model(images), -1), -1).mean() / 2
+            loss.backward()
+            losses.append(loss.item())  # as Lightning hands it on: divided by the accumulation
+            if number % 2:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                plain.step()
+                plain.zero_grad()
+                step += 1
+                scheduler.step_update(step)
+                weights = [parameter.detach().clone() for parameter in model.parameters()]
+                decay = min(0.9, step / (9 + step))  # the first update copies, so n counts from 0 at step 1
+                average = weights if step == 1 else [
+                    decay * old + (1 - decay) * new for old, new in zip(average, weights, strict=True)
+                ]  # fmt: skip
+    assert len(losses) == 60
+    assert recorded.losses == pytest.approx(losses, rel=1e-5)
+    for ours, theirs in zip(module.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # key biases: Adam on rounding noise
+    for ours, theirs in zip(ema.average.model.parameters(), average, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_validation__counts_and_ignores():
+    module, _ = build()
+    module.eval()
+    images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
+    labels[[2, 7]] = IGNORE
+    for part in (slice(0, 5), slice(5, 12)):
+        module.update_metrics(Sample(images[part], labels[part], None))
+    metrics = module.compute_metrics("val/")
+    with torch.no_grad():
+        logits = module.model(images)
+    kept = labels != IGNORE
+    order = logits[kept].argsort(1, descending=True)
+    assert metrics["val/top1"] == pytest.approx(100 * (order[:, 0] == labels[kept]).float().mean().item())
+    hits = (order[:, :5] == labels[kept][:, None]).any(1)
+    assert metrics["val/top5"] == pytest.approx(100 * hits.float().mean().item())
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits[kept], labels[kept]).item(), rel=1e-5)
+
+
+def test_validation__fewer_than_five_classes():
+    model = create_model("vit_nano", 2, 8, depth=1)
+    module = ImageClassifier(model, CrossEntropy(), 2)
+    module.update_metrics(Sample(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]), None))
+    assert module.compute_metrics("")["top5"] == 100
+
+
+def test_forward__distilled_model_averages_its_heads():
+    model = create_model("deit_nano_distilled", 10, 8, depth=1).eval()
+    module = ImageClassifier(model, CrossEntropy(), 10).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(module(images), model(images))
+
+
+def test_ema__measured_beside_the_raw_weights_and_kept_apart(tmp_path):
+    module, data = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
+    ema = EMA(decay=0.99, warmup=False)
+    fit = trainer(tmp_path, [ema], max_epochs=1, limit_train_batches=8)
+    fit.fit(module, datamodule=data)
+    averaged = copy.deepcopy(ema.average)
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    assert not torch.equal(averaged.model.head.weight, module.model.head.weight)
+    for model, suffix in ((module, ""), (averaged, "_ema")):
+        model.eval()
+        for batch in data.val_dataloader():
+            model.update_metrics(batch)
+        for name, value in model.compute_metrics("val/").items():
+            assert fit.callback_metrics[f"{name}{suffix}"] == pytest.approx(float(value), rel=1e-5)
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert torch.equal(checkpoint["state_dict"]["model.head.weight"], averaged.model.head.weight)
+    assert torch.equal(checkpoint["current_model_state"]["model.head.weight"], module.model.head.weight)
+
+
+def test_ema__averages_float_buffers_and_copies_counters(tmp_path):
+    model = create_model("resnet10t", 10)
+    module = ImageClassifier(
+        model, CrossEntropy(), 10, OptimizerFactory(lr_scaling="none"), CosineSchedule(per_step=True)
+    )
+    data = DigitsDataModule(augment=Augmentation(), image_size=32, batch_size=4, num_workers=0)
+    ema = EMA(decay=0.5, warmup=False)
+    trainer(tmp_path, [ema], max_epochs=1, limit_train_batches=3, limit_val_batches=1).fit(module, datamodule=data)
+    average = dict(ema.average.model.named_buffers())
+    assert average["bn1.num_batches_tracked"] == 3
+    assert not torch.equal(average["bn1.running_mean"], model.bn1.running_mean)
+
+
+def test_ema__refuses():
+    with pytest.raises(ConfigError, match=r"callbacks.ema.decay=1.0"):
+        EMA(decay=1.0)
+
+
+def test_checkpointing__same_gradients_or_refused():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    gradients = []
+    for checkpointing in (False, True):
+        module, _ = build(checkpointing=checkpointing)
+        loss = F.cross_entropy(module(images), labels)
+        loss.backward()
+        gradients.append(module.model.blocks[0].attn.qkv.weight.grad)
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ConfigError, match=r"checkpointing=true: Linear does not support it"):
+        ImageClassifier(torch.nn.Linear(2, 2), CrossEntropy(), 2, checkpointing=True)

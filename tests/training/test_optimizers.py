@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from vitrail.errors import ConfigError
+from vitrail.models import create_model
+from vitrail.training import OptimizerFactory
+
+
+def names_of(model, optimizer, **conditions):
+    wanted = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if all(group[key] == value for key, value in conditions.items())
+        for parameter in group["params"]
+    }
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def test_weight_decay__where_the_published_recipes_have_it():
+    """DeiT: not for biases, norms, position embedding and class token; matrices and the patch kernel only."""
+    model = create_model("deit_tiny_patch16_224", num_classes=10, img_size=32)
+    optimizer = OptimizerFactory(weight_decay=0.05).build(model, 512)
+    decayed, free = names_of(model, optimizer, weight_decay=0.05), names_of(model, optimizer, weight_decay=0.0)
+    assert decayed | free == {name for name, _ in model.named_parameters()}
+    assert {"cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.3.attn.qkv.bias", "head.bias"} <= free
+    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"} <= decayed
+    assert len(decayed) == 2 + 12 * 4
+
+
+@pytest.mark.parametrize(("rule", "lr"), [("linear", 1e-3), ("sqrt", 5e-4 * 2**0.5), ("none", 5e-4)])
+def test_lr__scaled_to_the_effective_batch(rule, lr):
+    factory = OptimizerFactory(lr=5e-4, lr_scaling=rule, lr_reference_batch=512)
+    optimizer = factory.build(torch.nn.Linear(2, 2), 1024)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+    assert "effective batch 1024" in factory.describe(1024)
+    assert f"lr {lr:.3g}" in factory.describe(1024)
+
+
+def test_layer_decay__lower_for_earlier_blocks():
+    model = create_model("vit_nano", 10, 32)
+    optimizer = OptimizerFactory(layer_decay=0.5).build(model, 512)
+    scale = {
+        name: group["lr_scale"]
+        for group in optimizer.param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is member for member in group["params"])
+    }
+    assert scale["head.weight"] == 1
+    ratios = [scale[f"blocks.{n}.mlp.fc1.weight"] / scale[f"blocks.{n + 1}.mlp.fc1.weight"] for n in range(5)]
+    assert ratios == pytest.approx([0.5] * 5)
+    assert scale["patch_embed.proj.weight"] == pytest.approx(scale["blocks.0.mlp.fc1.weight"] / 2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "lion", "muon"])
+def test_any_optimiser_of_timm__by_name(name):
+    model = create_model("vit_nano", 10, 32)
+    assert OptimizerFactory(name=name).build(model, 512).param_groups
+
+
+def test_refuses():
+    with pytest.raises(ConfigError, match=r"optimizer.lr_scaling=quadratic: must be one of linear, sqrt, none"):
+        OptimizerFactory(lr_scaling="quadratic")
+    with pytest.raises(ConfigError, match=r"optimizer.name=adamm"):
+        OptimizerFactory(name="adamm").build(torch.nn.Linear(2, 2), 512)
+    with pytest.raises(ConfigError, match=r"optimizer.name=adamw: .*colour"):
+        OptimizerFactory(colour="red").build(torch.nn.Linear(2, 2), 512)
