@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training stay together
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow test-lowest lint format benchmark clean
@@ -27,13 +28,16 @@ train: $(VENV)/.installed  ## Train a small ViT on the embedded digits (no netwo
 	@$(BIN)/python src/train.py $(ARGS)
 
 test: $(VENV)/.dev  ## Run the whole test suite (about 8 minutes on 2 cores)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the tests that take longer, too
-	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) -m 'slow or not slow' $(ARGS)
 
 test-lowest:  ## Run the suite with the lowest versions that pyproject.toml allows, in .venv-lowest
-	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=$(CURDIR)/.venv-lowest/constraints.txt .venv-lowest/constraints.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	sed -nE 's/^ *"([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --disable-pip-version-check -q -c .venv-lowest/constraints.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pytest $(PYTEST) $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, style, types and the arrows between the rooms
 	$(BIN)/ruff format --check .

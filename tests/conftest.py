@@ -7,6 +7,13 @@ os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that look at the same finished training run in the same process."""
+    for item in items:
+        if "finished" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("finished"))
+
+
 @pytest.fixture
 def image_tree(tmp_path):
     """`train/` and `val/` of two classes, real JPEGs of scikit-learn's two photographs."""

@@ -1,10 +1,12 @@
 """Two real processes with gloo: same curve as one process, every image once."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from programs import metrics, run, run_directories, train
+from programs import PROJECT, QUICK, environment, metrics, run, run_directories, train
 
 
 def test_ddp__same_loss_curve_as_one_process(tmp_path):
@@ -30,6 +32,24 @@ def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
         results.append(json.loads((run_directories(logs, "eval")[-1] / "results.json").read_text())["raw"])
     assert results[1]["top1"] == pytest.approx(results[0]["top1"], abs=1e-4)
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+
+
+def test_torchrun__one_run_directory_for_all_ranks(tmp_path):
+    """Processes that torchrun starts compose their configs themselves, and still share one directory."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    result = subprocess.run(
+        [sys.executable, *command, "--rdzv-endpoint=127.0.0.1:0", str(PROJECT / "src/train.py")]
+        + ["trainer=ddp_cpu_2", "data.batch_size=16", *QUICK[1:]],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (directory,) = run_directories(tmp_path)
+    assert len(metrics(directory)) == 1
+    assert result.stdout.count("Training finished") == 1
 
 
 @pytest.fixture

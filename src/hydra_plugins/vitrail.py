@@ -35,6 +35,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 _RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
 )
 
 
@@ -43,8 +44,23 @@ _RANK_VARIABLES = (
 
 @cache
 def _stamp() -> str:
-    """Date, time and a part that two jobs started in the same second do not share; one per process."""
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
+    """Date, time and a part that two jobs started in the same second do not share; one for all processes of a job."""
+    stamp = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
+    return _agree(stamp) if "TORCHELASTIC_RUN_ID" in os.environ else stamp
+
+
+def _agree(stamp: str) -> str:
+    """Under torchrun every process composes its config itself: take the stamp of rank 0, through torchrun's store.
+
+    (The ranks that Lightning starts are given the run directory on their command line.)
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"vitrail/stamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if os.environ["RANK"] == "0":
+        store.set(key, stamp)
+    return store.get(key).decode()
 
 
 def _run_dir(logs: str, task: str, resume: str | None) -> str:

@@ -138,7 +138,7 @@ class ImageClassifier(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         return data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
         """Tell timm's scheduler the number of finished epochs or steps."""
         scheduler.step(self.current_epoch + 1)
         scheduler.step_update(self.global_step)
