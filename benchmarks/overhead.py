@@ -4,7 +4,7 @@ Both train the same backbone on the same batches, in turns within one process, s
 The framework's side is what `python src/train.py` runs: LightningModule, EMA, speed monitor, logging, progress bar,
 metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for` loop.
 
-Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 12]
+Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 64]
 """
 
 import argparse
@@ -97,14 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="steps a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; one more is thrown away first")
-    parser.add_argument("--batch", type=int, default=12, help="images a step")
+    parser.add_argument("--batch", type=int, default=64, help="images a step")
     args = parser.parse_args()
     data, ratios, steps = Fixed(args.steps, args.batch), [], []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds + 1):
             torch.manual_seed(0)
-            plain = bare(create_model("vit_nano", 10, 32), data)
-            whole = framework(create_model("vit_nano", 10, 32), data, folder)
+            plain = bare(create_model("deit_nano", 10, 32), data)
+            whole = framework(create_model("deit_nano", 10, 32), data, folder)
             if number:
                 ratios.append(whole / plain)
                 steps.append(1000 * plain / len(data.batches))

@@ -32,7 +32,10 @@ def test_config__misspelt(arguments, sentence, tmp_path):
         (["data.batch_size=2000"], "data.batch_size=2000 on 1 devices is more than the 1438 training images."),
         (["trainer=gpu"], "trainer.accelerator=gpu: no GPU is visible here"),
         (["model=timm", "model.name=resnet51"], "model.name=resnet51: no such backbone; did you mean resnet5"),
-        (["data.image_size=18"], "data.image_size=18: vit_nano needs a multiple of its patch size 4"),
+        (
+            ["model=deit_nano", "data.image_size=18"],
+            "data.image_size=18: deit_nano needs a multiple of its patch size 4",
+        ),
         (["optimizer.name=adamm"], "optimizer.name=adamm"),
         (["resume=/nowhere"], "resume=/nowhere: no run directory"),
         (["data=fashion_mnist", "data.download=false"], "FashionMNIST is not there and data.download=false."),

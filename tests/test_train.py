@@ -61,7 +61,7 @@ def test_metrics__one_row_an_epoch_with_all_that_is_promised(finished):
 
 def test_terminal__shows_summary_progress_and_table(finished):
     directory, output = finished
-    for expected in ("1.20 M parameters", "VisionTransformer", "epoch 2/2", "Training finished", "best top-1", "EMA"):
+    for expected in ("0.23 M parameters", "VisionTransformer", "epoch 2/2", "Training finished", "best top-1", "EMA"):
         assert expected in output
     assert f"eval.py ckpt={directory.relative_to(directory.parents[2])}" in output
     results = json.loads((directory / "results.json").read_text())

@@ -38,21 +38,22 @@ def test_registry__importing_vitrail_is_enough():
     assert {"vit_nano", "deit_nano", "deit_nano_distilled"} <= set(timm.list_models())
     model = timm.create_model("vit_nano", num_classes=7, img_size=28, in_chans=1)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
-    assert timm.create_model("deit_nano", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert timm.create_model("deit_nano", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
 
 
 def test_create_model__image_size_only_where_weights_depend_on_it():
     assert create_model("resnet18", num_classes=3, img_size=64)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     model = create_model("deit_tiny_patch16_224", num_classes=3, img_size=64)
     assert model.pos_embed.shape == (1, 17, 192)
-    assert create_model("vit_nano", num_classes=3, img_size=(16, 32)).pos_embed.shape == (1, 32, 128)
+    assert create_model("vit_nano", num_classes=3, img_size=(16, 32)).pos_embed.shape == (1, 8, 64)
+    assert create_model("deit_nano", num_classes=3, img_size=(16, 32)).pos_embed.shape == (1, 33, 64)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "deit_smal_patch16_224"}, "did you mean deit_small_patch16_224"),
-        ({"name": "vit_nano", "img_size": 30}, "data.image_size=30: vit_nano needs a multiple of its patch size 4"),
+        ({"name": "deit_nano", "img_size": 30}, "data.image_size=30: deit_nano needs a multiple of its patch size 4"),
         ({"name": "vit_nano", "colour": "red"}, "model.name=vit_nano: .*colour"),
     ],
 )

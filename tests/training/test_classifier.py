@@ -81,10 +81,12 @@ def test_training__equals_a_plain_loop(tmp_path):
                 ]  # fmt: skip
     assert len(losses) == 60
     assert recorded.losses == pytest.approx(losses, rel=1e-5)
-    for ours, theirs in zip(module.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # key biases: Adam on rounding noise
-    for ours, theirs in zip(ema.average.model.parameters(), average, strict=True):
-        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in ((module.model, list(model.parameters())), (ema.average.model, average)):
+        for (name, one), other in zip(ours.named_parameters(), theirs, strict=True):
+            one, other = one.detach(), other.detach()
+            if name.endswith("qkv.bias"):  # no loss depends on the keys' biases: Adam blows up rounding noise there
+                one, other = (torch.cat((bias[:64], bias[128:])) for bias in (one, other))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_validation__counts_and_ignores():
