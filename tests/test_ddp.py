@@ -36,10 +36,10 @@ def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
 
 def test_torchrun__one_run_directory_for_all_ranks(tmp_path):
     """Processes that torchrun starts compose their configs themselves, and still share one directory."""
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    arguments = ["trainer=ddp_cpu_2", "data.batch_size=16", *QUICK[1:]]
     result = subprocess.run(
-        [sys.executable, *command, "--rdzv-endpoint=127.0.0.1:0", str(PROJECT / "src/train.py")]
-        + ["trainer=ddp_cpu_2", "data.batch_size=16", *QUICK[1:]],
+        [sys.executable, *torchrun, str(PROJECT / "src/train.py"), *arguments],
         env=environment(tmp_path),
         capture_output=True,
         text=True,

@@ -1,5 +1,7 @@
 """Every shipped config composes, and what it says is what is built."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,17 @@ def test_optimizers_schedules_objectives__build():
             built = instantiate(composed(f"{group}={path.stem}")[group], group)
             if group == "optimizer":
                 built.build(torch.nn.Linear(2, 2), 64)
+
+
+def test_readme__every_training_command_composes():
+    text = (PROJECT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python src/train\.py ([^`#\n]+)", text)
+    assert len(commands) >= 5
+    for command in commands:
+        overrides = [
+            word for word in shlex.split(command) if "=" in word and not word.startswith(("resume=", "hydra."))
+        ]
+        composed(*[f"{word.partition(',')[0]}" if "-m" in command else word for word in overrides])
 
 
 def test_strategy__follows_the_trainer_and_the_user():

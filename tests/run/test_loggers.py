@@ -106,13 +106,17 @@ def test_several_loggers__without_key_and_network(tmp_path):
     assert len(list((tmp_path / "mlruns").rglob("first_batch.png"))) == 1
 
 
-def test_wandb__resume_keeps_the_run(tmp_path):
-    directory = train("logger=wandb", *QUICK, logs=tmp_path, WANDB_MODE="offline")
+def test_resume__keeps_the_loggers_runs(tmp_path):
+    directory = train("logger=[wandb,mlflow]", *QUICK, logs=tmp_path, WANDB_MODE="offline")
     identity = (directory / "wandb_id.txt").read_text()
     result = run("train.py", f"resume={directory}", "epochs=2", logs=tmp_path, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
     assert (directory / "wandb_id.txt").read_text() == identity
     assert {path.stem for path in directory.glob("wandb/*/run-*.wandb")} == {f"run-{identity}"}
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchall() == [(1,)]
+        steps = database.execute("select count(*) from metrics where key = 'val/top1'").fetchall()
+    assert steps == [(2,)]
 
 
 def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):

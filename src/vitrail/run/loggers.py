@@ -167,7 +167,7 @@ def tensorboard(run_dir: str, **kwargs: Any) -> TensorBoardLogger:
 
 
 def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> MLFlowLogger:
-    """Log to an MLflow server or database.
+    """Log to an MLflow server or database; the run's id is kept in `mlflow_id.txt` for a resumed training.
 
     Args:
         run_dir: the run directory; its name becomes the run's.
@@ -181,9 +181,19 @@ def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> M
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training reports to nobody unasked
     if tracking_uri.startswith("sqlite:///"):  # MLflow would put pictures into the working directory
         kwargs.setdefault("artifact_location", str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlruns"))
+    directory = Path(run_dir)
+    id_file = directory / "mlflow_id.txt"
     try:
-        return MLFlowLogger(
-            experiment_name=experiment, tracking_uri=tracking_uri, run_name=Path(run_dir).name, **kwargs
+        logger = MLFlowLogger(
+            experiment_name=experiment,
+            tracking_uri=tracking_uri,
+            run_name=directory.name,
+            run_id=id_file.read_text().strip() if id_file.is_file() else None,
+            **kwargs,
         )
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow: not installed, pip install 'vitrail[tracking]'.") from error
+    if is_rank_zero() and not id_file.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        id_file.write_text(logger.run_id or "")
+    return logger
