@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -78,7 +77,7 @@ def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictCo
         defaults: as composed without it; what differs follows from the command line, through interpolations too.
         directory: the run.
     """
-    saved = OmegaConf.create(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+    saved = OmegaConf.load(directory / "config.yaml")
     assert isinstance(saved, DictConfig)
     before, now = _leaves(plain(defaults)), _leaves(plain(config))
     with open_dict(saved):

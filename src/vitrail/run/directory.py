@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
 from vitrail.errors import ConfigError
 
@@ -59,9 +59,9 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
             self.write("overrides.txt", "".join(f"{override}\n" for override in overrides))
-            self.write("versions.yaml", yaml.safe_dump(versions(), sort_keys=False))
+            self.write("versions.yaml", OmegaConf.to_yaml(OmegaConf.create(versions())))
         except OSError as error:
             raise ConfigError(f"paths.logs: cannot write to {self.path} ({error.strerror}).") from error
 
