@@ -78,7 +78,7 @@ def test_optimizers_schedules_objectives__build():
 
 def test_readme__every_training_command_composes():
     text = (PROJECT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"python src/train\.py ([^`#\n]+)", text)
+    commands = re.findall(r"python src/train\.py ([^`#\n)]+)", text)
     assert len(commands) >= 5
     for command in commands:
         overrides = [

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig
 from rich import get_console
 from torch import nn
@@ -166,7 +167,8 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
         default_root_dir=str(run.path),
     )
     for logger in loggers:
-        logger.log_hyperparams(plain(config))
+        if not (config.resume and isinstance(logger, MLFlowLogger)):  # MLflow refuses a run whose parameters change
+            logger.log_hyperparams(plain(config))
     return trainer
 
 

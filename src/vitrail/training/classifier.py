@@ -74,8 +74,8 @@ class ImageClassifier(L.LightningModule):
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Mix a training batch on its device, so that callbacks see what the network sees."""
-        if not self.training or self.mixing is None:
-            return batch
+        if not self.training or self.mixing is None or not isinstance(batch, Sample):
+            return batch  # the summary sends its example through here, a bare tensor
         batches_seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         key = (self.seed, batches_seen, self.global_rank)
         image, label = self.mixing(batch.image, batch.label, self.num_classes, key)
