@@ -142,3 +142,25 @@ def test_mixing__refuses():
         Mixing(0, 0)
     with pytest.raises(ConfigError, match=r"augment.mix.mode=pairs"):
         Mixing(mode="pairs")
+
+
+@pytest.mark.parametrize("name", ["rand-m10-n8-inc1", "rand-m10-n8", "original", "v0"])
+def test_posterize__down_to_no_bits_at_all(name):
+    """Current Pillow refuses 0 bits, which timm draws at the highest magnitude; the published runs got a black picture."""
+    from PIL import Image
+
+    from vitrail.data.augment import Pixels
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    transform = Augmentation(auto_augment=name).training(Pixels(16, (0.5,) * 3, (0.5,) * 3), hflip=0.0)
+    (stage,) = [stage for stage in transform.transforms if hasattr(stage, "ops") or hasattr(stage, "policy")]
+    operations = getattr(stage, "ops", None) or [operation for policy in stage.policy for operation in policy]
+    posterize = [operation for operation in operations if operation.name.startswith("Posterize")]
+    assert posterize
+    for operation in posterize:
+        assert np.asarray(operation.aug_fn(picture, 0)).max() == 0
+        assert np.array_equal(np.asarray(operation.aug_fn(picture, 3)), np.asarray(picture) & 0b11100000)
+        assert operation.aug_fn(picture, 8) is picture
+    for index in range(300):
+        with seeded(index):
+            transform(picture)

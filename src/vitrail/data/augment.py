@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
+from torchvision import transforms
 
 from vitrail.data.mixing import Mixing
 
@@ -63,7 +64,7 @@ class Augmentation:
         """Transform from an RGB image to (3, H, W); `hflip` is used where the augmentation names none."""
         if not self.enabled:
             return self.evaluation(pixels)
-        return create_transform(
+        transform = create_transform(
             input_size=pixels.size,
             is_training=True,
             scale=tuple(self.scale),
@@ -79,6 +80,8 @@ class Augmentation:
             re_mode=self.erase_mode,
             re_count=self.erase_count,
         )
+        _mend_posterize(transform)
+        return transform
 
     def evaluation(self, pixels: Pixels) -> Transform:
         """Resize and crop from an RGB image to (3, H, W), the same for every call."""
@@ -91,3 +94,21 @@ class Augmentation:
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
+
+
+def _mend_posterize(transform: transforms.Compose) -> None:
+    """Let timm's RandAugment and AutoAugment keep 0 bits of a colour, as they draw in 2 % of their posterisations.
+
+    Pillow made the picture black there, which the published runs saw; current versions raise an error.
+    """
+    for stage in transform.transforms:
+        policies = [operation for policy in getattr(stage, "policy", ()) for operation in policy]
+        for operation in [*getattr(stage, "ops", ()), *policies]:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
