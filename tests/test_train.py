@@ -134,6 +134,25 @@ def test_resume__after_kill(tmp_path):
         assert row["val/top1_ema"] == pytest.approx(other["val/top1_ema"], abs=1e-3)
 
 
+def test_interrupt__says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "src/train.py"), "trainer=cpu", "callbacks.progress=null"],
+        env=environment(tmp_path, COLUMNS="400"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "epoch 1/30" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"resume={run_directories(tmp_path)[0]} goes on" in output
+    assert "Traceback" not in output
+
+
 def test_own_images__with_everything_on(image_tree, tmp_path):
     """Real JPEGs, DeiT's augmentation with mixing, a distilled backbone, accumulation, clipping, loader workers."""
     directory = train(

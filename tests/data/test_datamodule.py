@@ -146,7 +146,7 @@ def test_mixing__refuses():
 
 @pytest.mark.parametrize("name", ["rand-m10-n8-inc1", "rand-m10-n8", "original", "v0"])
 def test_posterize__down_to_no_bits_at_all(name):
-    """Current Pillow refuses 0 bits, which timm draws at the highest magnitude; the published runs got a black picture."""
+    """Current Pillow refuses 0 bits, which timm draws at the highest magnitude; older ones gave a black picture."""
     from PIL import Image
 
     from vitrail.data.augment import Pixels

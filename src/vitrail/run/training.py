@@ -62,9 +62,16 @@ def train(config: DictConfig) -> dict[str, Any]:
     log_settings(config, module, data, trainer, run)
 
     started = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint_to_resume(config, run, module.model), weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    checkpoint = checkpoint_to_resume(config, run, module.model)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        if not trainer.interrupted:
+            raise
+        log.info(
+            "interrupted in epoch %d; resume=%s goes on after the last whole one", trainer.current_epoch + 1, run.path
+        )
+        raise KeyboardInterrupt from None
     results = summarise(csv_log, trainer, time.monotonic() - started, run)
     if trainer.is_global_zero:
         run.write_results(results)
