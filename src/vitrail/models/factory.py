@@ -1,18 +1,21 @@
-"""Build any backbone by its timm name, and read its heads."""
+"""Build any backbone by its timm name."""
 
 import difflib
 from typing import Any
 
 import timm
-from timm.models.deit import VisionTransformerDistilled
-from torch import Tensor, nn
+from torch import nn
 
 from vitrail.errors import ConfigError
-from vitrail.types import Heads
+from vitrail.models.heads import add_dense_head
 
 
 def create_model(
-    name: str, num_classes: int, img_size: int | tuple[int, int] | None = None, **kwargs: Any
+    name: str,
+    num_classes: int,
+    img_size: int | tuple[int, int] | None = None,
+    dense_head: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
     """Build the backbone that timm or vitrail registers as `name`.
 
@@ -21,6 +24,7 @@ def create_model(
         num_classes: outputs of the classifier; 0 leaves the classifier out.
         img_size: side of the input in pixels, or (height, width); passed on to backbones whose weights depend on it
             (ViTs), which convolutional networks do not take.
+        dense_head: add a classifier of patch tokens, which token labelling needs; any ViT can have one.
         kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None leaves timm's default.
 
     Raises:
@@ -37,7 +41,7 @@ def create_model(
         raise ConfigError(f"model.name={name}: {error or type(error).__name__}") from error
     if fixed_size and (patch := getattr(model, "patch_embed", None)) is not None and img_size is not None:
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
-    return model
+    return add_dense_head(model) if dense_head else model
 
 
 def _check_patches(name: str, img_size: int | tuple[int, int], patch_size: tuple[int, int] | None) -> None:
@@ -48,15 +52,3 @@ def _check_patches(name: str, img_size: int | tuple[int, int], patch_size: tuple
             f"data.image_size={img_size}: {name} needs a multiple of its patch size {patch_size[0]}; "
             "change data.image_size or model.patch_size."
         )
-
-
-def forward_heads(model: nn.Module, images: Tensor) -> Heads:
-    """Logits of each head of `model` for `images` (B, 3, H, W), in training and in evaluation mode.
-
-    timm's distilled ViTs average their two heads unless asked for both; here both are always returned.
-    """
-    if isinstance(model, VisionTransformerDistilled):
-        features = model.forward_features(images)  # (B, 2 + N, D), class token and distillation token first
-        cls, distill = model.head_drop(features[:, 0]), model.head_drop(features[:, 1])
-        return Heads(cls=model.head(cls), distill=model.head_dist(distill))
-    return Heads(cls=model(images))

@@ -1,0 +1,208 @@
+"""LV-ViT (Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers",
+arXiv:2104.10858): a ViT with a convolutional stem, scaled residual branches, and logits for every token.
+
+Numerically equal to the official code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59), whose checkpoints load.
+`vit` and `lvvit` are that repository's baselines: the first has plain patches, neither has token logits.
+
+Where that code surprises, and what is done here (docs/fidelity.md has the whole table):
+- `model(images)` is one (B, C) tensor in training mode, too: class logits + 0.5 max over tokens. `forward_heads` gives
+  class and token logits apart, and takes the box of MixToken, which the official model draws inside its forward pass.
+- `reset_classifier` also resets the classifier of tokens, which the official one forgets.
+- `drop_rate` is timm's (before the classifier); the official one is `pos_drop_rate` and `proj_drop_rate` together.
+- Layers of attention only or MLP only (the official `order=`) are not offered; no published model uses them.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vitrail.models.checkpoints import checkpoint_filter
+from vitrail.models.heads import DenseHead
+from vitrail.models.stem import Stem
+
+
+class ConvStem(Stem):
+    """Three convolutions at half the resolution, with BatchNorm and ReLU, then one of stride patch_size / 2.
+
+    Args:
+        img_size, patch_size, kwargs: see `Stem`.
+        in_chans: channels of the image.
+        embed_dim: width of the tokens.
+        width: channels of the first three convolutions.
+
+    Raises:
+        ValueError: an odd patch size.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        width: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(img_size, patch_size, **kwargs)
+        if any(side % 2 for side in self.patch_size):
+            raise ValueError(f"patch_size={patch_size}: the convolutional stem halves the image first; choose even.")
+        stride = (self.patch_size[0] // 2, self.patch_size[1] // 2)
+        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.proj = nn.Conv2d(width, embed_dim, stride, stride=stride)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens: half the side rounded up, then as many whole strides as fit."""
+        height, width = ((side + 1) // 2 // (patch // 2) for side, patch in zip(img_size, self.patch_size, strict=True))
+        return height, width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to tokens (B, N, embed_dim)."""
+        self.check(images)
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        x = self.proj(x)
+        return x.flatten(2).transpose(1, 2) if self.flatten else x.permute(0, 2, 3, 1)
+
+
+class ScaledBlock(Block):
+    """Block whose residual branches are divided by `skip_lam`, against the growth of features with depth."""
+
+    def __init__(self, *args: Any, skip_lam: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_lam = skip_lam
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """(B, N, C) to the same shape."""
+        x = torch.add(x, self.drop_path1(self.attn(self.norm1(x), **mask)), alpha=1 / self.skip_lam)
+        return torch.add(x, self.drop_path2(self.mlp(self.norm2(x))), alpha=1 / self.skip_lam)
+
+
+class LVViT(VisionTransformer):
+    """timm's ViT with LV-ViT's stem and residual scale.
+
+    Args:
+        skip_lam: divisor of the residual branches.
+        stem_width: channels of the convolutional stem; None cuts plain patches.
+        kwargs: timm's.
+    """
+
+    def __init__(self, skip_lam: float = 1.0, stem_width: int | None = 64, **kwargs: Any) -> None:
+        defaults: dict[str, Any] = {
+            "qkv_bias": False,
+            "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+            "block_fn": partial(ScaledBlock, skip_lam=skip_lam),
+        }
+        if stem_width is not None:
+            defaults["embed_layer"] = partial(ConvStem, width=stem_width)
+        super().__init__(**{**defaults, **kwargs})
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Draw the weights as the official code does: truncated normal of 0.02, for the class token, too."""
+        super().init_weights(mode, needs_reset)
+        trunc_normal_(self.cls_token, std=0.02)
+
+
+class DenseLVViT(DenseHead, LVViT):
+    """LV-ViT with its classifier of tokens."""
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+_RELEASES = "https://github.com/zihangJiang/TokenLabeling/releases/download/"
+
+
+def _cfg(file: str = "", side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": _RELEASES + file if file else "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.conv1",
+        "classifier": ("head", "aux_head"),
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2104.10858",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "lvvit_t.in1k": _cfg("v0.2.0/lvvit_t.pth"),
+        "lvvit_s.in1k": _cfg("1.0/lvvit_s-26M-224-83.3.pth.tar"),
+        "lvvit_s.in1k_384": _cfg("1.0/lvvit_s-26M-384-84.4.pth.tar", side=384),
+        "lvvit_m.in1k": _cfg("1.0/lvvit_m-56M-224-84.0.pth.tar", crop_pct=1.0),
+        "lvvit_m.in1k_384": _cfg("1.0/lvvit_m-56M-384-85.4.pth.tar", side=384, crop_pct=1.0),
+        "lvvit_m.in1k_448": _cfg("1.0/lvvit_m-56M-448-85.5.pth.tar", side=448, crop_pct=1.0),
+        "lvvit_l.untrained": _cfg(crop_pct=1.0),
+        "lvvit_l.in1k_448": _cfg("1.0/lvvit_l-150M-448-86.2.pth.tar", side=448, crop_pct=1.0),
+        "lvvit_l.in1k_512": _cfg("1.0/lvvit_l-150M-512-86.4.pth.tar", side=512, crop_pct=1.0),
+        "lvvit.untrained": _cfg(classifier="head"),
+        "vit.untrained": _cfg(classifier="head", first_conv="patch_embed.proj"),
+    }
+)
+
+
+def _create(model_class: type[LVViT], variant: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LVViT:
+    return build_model_with_cfg(
+        model_class,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{"mlp_ratio": 3, **architecture, **kwargs},
+    )
+
+
+@register_model
+def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-T: 8.5 M parameters, 2.9 G MACs, 79.1 % top-1."""
+    return _create(DenseLVViT, "lvvit_t", pretrained, kwargs, embed_dim=240, depth=12, num_heads=4)
+
+
+@register_model
+def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S: 26.2 M parameters, 6.6 G MACs, 83.3 % top-1; 84.4 % at 384 pixels."""
+    return _create(DenseLVViT, "lvvit_s", pretrained, kwargs, embed_dim=384, depth=16, num_heads=6, skip_lam=2)
+
+
+@register_model
+def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-M: 55.8 M parameters, 84.0 % top-1; 85.4 % at 384 pixels, 85.5 % at 448."""
+    return _create(DenseLVViT, "lvvit_m", pretrained, kwargs, embed_dim=512, depth=20, num_heads=8, skip_lam=2)
+
+
+@register_model
+def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-L: 150 M parameters; 86.2 % top-1 at 448 pixels, 86.4 % at 512."""
+    config = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3, "stem_width": 128}
+    return _create(DenseLVViT, "lvvit_l", pretrained, kwargs, **config)
+
+
+@register_model
+def lvvit(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S without token logits: 25.8 M parameters."""
+    return _create(LVViT, "lvvit", pretrained, kwargs, embed_dim=384, depth=16, num_heads=6, skip_lam=2)
+
+
+@register_model
+def vit(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """The baseline of the LV-ViT paper: plain patches, residuals not scaled; 24.4 M parameters."""
+    return _create(LVViT, "vit", pretrained, kwargs, embed_dim=384, depth=16, num_heads=6, stem_width=None)

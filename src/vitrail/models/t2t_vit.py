@@ -1,0 +1,432 @@
+"""T2T-ViT: Tokens-to-Token ViT (Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on
+ImageNet", arXiv:2101.11986), and the designs borrowed from CNNs that the paper studies.
+
+A tokens-to-token stem, a class token, a fixed sinusoid position table, and a deep, narrow ViT without bias in q, k, v.
+Numerically equal to the official code (github.com/yitu-opensource/T2T-ViT, commit 0f63dc9), whose checkpoints load.
+
+Where that code surprises, and what is done here (docs/fidelity.md has the whole table):
+- The performer keeps its published dropout of 0.1 and its eps; `token_drop=0` and `performer_eps=0` take them away.
+  It is computed so that it neither overflows nor divides 0 by 0.
+- Images need not be square, and their sides no multiple of 16: the grid follows from the splits.
+- The attention scale is head_dim^-1/2 in every case; the official `pretrained=True` sets embed_dim^-1/2, with which
+  the published weights were not trained.
+- Position table and random features are buffers: in checkpoints as published, in no optimiser, not in `parameters()`.
+- The dense variant's stochastic depth follows the stage on a ramp of 12 steps, as published: a rate of 0.1 gives at
+  most 0.027. `drop_path_by="block"` makes it linear over the blocks, as in the others.
+- `drop_rate` is timm's (before the classifier); the official one is `pos_drop_rate` and `proj_drop_rate` together.
+- `tokens_type="convolution"`, which the official code offers and cannot run, is not offered.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention, calculate_drop_path_rates, trunc_normal_, use_fused_attn
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vitrail.models.checkpoints import checkpoint_filter
+from vitrail.models.tokens_to_token import TokensToToken
+
+_NORM = partial(nn.LayerNorm, eps=1e-5)
+
+
+def sinusoid_table(positions: int, dim: int) -> Tensor:
+    """Position table (1, positions, dim) of "Attention Is All You Need" (arXiv:1706.03762): sin in even columns."""
+    frequencies = 10000 ** -(2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())
+    return table.float().unsqueeze(0)
+
+
+class T2TViT(VisionTransformer):
+    """timm's ViT with a tokens-to-token stem and a fixed position table, whose first row is the class token's.
+
+    Args:
+        tokens_type, token_dim, token_drop, performer_eps: see `TokensToToken`.
+        kwargs: timm's.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        tokens_type: str = "performer",
+        token_dim: int = 64,
+        token_drop: float = 0.1,
+        performer_eps: float = 1e-8,
+        weight_init: str = "",
+        **kwargs: Any,
+    ) -> None:
+        stem = partial(
+            TokensToToken,
+            tokens_type=tokens_type,
+            token_dim=token_dim,
+            token_drop=token_drop,
+            performer_eps=performer_eps,
+        )
+        super().__init__(embed_layer=stem, weight_init="skip", **{"qkv_bias": False, "norm_layer": _NORM, **kwargs})
+        table = self.pos_embed.data
+        del self.pos_embed  # timm's is a parameter
+        self.register_buffer("pos_embed", table)
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    # timm calls the stem `patch_embed`, the published checkpoints `tokens_to_token`.
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__("tokens_to_token" if name == "patch_embed" else name, value)
+
+    @property
+    def patch_embed(self) -> TokensToToken:
+        """The stem, under timm's name."""
+        return self.tokens_to_token
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Draw the weights as the official code does: truncated normal of 0.02 for linear layers and class token."""
+        super().init_weights(mode, needs_reset)
+        trunc_normal_(self.cls_token, std=0.02)
+        with torch.no_grad():
+            self.pos_embed.copy_(sinusoid_table(*self.pos_embed.shape[1:]))
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Resize the position table to another image size, with timm's kernel; it stays a buffer."""
+        super().set_input_size(img_size, patch_size)
+        table = self.pos_embed.data
+        del self.pos_embed
+        self.register_buffer("pos_embed", table)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's pattern of layers, with the stem under its own name."""
+        groups = super().group_matcher(coarse)
+        return {**groups, "stem": r"^cls_token|pos_embed|tokens_to_token"}
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation (Hu et al., arXiv:1709.01507) of tokens (B, N, C): channels weighed by their mean."""
+
+    def __init__(self, dim: int, reduction: int = 16) -> None:
+        super().__init__()
+        narrow = dim // reduction
+        layers = nn.Linear(dim, narrow, bias=False), nn.ReLU(), nn.Linear(narrow, dim, bias=False), nn.Sigmoid()
+        self.fc = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to the same shape."""
+        return x * self.fc(x.mean(1)).unsqueeze(1)
+
+
+class SqueezeExciteAttention(Attention):
+    """Attention with squeeze-and-excitation after its projection."""
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.se_layer = SqueezeExcite(dim)
+        self.se_drop, self.proj_drop = self.proj_drop, nn.Identity()  # dropout comes last
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """(B, N, C) to the same shape."""
+        return self.se_drop(self.se_layer(super().forward(x, **mask)))
+
+
+def _cheap(dim: int) -> nn.Conv1d:
+    """Ghost features: one weight a channel."""
+    return nn.Conv1d(dim, dim, kernel_size=1, groups=dim, bias=False)
+
+
+class GhostAttention(nn.Module):
+    """Attention whose q, k and v are half computed, half a cheap copy (GhostNet, Han et al., arXiv:1911.11907).
+
+    Raises:
+        ValueError: an option of timm's attention that the published design does not have.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, **others: Any
+    ) -> None:
+        super().__init__()
+        if others.pop("qk_norm", False) or others.pop("scale_norm", False):
+            raise ValueError("qk_norm, scale_attn_norm: ghost attention has no norms.")
+        half = dim // 2
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.q, self.k, self.v = (nn.Linear(dim, half, bias=qkv_bias) for _ in range(3))
+        self.cheap_operation_q, self.cheap_operation_k, self.cheap_operation_v = (_cheap(half) for _ in range(3))
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.fused_attn = use_fused_attn()
+
+    def _heads(self, x: Tensor, linear: nn.Linear, cheap: nn.Conv1d) -> Tensor:
+        """(B, N, C) to (B, heads, N, C / heads)."""
+        half = linear(x)
+        full = torch.cat((half, cheap(half.mT).mT), dim=2)
+        return full.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to the same shape."""
+        q = self._heads(x, self.q, self.cheap_operation_q)
+        k = self._heads(x, self.k, self.cheap_operation_k)
+        v = self._heads(x, self.v, self.cheap_operation_v)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            out = self.attn_drop(((q @ k.mT) * self.scale).softmax(-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class GhostMlp(nn.Module):
+    """MLP of ratio 3 that computes a third of its hidden layer; the rest are cheap copies of the activated part.
+
+    Raises:
+        ValueError: another ratio.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_features: int, act_layer: type[nn.Module], drop: float, **others: Any
+    ) -> None:
+        super().__init__()
+        if hidden_features != 3 * in_features:
+            raise ValueError(f"mlp_ratio={hidden_features / in_features:g}: the ghost MLP is defined for 3.")
+        self.fc1 = nn.Linear(in_features, in_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+        self.cheap_operation2, self.cheap_operation3 = _cheap(in_features), _cheap(in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to the same shape."""
+        x = self.act(self.fc1(x))
+        copies = (self.act(cheap(x.mT).mT) for cheap in (self.cheap_operation2, self.cheap_operation3))
+        return self.drop(self.fc2(self.drop(torch.cat((x, *copies), dim=2))))
+
+
+class GhostBlock(Block):
+    """timm's block without attention masks, which the ghost design has no use for."""
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, C) to the same shape."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class DenseBlock(Block):
+    """Block that appends `growth` features to its input (DenseNet, Huang et al., arXiv:1608.06993)."""
+
+    def __init__(self, dim: int, growth: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.dense_linear = nn.Linear(dim, growth)
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """(B, N, C) to (B, N, C + growth)."""
+        return torch.cat((x, self.dense_linear(super().forward(x, **mask))), dim=2)
+
+
+class Transition(nn.Module):
+    """Halves the width between two stages of the dense variant."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+        self.linear = nn.Linear(dim, dim // 2)
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """(B, N, C) to (B, N, C / 2)."""
+        return self.act(self.linear(x))
+
+
+class T2TViTDense(T2TViT):
+    """T2T-ViT with dense connections: stages of blocks that each add `growth` features, halved between stages.
+
+    Args:
+        stages: blocks of each stage.
+        growth: features that a block adds.
+        drop_path_by: "stage" as published (the i-th stage gets the i-th of 12 steps), or "block": linear over all.
+        kwargs: see `T2TViT`; `embed_dim` is the width before the first block.
+
+    Raises:
+        ValueError: an unknown `drop_path_by`.
+    """
+
+    def __init__(
+        self,
+        stages: tuple[int, ...] = (3, 6, 6, 4),
+        growth: int = 64,
+        drop_path_by: str = "stage",
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if drop_path_by not in ("stage", "block"):
+            raise ValueError(f"drop_path_by={drop_path_by}: choose stage or block.")
+        super().__init__(depth=0, weight_init="skip", **kwargs)
+        ramp = calculate_drop_path_rates(drop_path_rate, 12 if drop_path_by == "stage" else sum(stages))
+        shared = {"num_heads": kwargs["num_heads"], "mlp_ratio": kwargs["mlp_ratio"], "norm_layer": _NORM}
+        drops = {"proj_drop": kwargs.get("proj_drop_rate", 0.0), "attn_drop": kwargs.get("attn_drop_rate", 0.0)}
+        layers: list[nn.Module] = []
+        dim, block = self.embed_dim, 0
+        for stage, depth in enumerate(stages):
+            for _ in range(depth):
+                rate = ramp[stage if drop_path_by == "stage" else block]
+                layers.append(DenseBlock(dim, growth, drop_path=rate, **shared, **drops))
+                dim, block = dim + growth, block + 1
+            if stage < len(stages) - 1:
+                layers.append(Transition(dim))
+                dim //= 2
+        self.blocks = nn.Sequential(*layers)
+        widths = [x.linear.out_features if isinstance(x, Transition) else x.norm1.normalized_shape[0] + growth for x in layers]
+        self.feature_info = [{"module": f"blocks.{i}", "num_chs": w, "reduction": 16} for i, w in enumerate(widths)]
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.norm = _NORM(dim)
+        self.reset_classifier(self.num_classes)
+        if weight_init != "skip":
+            self.init_weights(weight_init, needs_reset=False)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+_RELEASES = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main/"
+
+
+def _cfg(file: str = "", side: int = 224) -> dict[str, Any]:
+    return {
+        "url": _RELEASES + file if file else "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "tokens_to_token.attention1.kqv",
+        "classifier": "head",
+        "license": "bsd-3-clause-clear",
+        "paper_ids": "arXiv:2101.11986",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "t2t_vit_7.in1k": _cfg("71.7_T2T_ViT_7.pth.tar"),
+        "t2t_vit_10.in1k": _cfg("75.2_T2T_ViT_10.pth.tar"),
+        "t2t_vit_12.in1k": _cfg("76.5_T2T_ViT_12.pth.tar"),
+        "t2t_vit_14.in1k": _cfg("81.5_T2T_ViT_14.pth.tar"),
+        "t2t_vit_14.in1k_384": _cfg("83.3_T2T_ViT_14.pth.tar", side=384),
+        "t2t_vit_19.in1k": _cfg("81.9_T2T_ViT_19.pth.tar"),
+        "t2t_vit_24.in1k": _cfg("82.3_T2T_ViT_24.pth.tar"),
+        "t2t_vit_24.in1k_token_labels": _cfg("84.2_T2T_ViT_24.pth.tar"),
+        "t2t_vit_t_14.in1k": _cfg("81.7_T2T_ViTt_14.pth.tar"),
+        "t2t_vit_t_19.in1k": _cfg("82.4_T2T_ViTt_19.pth.tar"),
+        "t2t_vit_t_24.in1k": _cfg("82.6_T2T_ViTt_24.pth.tar"),
+        "t2t_vit_14_resnext.untrained": _cfg(),
+        "t2t_vit_14_wide.untrained": _cfg(),
+        "t2t_vit_14_se.untrained": _cfg(),
+        "t2t_vit_16_ghost.untrained": _cfg(),
+        "t2t_vit_dense.untrained": _cfg(),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> T2TViT:
+    return build_model_with_cfg(
+        architecture.pop("model_class", T2TViT),
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{**architecture, **kwargs},
+    )
+
+
+@register_model
+def t2t_vit_7(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-7: 4.3 M parameters, 1.1 G MACs, 71.7 % top-1."""
+    return _create("t2t_vit_7", pretrained, kwargs, embed_dim=256, depth=7, num_heads=4, mlp_ratio=2)
+
+
+@register_model
+def t2t_vit_10(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-10: 5.9 M parameters, 1.5 G MACs, 75.2 % top-1."""
+    return _create("t2t_vit_10", pretrained, kwargs, embed_dim=256, depth=10, num_heads=4, mlp_ratio=2)
+
+
+@register_model
+def t2t_vit_12(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-12: 6.9 M parameters, 1.8 G MACs, 76.5 % top-1."""
+    return _create("t2t_vit_12", pretrained, kwargs, embed_dim=256, depth=12, num_heads=4, mlp_ratio=2)
+
+
+@register_model
+def t2t_vit_14(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-14: 21.5 M parameters, 4.8 G MACs, 81.5 % top-1; 83.3 % at 384 pixels."""
+    return _create("t2t_vit_14", pretrained, kwargs, embed_dim=384, depth=14, num_heads=6, mlp_ratio=3)
+
+
+@register_model
+def t2t_vit_19(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-19: 39.2 M parameters, 8.5 G MACs, 81.9 % top-1."""
+    return _create("t2t_vit_19", pretrained, kwargs, embed_dim=448, depth=19, num_heads=7, mlp_ratio=3)
+
+
+@register_model
+def t2t_vit_24(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-24: 64.1 M parameters, 13.8 G MACs, 82.3 % top-1; 84.2 % with token labels."""
+    return _create("t2t_vit_24", pretrained, kwargs, embed_dim=512, depth=24, num_heads=8, mlp_ratio=3)
+
+
+_TRANSFORMER = {"tokens_type": "transformer", "mlp_ratio": 3}
+
+
+@register_model
+def t2t_vit_t_14(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT_t-14, transformer tokens: 21.5 M parameters, 6.1 G MACs, 81.7 % top-1."""
+    return _create("t2t_vit_t_14", pretrained, kwargs, embed_dim=384, depth=14, num_heads=6, **_TRANSFORMER)
+
+
+@register_model
+def t2t_vit_t_19(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT_t-19, transformer tokens: 39.2 M parameters, 9.8 G MACs, 82.4 % top-1."""
+    return _create("t2t_vit_t_19", pretrained, kwargs, embed_dim=448, depth=19, num_heads=7, **_TRANSFORMER)
+
+
+@register_model
+def t2t_vit_t_24(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT_t-24, transformer tokens: 64.1 M parameters, 15.0 G MACs, 82.6 % top-1."""
+    return _create("t2t_vit_t_24", pretrained, kwargs, embed_dim=512, depth=24, num_heads=8, **_TRANSFORMER)
+
+
+@register_model
+def t2t_vit_14_resnext(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-14 with 32 narrow heads, after ResNeXt's cardinality: 21.5 M parameters."""
+    return _create("t2t_vit_14_resnext", pretrained, kwargs, embed_dim=384, depth=14, num_heads=32, mlp_ratio=3)
+
+
+@register_model
+def t2t_vit_14_wide(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT shallow and wide, after Wide ResNet: width 768, depth 4."""
+    return _create("t2t_vit_14_wide", pretrained, kwargs, embed_dim=768, depth=4, num_heads=12, mlp_ratio=3)
+
+
+@register_model
+def t2t_vit_14_se(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-14 with squeeze-and-excitation in every attention: 21.8 M parameters."""
+    config = {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3, "attn_layer": SqueezeExciteAttention}
+    return _create("t2t_vit_14_se", pretrained, kwargs, **config)
+
+
+@register_model
+def t2t_vit_16_ghost(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT-16 with ghost attention and ghost MLPs: 16.3 M parameters."""
+    layers = {"attn_layer": GhostAttention, "mlp_layer": GhostMlp, "block_fn": GhostBlock}
+    config = {"embed_dim": 384, "depth": 16, "num_heads": 6, "mlp_ratio": 3, **layers}
+    return _create("t2t_vit_16_ghost", pretrained, kwargs, **config)
+
+
+@register_model
+def t2t_vit_dense(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """T2T-ViT with dense connections: 23.6 M parameters, 5.3 G MACs."""
+    config = {"model_class": T2TViTDense, "embed_dim": 128, "num_heads": 8, "mlp_ratio": 2}
+    return _create("t2t_vit_dense", pretrained, kwargs, **config)

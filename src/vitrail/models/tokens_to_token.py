@@ -1,0 +1,187 @@
+"""Tokens-to-Token module: the stem of T2T-ViT (Yuan et al., arXiv:2101.11986, section 3.1).
+
+A soft split cuts the map into overlapping windows, whose pixels in a row become one token; a small transformer or
+performer layer of width 64 mixes the tokens, which are then laid out as a map again. Splits of 7/4/2, 3/2/1 and 3/2/1
+(kernel/stride/padding) take an image of 224 pixels to 56, 28 and 14 tokens a side.
+
+Facts from the official code (github.com/yitu-opensource/T2T-ViT) that the paper does not give: the layers have no
+residual from their input, whose width differs, but from v; attention is scaled by (input width)^-1/2; the performer
+projects to k, q, v in this order, has 32 random features, adds 1e-8 to its denominator and a dropout of 0.1.
+
+Dimensions: B images, N tokens, D width of the input (147 or 576), E = 64 width of the layer, F = 32 random features.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, to_2tuple, use_fused_attn
+from torch import Tensor, nn
+
+from vitrail.models.stem import Stem
+
+_EPS = 1e-5  # of every LayerNorm
+
+
+class TokenPerformer(nn.Module):
+    """Performer layer (Choromanski et al., arXiv:2009.14794): attention linear in the number of tokens.
+
+    The softmax kernel is estimated with positive random features phi(x) = exp(w x - |x|^2 / 2) / sqrt(F). The official
+    code takes these exponentials as they are: they vanish for large |x|, and overflow or become 0 / 0 in half
+    precision. Here the same quotient is written with two softmaxes, over tokens for each feature and over features for
+    each token, in float32, where nothing can overflow:
+
+        sum_f phi_f(q) sum_s phi_f(k_s) v_s / (sum_f phi_f(q) sum_s phi_f(k_s) + eps)
+            = sum_f softmax_f(w_f q + L_f) sum_s softmax_s(w_f k_s - |k_s|^2 / 2) v_s  *  d / (d + eps)
+
+    with L_f = logsumexp_s(w_f k_s - |k_s|^2 / 2) and d the denominator, whose logarithm is all that is needed.
+
+    Args:
+        dim: width D of the tokens.
+        width: width E of the layer.
+        drop: dropout after the projection and the MLP; no option of the official scripts reaches its 0.1.
+        eps: added to the denominator. The published weights were trained with 1e-8, which takes the attention's output
+            to 0 where queries and keys are long; 0 leaves it out.
+    """
+
+    w: Tensor
+
+    def __init__(self, dim: int, width: int = 64, drop: float = 0.1, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.register_buffer("w", torch.empty(width // 2, width))  # (F, E), fixed
+        self.kqv = nn.Linear(dim, 3 * width)
+        self.dp = nn.Dropout(drop)
+        self.proj = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.Dropout(drop))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the random features: orthogonal rows of length sqrt(F)."""
+        nn.init.orthogonal_(self.w, gain=math.sqrt(self.w.shape[0]))
+
+    def attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        """Linear attention of k, q, v (B, N, E) each, in float32."""
+        with torch.autocast(k.device.type, enabled=False):
+            k, q, v, w = k.float(), q.float(), v.float(), self.w.float()
+            keys = w @ k.mT - k.square().sum(-1).mul(0.5).unsqueeze(1)  # (B, F, N)
+            keys_lse = keys.logsumexp(-1)  # (B, F)
+            values = keys.softmax(-1) @ v  # (B, F, E)
+            queries = q @ w.mT + keys_lse.unsqueeze(1)  # (B, N, F)
+            out = queries.softmax(-1) @ values  # (B, N, E)
+            if self.eps:
+                log_d = queries.logsumexp(-1) - q.square().sum(-1).mul(0.5) - math.log(w.shape[0])  # (B, N)
+                out = out * torch.sigmoid(log_d - math.log(self.eps)).unsqueeze(-1)  # d / (d + eps)
+        return out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, E)."""
+        k, q, v = self.kqv(self.norm1(tokens)).split(self.width, dim=-1)
+        x = v + self.dp(self.proj(self.attend(k, q, v).to(v.dtype)))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokenAttention(nn.Module):
+    """Attention with one head of width E over tokens (B, N, D), scaled by D^-1/2, with v as its residual."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.scale = dim**-0.5
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, E)."""
+        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, E) each
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            x = ((q * self.scale) @ k.mT).softmax(-1) @ v
+        return (v + self.proj(x)).squeeze(1)
+
+
+class TokenTransformer(nn.Module):
+    """Transformer layer whose output (B, N, E) is narrower than its input (B, N, D)."""
+
+    def __init__(self, dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.attn = TokenAttention(dim, width)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = Mlp(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, E)."""
+        x = self.attn(self.norm1(tokens))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokensToToken(Stem):
+    """The three soft splits with a token layer after each of the first two.
+
+    Args:
+        img_size, patch_size, strict_img_size, output_fmt: see `Stem`.
+        in_chans: channels of the image.
+        embed_dim: width of the tokens that leave.
+        tokens_type: "performer", or "transformer" for the `t2t_vit_t_*` models.
+        token_dim: width E of the token layers.
+        token_drop: dropout of the performer (0.1 as published); the transformer has none.
+        performer_eps: see `TokenPerformer`.
+
+    Raises:
+        ValueError: an unknown `tokens_type`, or a patch size other than the architecture's 16.
+    """
+
+    splits = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        tokens_type: str = "performer",
+        token_dim: int = 64,
+        token_drop: float = 0.1,
+        performer_eps: float = 1e-8,
+        **kwargs: Any,
+    ) -> None:
+        if to_2tuple(patch_size) != (16, 16):
+            raise ValueError(f"patch_size={patch_size}: the splits of T2T-ViT make tokens of 16 pixels and no others.")
+        if tokens_type not in ("performer", "transformer"):
+            raise ValueError(f"tokens_type={tokens_type}: choose performer or transformer.")
+        super().__init__(img_size, patch_size, **kwargs)
+        self.soft_split0, self.soft_split1, self.soft_split2 = (
+            nn.Unfold(kernel, padding=padding, stride=stride) for kernel, stride, padding in self.splits
+        )
+        self.attention1, self.attention2 = (
+            TokenPerformer(dim, token_dim, token_drop, performer_eps)
+            if tokens_type == "performer"
+            else TokenTransformer(dim, token_dim)
+            for dim in (in_chans * 7 * 7, token_dim * 3 * 3)
+        )
+        self.project = nn.Linear(token_dim * 3 * 3, embed_dim)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens; the padded splits take any size, and round up."""
+        return self._grids(img_size)[-1]
+
+    def _grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        grids = []
+        for kernel, stride, padding in self.splits:
+            size = tuple((side + 2 * padding - kernel) // stride + 1 for side in size)  # type: ignore[assignment]
+            grids.append(size)
+        return grids
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to tokens (B, N, embed_dim)."""
+        self.check(images)
+        grid1, grid2, grid3 = self._grids((images.shape[-2], images.shape[-1]))
+        x = self.attention1(self.soft_split0(images).mT)
+        x = self.attention2(self.soft_split1(x.mT.unflatten(-1, grid1)).mT)
+        x = self.project(self.soft_split2(x.mT.unflatten(-1, grid2)).mT)
+        return x if self.flatten else x.unflatten(1, grid3)
