@@ -94,7 +94,8 @@ def load_checkpoint(
     if Path(path).suffix == ".npz" and hasattr(model, "load_pretrained"):
         if not Path(path).is_file():
             raise ConfigError(f"ckpt={path}: no such file.")
-        model.load_pretrained(str(path))  # timm's reader of the JAX releases, which resizes positions its own way
+        reader: Any = model
+        reader.load_pretrained(str(path))  # timm's reader of the JAX releases, which resizes positions its own way
         return []
     weights, notes = fit_weights(backbone_weights(read_checkpoint(path), ema), model, source=str(path))
     load_weights(model, weights, source=str(path), allow=allow)
@@ -124,7 +125,11 @@ def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str) -> tu
     if "pos_embed" in fitted and "pos_embed" in own and fitted["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
         fitted["pos_embed"], note = _resize_positions(fitted["pos_embed"], model, source)
         notes.append(note)
-    if (key := "tokens_to_token.attention1.norm1.weight") in own and key in fitted and fitted[key].shape != own[key].shape:
+    if (
+        (key := "tokens_to_token.attention1.norm1.weight") in own
+        and key in fitted
+        and fitted[key].shape != own[key].shape
+    ):
         notes.append(_adapt_first_windows(fitted, model))
     if not any(key.startswith("aux_head.") for key in own):
         extra = [key for key in fitted if key.startswith("aux_head.")]

@@ -37,7 +37,7 @@ class DenseHead(VisionTransformer):
             trunc_normal_(self.aux_head.weight, std=0.02)
             nn.init.zeros_(self.aux_head.bias)
 
-    def get_classifier(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+    def get_classifier(self) -> tuple[nn.Module, ...]:
         """All classifiers, that of tokens last."""
         others = super().get_classifier()
         return (*(others if isinstance(others, tuple) else (others,)), self.aux_head)
@@ -76,7 +76,8 @@ def add_dense_head(model: nn.Module) -> nn.Module:
         return model
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"model.dense_head=true: {type(model).__name__} has no patch tokens; choose a ViT.")
-    model.__class__ = _with_dense_head(type(model))
+    backbone: Any = type(model)
+    model.__class__ = _with_dense_head(backbone)
     assert isinstance(model, DenseHead)
     model.reset_aux_head()
     return model
@@ -116,9 +117,10 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
     Args:
         model: any backbone.
         images: a batch.
-        token_box: MixToken (arXiv:2104.10858, section 3.2): tokens in this box (4,) of top, left, bottom, right in cells
-            are swapped between mirrored samples of the batch before the first block. The token logits are swapped back,
-            so that each belongs to its own image; the class token has seen both, in proportion to the box.
+        token_box: MixToken (arXiv:2104.10858, section 3.2): tokens in this box (4,) of top, left, bottom, right, in
+            cells, are swapped between mirrored samples of the batch before the first block. The token logits are
+            swapped back, so that each belongs to its own image; the class token has seen both, in proportion to the
+            box.
 
     Raises:
         ConfigError: MixToken without a dense head.
@@ -128,10 +130,10 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
     if not isinstance(model, DenseHead | VisionTransformerDistilled):
         return Heads(cls=model(images))
     grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-    if token_box is None:
-        features = model.forward_features(images)  # (B, prefix + N, D)
-    else:
+    if token_box is not None:
         features = _mixed_features(model, images, token_box, grid)
+    else:
+        features = model.forward_features(images)  # (B, prefix + N, D)
     distill = tokens = None
     if isinstance(model, VisionTransformerDistilled):  # the class token first, the distillation token second
         cls = model.head(model.head_drop(features[:, 0]))

@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, calculate_drop_path_rates, trunc_normal_, use_fused_attn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrail.models.checkpoints import checkpoint_filter
+from vitrail.models.heads import DenseHead
+from vitrail.models.mlp import LeanMlp
 from vitrail.models.tokens_to_token import TokensToToken
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
@@ -68,7 +70,8 @@ class T2TViT(VisionTransformer):
             token_drop=token_drop,
             performer_eps=performer_eps,
         )
-        super().__init__(embed_layer=stem, weight_init="skip", **{"qkv_bias": False, "norm_layer": _NORM, **kwargs})
+        defaults = {"qkv_bias": False, "norm_layer": _NORM, "block_fn": ClassTokenBlock, "mlp_layer": LeanMlp}
+        super().__init__(embed_layer=stem, weight_init="skip", **{**defaults, **kwargs})
         table = self.pos_embed.data
         del self.pos_embed  # timm's is a parameter
         self.register_buffer("pos_embed", table)
@@ -92,6 +95,26 @@ class T2TViT(VisionTransformer):
         with torch.no_grad():
             self.pos_embed.copy_(sinusoid_table(*self.pos_embed.shape[1:]))
 
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes).
+
+        In training the last block computes the class token alone, as nothing else of it is used: the same logits and
+        gradients for 5 % (T2T-ViT-14) less work. In evaluation everything is computed, as forward hooks expect.
+        """
+        if not self.training or mask or not self._only_class_token_is_used():
+            return super().forward(x, **mask)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        last = self.blocks[-1]
+        for block in self.blocks[:-1]:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        x = checkpoint(last, x, True) if self.grad_checkpointing else last(x, True)
+        return self.forward_head(self.norm(x))
+
+    def _only_class_token_is_used(self) -> bool:
+        last = self.blocks[-1]
+        plain = type(last) is ClassTokenBlock and type(last.attn) is Attention
+        return plain and self.global_pool == "token" and not isinstance(self, DenseHead)
+
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Resize the position table to another image size, with timm's kernel; it stays a buffer."""
         super().set_input_size(img_size, patch_size)
@@ -103,6 +126,26 @@ class T2TViT(VisionTransformer):
         """timm's pattern of layers, with the stem under its own name."""
         groups = super().group_matcher(coarse)
         return {**groups, "stem": r"^cls_token|pos_embed|tokens_to_token"}
+
+
+class ClassTokenBlock(Block):
+    """timm's block, which can leave out what only the other tokens need."""
+
+    def forward(self, x: Tensor, class_token_only: bool = False, **mask: Any) -> Tensor:
+        """(B, N, C) to the same shape, or to the first token (B, 1, C) alone: its queries, projection and MLP."""
+        if not class_token_only:
+            return super().forward(x, **mask)
+        tokens, attn = self.norm1(x), self.attn
+        dim = attn.num_heads * attn.head_dim
+        weights = attn.qkv.weight.split((dim, 2 * dim))
+        biases = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split((dim, 2 * dim))
+        q = F.linear(tokens[:, :1], weights[0], biases[0]).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+        k, v = F.linear(tokens, weights[1], biases[1]).unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = attn.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout)
+        out = attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
+        x = x[:, :1] + self.drop_path1(self.ls1(out))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class SqueezeExcite(nn.Module):
@@ -120,12 +163,12 @@ class SqueezeExcite(nn.Module):
 
 
 class SqueezeExciteAttention(Attention):
-    """Attention with squeeze-and-excitation after its projection."""
+    """Attention with squeeze-and-excitation after its projection, dropout last."""
 
-    def __init__(self, dim: int, **kwargs: Any) -> None:
+    def __init__(self, dim: int, proj_drop: float = 0.0, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
         self.se_layer = SqueezeExcite(dim)
-        self.se_drop, self.proj_drop = self.proj_drop, nn.Identity()  # dropout comes last
+        self.se_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
         """(B, N, C) to the same shape."""
@@ -266,17 +309,20 @@ class T2TViTDense(T2TViT):
         shared = {"num_heads": kwargs["num_heads"], "mlp_ratio": kwargs["mlp_ratio"], "norm_layer": _NORM}
         drops = {"proj_drop": kwargs.get("proj_drop_rate", 0.0), "attn_drop": kwargs.get("attn_drop_rate", 0.0)}
         layers: list[nn.Module] = []
-        dim, block = self.embed_dim, 0
+        widths: list[int] = []
+        dim: int = kwargs["embed_dim"]
+        block = 0
         for stage, depth in enumerate(stages):
             for _ in range(depth):
                 rate = ramp[stage if drop_path_by == "stage" else block]
                 layers.append(DenseBlock(dim, growth, drop_path=rate, **shared, **drops))
                 dim, block = dim + growth, block + 1
+                widths.append(dim)
             if stage < len(stages) - 1:
                 layers.append(Transition(dim))
                 dim //= 2
+                widths.append(dim)
         self.blocks = nn.Sequential(*layers)
-        widths = [x.linear.out_features if isinstance(x, Transition) else x.norm1.normalized_shape[0] + growth for x in layers]
         self.feature_info = [{"module": f"blocks.{i}", "num_chs": w, "reduction": 16} for i, w in enumerate(widths)]
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.norm = _NORM(dim)
@@ -290,7 +336,7 @@ class T2TViTDense(T2TViT):
 _RELEASES = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main/"
 
 
-def _cfg(file: str = "", side: int = 224) -> dict[str, Any]:
+def _cfg(file: str = "", side: int = 224, first: str = "attention1.kqv") -> dict[str, Any]:
     return {
         "url": _RELEASES + file if file else "",
         "num_classes": 1000,
@@ -301,7 +347,7 @@ def _cfg(file: str = "", side: int = 224) -> dict[str, Any]:
         "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "tokens_to_token.attention1.kqv",
+        "first_conv": f"tokens_to_token.{first}",
         "classifier": "head",
         "license": "bsd-3-clause-clear",
         "paper_ids": "arXiv:2101.11986",
@@ -318,9 +364,9 @@ default_cfgs = generate_default_cfgs(
         "t2t_vit_19.in1k": _cfg("81.9_T2T_ViT_19.pth.tar"),
         "t2t_vit_24.in1k": _cfg("82.3_T2T_ViT_24.pth.tar"),
         "t2t_vit_24.in1k_token_labels": _cfg("84.2_T2T_ViT_24.pth.tar"),
-        "t2t_vit_t_14.in1k": _cfg("81.7_T2T_ViTt_14.pth.tar"),
-        "t2t_vit_t_19.in1k": _cfg("82.4_T2T_ViTt_19.pth.tar"),
-        "t2t_vit_t_24.in1k": _cfg("82.6_T2T_ViTt_24.pth.tar"),
+        "t2t_vit_t_14.in1k": _cfg("81.7_T2T_ViTt_14.pth.tar", first="attention1.attn.qkv"),
+        "t2t_vit_t_19.in1k": _cfg("82.4_T2T_ViTt_19.pth.tar", first="attention1.attn.qkv"),
+        "t2t_vit_t_24.in1k": _cfg("82.6_T2T_ViTt_24.pth.tar", first="attention1.attn.qkv"),
         "t2t_vit_14_resnext.untrained": _cfg(),
         "t2t_vit_14_wide.untrained": _cfg(),
         "t2t_vit_14_se.untrained": _cfg(),
