@@ -8,6 +8,7 @@ from torch import nn
 
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_dense_head
+from vitrail.models.tokens_to_token import TokensToToken
 
 
 def create_model(
@@ -39,7 +40,8 @@ def create_model(
         model = timm.create_model(name, num_classes=num_classes, img_size=img_size if fixed_size else None, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model.name={name}: {error or type(error).__name__}") from error
-    if fixed_size and (patch := getattr(model, "patch_embed", None)) is not None and img_size is not None:
+    patch = getattr(model, "patch_embed", None)
+    if fixed_size and img_size is not None and not isinstance(patch, TokensToToken):  # which pads, and takes any size
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
     return add_dense_head(model) if dense_head else model
 
