@@ -67,7 +67,7 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
     table = Table(
         title="Backbones: model=<name>", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
-    for column in ("model", "pixels", "M par.", "G MACs", "tokens", "top-1 % (at)", "arXiv", "weights"):
+    for column in ("model", "px", "M par.", "G MACs", "tok.", "top-1 % (at)", "arXiv", "files"):
         text = column in ("model", "top-1 % (at)", "arXiv")
         wrap = column == "top-1 % (at)"
         table.add_column(column, justify="left" if text else "right", no_wrap=not wrap, min_width=10 if wrap else None)
@@ -86,7 +86,7 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
             row.published[0].arxiv if row.published else "",
             str(len(row.weights) or ""),
         )
-    table.caption = "MACs of one image of this size; published top-1 on ImageNet-1k; number of released weights"
+    table.caption = "MACs of one image of this size; published top-1 on ImageNet-1k; files of released weights"
     return table
 
 

@@ -1,0 +1,63 @@
+"""Weights, inputs and comparisons for values recorded from the official implementations.
+
+Weights: every entry of a state dict is drawn from numpy's RandomState seeded with the CRC-32 of its key, so that anyone
+can make the same ones. Letter `n` means 0.02 z in recipe A and 0.05 z in recipe B (0.7 z for the performer's random
+features), `w` 1 + 0.1 z, `v` 1 + 0.1 |z|, `z` zero. Everything follows the recipe, position tables and running
+statistics too. A makes attention nearly uniform; B does not. Inputs are RandomState(1234).standard_normal.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def recorded(name):
+    """The JSON file `name` of this folder."""
+    return json.loads((FOLDER / name).read_text())
+
+
+def draw(key, shape, fill, recipe):
+    """One tensor of the weights."""
+    z = np.asarray(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape), dtype=np.float32)
+    scale = 0.02 if recipe == "A" else 0.7 if key.endswith(("attention1.w", "attention2.w")) or key == "w" else 0.05
+    value = {"n": scale * z, "w": 1 + 0.1 * z, "v": 1 + 0.1 * np.abs(z), "z": 0 * z}[fill]
+    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+@torch.no_grad()
+def fill(model, letters, recipe, official=lambda key: key):
+    """Give `model` the recipe's weights; `official` maps its keys to those that were recorded."""
+    for (key, tensor), letter in zip(model.state_dict().items(), letters, strict=True):
+        tensor.copy_(draw(official(key), tensor.shape, letter, recipe))
+
+
+def images(side, batch=2, seed=1234):
+    """The recorded input."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, side, side)).astype(np.float32))
+
+
+def assert_tensor(actual, expected, rtol=1e-4):
+    """Values within rtol and 2e-5 of the standard deviation; mean, standard deviation and norm within rtol."""
+    a = actual.detach().double().numpy()
+    assert list(a.shape) == expected["shape"]
+    std = expected["std"]
+    views = {
+        "first8": lambda: a[:, :8],
+        "every125": lambda: a[:, ::125][:, :8],
+        "first8_token0": lambda: a[:, 0, :8],
+        "first8_tokenlast": lambda: a[:, -1, :8],
+    }
+    checked = 0
+    for name, view in views.items():
+        if name in expected:
+            np.testing.assert_allclose(view(), expected[name], rtol=rtol, atol=2e-5 * std, err_msg=name)
+            checked += 1
+    assert checked
+    assert abs(a.mean() - expected["mean"]) <= rtol * std
+    assert abs(a.std() - expected["std"]) <= rtol * std
+    assert abs(np.sqrt((a * a).sum()) - expected["l2"]) <= rtol * max(expected["l2"], std * np.sqrt(a.size))
