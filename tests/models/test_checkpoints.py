@@ -1,6 +1,12 @@
-import pytest
-import torch
+import argparse
 
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from peers.recorded import recorded
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, load_checkpoint
 
@@ -47,7 +53,7 @@ def test_load__lightning_with_averages(ema, expected, model, tmp_path):
 def test_load__refuses_with_the_list(model, tmp_path):
     weights = state(1)
     weights["cls_token"] = weights.pop("norm.weight", weights.pop("fc_norm.weight", torch.zeros(1)))
-    weights["head.bias"] = torch.zeros(9)
+    weights["blocks.0.attn.qkv.bias"] = torch.zeros(9)
     torch.save(weights, tmp_path / "x.pth")
     before = first(model)
     with pytest.raises(
@@ -72,3 +78,132 @@ def test_load__nothing_is_executed(model, tmp_path):
     with pytest.raises(ConfigError, match=r"can be loaded safely"):
         load_checkpoint(model, tmp_path / "x.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_load__resizes_positions_as_the_papers(tmp_path):
+    """Against values recorded from the official scripts."""
+    for case in recorded("backbone_parts.json")["pos_embed_resize_bicubic"]:
+        side = case["new_grid"]
+        sizes = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 2}
+        model = timm.create_model("deit_nano", img_size=2 * side, num_classes=4, **sizes)
+        weights = model.state_dict()
+        table = np.random.RandomState(case["seed"]).standard_normal((1, case["old_grid"] ** 2 + 1, 8))
+        weights["pos_embed"] = torch.from_numpy(table.astype(np.float32))
+        torch.save(weights, tmp_path / "x.pth")
+        notes = load_checkpoint(model, tmp_path / "x.pth")
+        old = case["old_grid"]
+        assert notes == [f"position embeddings resized from {old}x{old} to {side}x{side} (bicubic, not antialiased)."]
+        values = model.pos_embed.detach()
+        middle = 1 + side**2 // 2 + side // 3
+        for row, name in ((1, "token1"), (middle, "token_mid"), (-1, "token_last")):
+            torch.testing.assert_close(values[0, row], torch.tensor(case[name]), rtol=1e-4, atol=1e-5)
+        assert values.double().norm().item() == pytest.approx(case["l2"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t", "deit_nano_distilled"])
+def test_load__other_resolution_and_classes(name, tmp_path, caplog):
+    sizes = {"depth": 1}
+    source = create_model(name, 7, img_size=32, **sizes)
+    torch.save({"state_dict_ema": source.state_dict()}, tmp_path / "x.pth.tar")
+    model = create_model(name, 4, img_size=(32, 64), **sizes)
+    heads = {key: value.clone() for key, value in model.state_dict().items() if "head" in key}
+    with caplog.at_level("INFO", logger="vitrail"):
+        notes = load_checkpoint(model, tmp_path / "x.pth.tar")
+    assert len(notes) == 2
+    assert notes[1].startswith("7 classes in the checkpoint, 4 in the model: ")
+    assert all(note in caplog.text for note in notes)
+    state = model.state_dict()
+    for key, value in heads.items():
+        torch.testing.assert_close(state[key], value)
+        assert key.partition(".")[0] in notes[1]
+    torch.testing.assert_close(state["blocks.0.mlp.fc1.weight"], source.state_dict()["blocks.0.mlp.fc1.weight"])
+
+
+def test_load__deit3_of_the_official_release(tmp_path):
+    model = create_model("deit3_small_patch16_224", 4, img_size=32, depth=1)
+    rename = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
+    weights = {}
+    for key, value in model.state_dict().items():
+        for ours, official in rename.items():
+            key = key.replace(ours, official)
+        weights[key] = torch.full_like(value, 0.5)
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    assert load_checkpoint(model, tmp_path / "x.pth") == [
+        "LayerScale renamed from gamma_1, gamma_2 to ls1.gamma, ls2.gamma."
+    ]
+    assert model.blocks[0].ls2.gamma[0].item() == 0.5
+
+
+def test_load__google_release(tmp_path):
+    """An .npz with the names and layouts of the JAX code."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+    width, heads = 192, 3
+    block, rng = "Transformer/encoderblock_0/", np.random.default_rng(0)
+    attention = block + "MultiHeadDotProductAttention_1/"
+    arrays = {
+        "embedding/kernel": (16, 16, 3, width),
+        "embedding/bias": (width,),
+        "cls": (1, 1, width),
+        "Transformer/posembed_input/pos_embedding": (1, 5, width),
+        "Transformer/encoder_norm/scale": (width,),
+        "Transformer/encoder_norm/bias": (width,),
+        "head/kernel": (width, 4),
+        "head/bias": (4,),
+        block + "LayerNorm_0/scale": (width,),
+        block + "LayerNorm_0/bias": (width,),
+        block + "LayerNorm_2/scale": (width,),
+        block + "LayerNorm_2/bias": (width,),
+        block + "MlpBlock_3/Dense_0/kernel": (width, 4 * width),
+        block + "MlpBlock_3/Dense_0/bias": (4 * width,),
+        block + "MlpBlock_3/Dense_1/kernel": (4 * width, width),
+        block + "MlpBlock_3/Dense_1/bias": (width,),
+        attention + "out/kernel": (heads, 64, width),
+        attention + "out/bias": (width,),
+    }
+    arrays |= {attention + f"{n}/kernel": (width, heads, 64) for n in ("query", "key", "value")}
+    arrays |= {attention + f"{n}/bias": (heads, 64) for n in ("query", "key", "value")}
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in arrays.items()}
+    np.savez(tmp_path / "x.npz", **values)
+    load_checkpoint(model, tmp_path / "x.npz")
+    torch.testing.assert_close(model.head.weight.detach(), torch.from_numpy(values["head/kernel"].T.copy()))
+    query = values[attention + "query/kernel"].reshape(width, width).T
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight.detach()[:width], torch.from_numpy(query.copy()))
+
+
+def test_load__allows_what_it_is_told_to(tmp_path):
+    model = create_model("deit_nano", 4, img_size=16, dense_head=True)
+    torch.save(create_model("deit_nano", 4, img_size=16).state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ConfigError, match=r"2 missing keys \(aux_head.bias, aux_head.weight\)"):
+        load_checkpoint(model, tmp_path / "plain.pth")
+    load_checkpoint(model, tmp_path / "plain.pth", allow=["aux_head.*"])
+    torch.save(model.state_dict(), tmp_path / "dense.pth")
+    notes = load_checkpoint(create_model("deit_nano", 4, img_size=16), tmp_path / "dense.pth")
+    assert notes == ["classifier of tokens (aux_head) left out; model.dense_head=true keeps it."]
+
+
+def test_load__safetensors_and_old_files(model, tmp_path):
+    save_file(state(5), tmp_path / "x.safetensors")
+    load_checkpoint(model, tmp_path / "x.safetensors")
+    assert first(model) == 5
+    namespace = argparse.Namespace(lr=1e-3)  # official scripts save their arguments, with torch of before 1.6
+    torch.save(
+        {"state_dict": state(6), "args": namespace}, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=False
+    )
+    load_checkpoint(model, tmp_path / "x.pth.tar")
+    assert first(model) == 6
+
+
+def test_load__positions_of_no_square_grid(tmp_path):
+    torch.save(create_model("deit_nano", 4, img_size=(16, 32)).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match="of no square grid"):
+        load_checkpoint(create_model("deit_nano", 4, img_size=32), tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t"])
+def test_pretrained__official_file_through_timm(name):
+    source = timm.create_model(name, img_size=32)
+    overlay = {"state_dict": {"state_dict_ema": {f"module.{k}": v for k, v in source.state_dict().items()}}}
+    model = timm.create_model(name, img_size=64, num_classes=5, pretrained=True, pretrained_cfg_overlay=overlay)
+    key = "blocks.3.attn.qkv.weight"
+    torch.testing.assert_close(model.state_dict()[key], source.state_dict()[key])
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)

@@ -30,7 +30,7 @@ class DenseHead(VisionTransformer):
 
     def reset_aux_head(self) -> None:
         """Draw a new classifier of tokens."""
-        weight = next(self.norm.parameters(), self.cls_token)  # for device and precision
+        weight = next(self.parameters())  # for device and precision
         self.aux_head: nn.Module = nn.Identity()
         if self.num_classes > 0:
             self.aux_head = nn.Linear(self.embed_dim, self.num_classes, device=weight.device, dtype=weight.dtype)
