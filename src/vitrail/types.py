@@ -27,6 +27,18 @@ class Heads(NamedTuple):
     tokens: Tensor | None = None
     distill: Tensor | None = None
 
+    def merged(self) -> Tensor:
+        """The logits (B, C) that an image is judged by, which `model(images)` gives: every published way in one.
+
+        Mean of class and distillation logits (DeiT), plus half the maximum over the tokens (LV-ViT).
+        """
+        logits = self.cls if self.distill is None else (self.cls + self.distill) / 2
+        return logits if self.tokens is None else logits + TOKEN_WEIGHT * self.tokens.amax(1)
+
+
+TOKEN_WEIGHT = 0.5
+"""Weight of the maximum over token logits in the logits of an image (arXiv:2104.10858, official code)."""
+
 
 class Targets(NamedTuple):
     """What the heads should say: class indices (B,) or probabilities (B, C), and token probabilities (B, N, C)."""

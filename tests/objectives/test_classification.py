@@ -48,3 +48,22 @@ def test_refuses__what_makes_every_class_positive():
         BinaryCrossEntropy(0.1, 0.0)
     with pytest.raises(ValueError, match=r"objective.smoothing=1.0"):
         CrossEntropy(1.0)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(0.1), BinaryCrossEntropy()])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tokens__learn_the_label_of_the_image(objective, mixed):
+    torch.manual_seed(0)
+    cls, tokens = torch.randn(4, 5), torch.randn(4, 3, 5)
+    target = torch.rand(4, 5).softmax(-1) if mixed else torch.randint(0, 5, (4,))
+    loss = objective(Heads(cls, tokens), Targets(target))["loss"]
+    each = [objective(Heads(logits), Targets(target))["loss"] for logits in (cls, *tokens.unbind(1))]
+    torch.testing.assert_close(loss, (each[0] + torch.stack(each[1:]).mean()) / 2)
+
+
+def test_merged_logits__mean_of_heads_plus_half_the_token_maximum():
+    cls, distill = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])
+    tokens = torch.tensor([[[0.0, 4.0], [2.0, -1.0]]])
+    assert Heads(cls).merged().tolist() == [[1, 2]]
+    assert Heads(cls, None, distill).merged().tolist() == [[2, 1]]
+    assert Heads(cls, tokens, distill).merged().tolist() == [[3, 3]]

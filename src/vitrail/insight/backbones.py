@@ -2,10 +2,11 @@
 
 import csv
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 from rich import box
@@ -112,3 +113,31 @@ def _grow(tree: Tree, module: nn.Module, depth: int) -> None:
         branch = tree.add(f"{name} [dim]{type(child).__name__}{detail}[/dim] {parameters:,}", highlight=True)
         if depth > 1:
             _grow(branch, child, depth - 1)
+
+
+def speed_table(rows: Sequence[Mapping[str, Any]], peak: float, ratios: Sequence[float]) -> Table:
+    """Speed and memory of one or two backbones; with two, the first over the second."""
+    first = rows[0]
+    title = f"{first['mode']}, batch {first['batch_size']}, {first['image']}, {first['precision']}, {first['device']}"
+    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("model", "ms", "images/s", "peak MB", "G MACs", "of peak"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        name = row["model"] + (f" (compiled: {row['compile']})" if row["compile"] else "")
+        known = row["gmacs"] > 0
+        table.add_row(
+            name,
+            f"{row['ms']:.1f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['peak_mb']:.0f}",
+            f"{row['gmacs']:.2f}" if known else "",
+            f"{100 * row['share_of_peak']:.0f} %" if known else "",
+        )
+    if ratios:
+        time, memory = statistics.median(ratios), first["peak_mb"] / rows[1]["peak_mb"]
+        table.add_section()
+        table.add_row("first / second", f"{time:.3f}", "", f"{memory:.3f}", "", "")
+        table.caption = f"time ratio: median of {len(ratios)} rounds in turns, {min(ratios):.3f} to {max(ratios):.3f}"
+    peak_line = f"peak: {peak / 1e9:,.0f} GFLOP/s in large matrix products here"
+    table.caption = f"{table.caption}; {peak_line}" if table.caption else peak_line
+    return table

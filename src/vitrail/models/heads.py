@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.types import Heads
+from vitrail.types import TOKEN_WEIGHT, Heads
 
 
 class DenseHead(VisionTransformer):
@@ -20,9 +20,6 @@ class DenseHead(VisionTransformer):
     To be put before the backbone's class among the bases. The logits of an image become those of its class token (or
     pooled tokens) plus half the maximum over the tokens, as LV-ViT evaluates (Jiang et al., arXiv:2104.10858).
     """
-
-    token_weight = 0.5
-    """Weight of the tokens' maximum in the logits of the image."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,7 +53,7 @@ class DenseHead(VisionTransformer):
         logits = super().forward_head(x, pre_logits=pre_logits)
         if pre_logits or self.num_classes == 0:
             return logits
-        return logits + self.token_weight * self.token_logits(x).amax(1)
+        return logits + TOKEN_WEIGHT * self.token_logits(x).amax(1)
 
 
 @cache

@@ -90,7 +90,7 @@ class ScaledBlock(Block):
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
         """(B, N, C) to the same shape."""
         x = torch.add(x, self.drop_path1(self.attn(self.norm1(x), **mask)), alpha=1 / self.skip_lam)
-        return torch.add(x, self.drop_path2(self.mlp(self.norm2(x))), alpha=1 / self.skip_lam)
+        return torch.add(x, self.drop_path2(self.mlp(x, self.norm2)), alpha=1 / self.skip_lam)
 
 
 class LVViT(VisionTransformer):

@@ -129,12 +129,13 @@ class T2TViT(VisionTransformer):
 
 
 class ClassTokenBlock(Block):
-    """timm's block, which can leave out what only the other tokens need."""
+    """timm's block with a `LeanMlp`, which can leave out what only the other tokens need."""
 
     def forward(self, x: Tensor, class_token_only: bool = False, **mask: Any) -> Tensor:
         """(B, N, C) to the same shape, or to the first token (B, 1, C) alone: its queries, projection and MLP."""
         if not class_token_only:
-            return super().forward(x, **mask)
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
+            return x + self.drop_path2(self.ls2(self.mlp(x, self.norm2)))
         tokens, attn = self.norm1(x), self.attn
         dim = attn.num_heads * attn.head_dim
         weights = attn.qkv.weight.split((dim, 2 * dim))
@@ -145,7 +146,7 @@ class ClassTokenBlock(Block):
         out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout)
         out = attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
         x = x[:, :1] + self.drop_path1(self.ls1(out))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(x, self.norm2)))
 
 
 class SqueezeExcite(nn.Module):

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from vitrail.types import Heads, Targets
 
 
-def _class_heads(heads: Heads) -> list[Tensor]:
-    """Without a teacher the distillation token learns the label as well, or it would stay untrained."""
-    return [heads.cls] if heads.distill is None else [heads.cls, heads.distill]
+def _pairs(heads: Heads, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Logits (M, C) of each head with its target: the image's label for all of them.
+
+    Without a teacher the distillation token learns the label, and without label maps so does every patch token (as the
+    official token-labelling loss does with a target of two dimensions); else these heads would stay untrained.
+    """
+    pairs = [(heads.cls, target)]
+    if heads.distill is not None:
+        pairs.append((heads.distill, target))
+    if heads.tokens is not None:
+        pairs.append((heads.tokens.flatten(0, 1), target.repeat_interleave(heads.tokens.shape[1], dim=0)))
+    return pairs
 
 
 class CrossEntropy(nn.Module):
@@ -31,8 +40,8 @@ class CrossEntropy(nn.Module):
 
     def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
         """Scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
-        logits = _class_heads(heads)
-        losses = [F.cross_entropy(head, targets.cls, label_smoothing=self.smoothing) for head in logits]
+        pairs = _pairs(heads, targets.cls)
+        losses = [F.cross_entropy(logits, target, label_smoothing=self.smoothing) for logits, target in pairs]
         return {"loss": torch.stack(losses).mean()}
 
 
@@ -59,7 +68,7 @@ class BinaryCrossEntropy(nn.Module):
 
     def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
         """Scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
-        losses = [self._loss(head, targets.cls) for head in _class_heads(heads)]
+        losses = [self._loss(logits, target) for logits, target in _pairs(heads, targets.cls)]
         return {"loss": torch.stack(losses).mean()}
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
-from vitrail.types import IGNORE, Heads, Sample, Targets
+from vitrail.types import IGNORE, Sample, Targets
 
 
 class ImageClassifier(L.LightningModule):
@@ -58,12 +58,8 @@ class ImageClassifier(L.LightningModule):
         self.val_metrics = validation_metrics(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, C); of a distilled backbone in evaluation the mean of its heads, as published."""
-        return self._logits(self.heads(self.model, images))
-
-    @staticmethod
-    def _logits(heads: Heads) -> Tensor:
-        return heads.cls if heads.distill is None else (heads.cls + heads.distill) / 2
+        """Logits (B, C) of images; of backbones with several heads merged as published."""
+        return self.heads(self.model, images).merged()
 
     # Training
 
