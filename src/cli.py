@@ -103,8 +103,10 @@ def _composition(error: BaseException, text: str) -> str:
         )
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, name = match[1].rpartition("/")
-        names = [path.stem for path in (PROJECT / "conf" / group).glob("*.yaml")]
-        return f"{group}={name}: no such file in conf/{group}/; there is {', '.join(sorted(names))}."
+        names = sorted(path.stem for path in (PROJECT / "conf" / group).glob("*.yaml"))
+        near = difflib.get_close_matches(name, names, n=3)
+        known = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}."
+        return f"{group}={name}: no such file in conf/{group}/; {known}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__
     if cause is not None and str(cause).strip() not in text:

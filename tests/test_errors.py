@@ -11,7 +11,8 @@ from programs import QUICK, error_of, run, run_directories, train
     [
         (["optimizer.lrr=1"], "optimizer.lrr: no such config key; did you mean optimizer.lr"),
         (["modle=vit_tiny"], "modle: no such config key"),
-        (["model=vit_tinny"], "model=vit_tinny: no such file in conf/model/; there is deit_base"),
+        (["model=vit_tinny"], "model=vit_tinny: no such file in conf/model/; did you mean vit_tiny"),
+        (["logger=mail"], "logger=mail: no such file in conf/logger/; there is mlflow, tensorboard, wandb"),
         (["trainer=ddp_9gpu"], "trainer=ddp_9gpu: no such file"),
         (["optimizer.lr=[1"], "optimizer.lr"),
     ],
