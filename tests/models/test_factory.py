@@ -84,3 +84,21 @@ def test_forward_heads__one_head_of_others():
     heads = forward_heads(model, images)
     assert heads.distill is None
     torch.testing.assert_close(heads.cls, model(images))
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense", "t2t_vit_16_ghost", "lvvit_t"])
+def test_device_and_precision__reach_every_layer(name):
+    model = timm.create_model(name, img_size=32, device="meta", dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.dtype for tensor in tensors} <= {torch.bfloat16, torch.int64}
+    model = timm.create_model(name, img_size=32, dtype=torch.bfloat16)
+    assert model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_blocks__take_other_layers_of_timm():
+    from timm.layers import SwiGLU
+
+    for name in ("t2t_vit_7", "lvvit_t"):
+        model = timm.create_model(name, img_size=32, depth=1, mlp_layer=SwiGLU, qk_norm=True, init_values=1e-4)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 1000)

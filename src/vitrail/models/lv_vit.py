@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vitrail.models.checkpoints import checkpoint_filter
 from vitrail.models.heads import DenseHead
-from vitrail.models.mlp import LeanMlp
+from vitrail.models.mlp import LeanMlp, normed_mlp
 from vitrail.models.stem import Stem
 
 
@@ -90,7 +90,7 @@ class ScaledBlock(Block):
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
         """(B, N, C) to the same shape."""
         x = torch.add(x, self.drop_path1(self.attn(self.norm1(x), **mask)), alpha=1 / self.skip_lam)
-        return torch.add(x, self.drop_path2(self.mlp(x, self.norm2)), alpha=1 / self.skip_lam)
+        return torch.add(x, self.drop_path2(normed_mlp(self.mlp, self.norm2, x)), alpha=1 / self.skip_lam)
 
 
 class LVViT(VisionTransformer):
@@ -112,6 +112,7 @@ class LVViT(VisionTransformer):
         if stem_width is not None:
             defaults["embed_layer"] = partial(ConvStem, width=stem_width)
         super().__init__(**{**defaults, **kwargs})
+        self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Draw the weights as the official code does: truncated normal of 0.02, for the class token, too."""

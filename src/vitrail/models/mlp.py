@@ -53,3 +53,8 @@ class LeanMlp(Mlp):
             return super().forward(x if norm is None else norm(x))
         hidden = self.fc1(x) if norm is None else _lean_linear(norm, x, self.fc1)
         return self.drop2(_lean_linear(self.act, hidden, self.fc2))
+
+
+def normed_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """mlp(norm(x)), at once where the MLP can."""
+    return mlp(x, norm) if isinstance(mlp, LeanMlp) else mlp(norm(x))

@@ -23,14 +23,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, calculate_drop_path_rates, trunc_normal_, use_fused_attn
+from timm.layers import Attention, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrail.models.checkpoints import checkpoint_filter
+from vitrail.models.cnn_designs import (
+    DenseBlock,
+    GhostAttention,
+    GhostBlock,
+    GhostMlp,
+    SqueezeExciteAttention,
+    Transition,
+)
 from vitrail.models.heads import DenseHead
-from vitrail.models.mlp import LeanMlp
+from vitrail.models.mlp import LeanMlp, normed_mlp
 from vitrail.models.tokens_to_token import TokensToToken
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
@@ -75,6 +83,7 @@ class T2TViT(VisionTransformer):
         table = self.pos_embed.data
         del self.pos_embed  # timm's is a parameter
         self.register_buffer("pos_embed", table)
+        self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
@@ -129,13 +138,13 @@ class T2TViT(VisionTransformer):
 
 
 class ClassTokenBlock(Block):
-    """timm's block with a `LeanMlp`, which can leave out what only the other tokens need."""
+    """timm's block, which can leave out what only the other tokens need."""
 
     def forward(self, x: Tensor, class_token_only: bool = False, **mask: Any) -> Tensor:
         """(B, N, C) to the same shape, or to the first token (B, 1, C) alone: its queries, projection and MLP."""
         if not class_token_only:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
-            return x + self.drop_path2(self.ls2(self.mlp(x, self.norm2)))
+            return x + self.drop_path2(self.ls2(normed_mlp(self.mlp, self.norm2, x)))
         tokens, attn = self.norm1(x), self.attn
         dim = attn.num_heads * attn.head_dim
         weights = attn.qkv.weight.split((dim, 2 * dim))
@@ -146,139 +155,7 @@ class ClassTokenBlock(Block):
         out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout)
         out = attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
         x = x[:, :1] + self.drop_path1(self.ls1(out))
-        return x + self.drop_path2(self.ls2(self.mlp(x, self.norm2)))
-
-
-class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation (Hu et al., arXiv:1709.01507) of tokens (B, N, C): channels weighed by their mean."""
-
-    def __init__(self, dim: int, reduction: int = 16) -> None:
-        super().__init__()
-        narrow = dim // reduction
-        layers = nn.Linear(dim, narrow, bias=False), nn.ReLU(), nn.Linear(narrow, dim, bias=False), nn.Sigmoid()
-        self.fc = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to the same shape."""
-        return x * self.fc(x.mean(1)).unsqueeze(1)
-
-
-class SqueezeExciteAttention(Attention):
-    """Attention with squeeze-and-excitation after its projection, dropout last."""
-
-    def __init__(self, dim: int, proj_drop: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(dim, **kwargs)
-        self.se_layer = SqueezeExcite(dim)
-        self.se_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to the same shape."""
-        return self.se_drop(self.se_layer(super().forward(x, **mask)))
-
-
-def _cheap(dim: int) -> nn.Conv1d:
-    """Ghost features: one weight a channel."""
-    return nn.Conv1d(dim, dim, kernel_size=1, groups=dim, bias=False)
-
-
-class GhostAttention(nn.Module):
-    """Attention whose q, k and v are half computed, half a cheap copy (GhostNet, Han et al., arXiv:1911.11907).
-
-    Raises:
-        ValueError: an option of timm's attention that the published design does not have.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, **others: Any
-    ) -> None:
-        super().__init__()
-        if others.pop("qk_norm", False) or others.pop("scale_norm", False):
-            raise ValueError("qk_norm, scale_attn_norm: ghost attention has no norms.")
-        half = dim // 2
-        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.q, self.k, self.v = (nn.Linear(dim, half, bias=qkv_bias) for _ in range(3))
-        self.cheap_operation_q, self.cheap_operation_k, self.cheap_operation_v = (_cheap(half) for _ in range(3))
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.fused_attn = use_fused_attn()
-
-    def _heads(self, x: Tensor, linear: nn.Linear, cheap: nn.Conv1d) -> Tensor:
-        """(B, N, C) to (B, heads, N, C / heads)."""
-        half = linear(x)
-        full = torch.cat((half, cheap(half.mT).mT), dim=2)
-        return full.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to the same shape."""
-        q = self._heads(x, self.q, self.cheap_operation_q)
-        k = self._heads(x, self.k, self.cheap_operation_k)
-        v = self._heads(x, self.v, self.cheap_operation_v)
-        if self.fused_attn:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:
-            out = self.attn_drop(((q @ k.mT) * self.scale).softmax(-1)) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-
-
-class GhostMlp(nn.Module):
-    """MLP of ratio 3 that computes a third of its hidden layer; the rest are cheap copies of the activated part.
-
-    Raises:
-        ValueError: another ratio.
-    """
-
-    def __init__(
-        self, in_features: int, hidden_features: int, act_layer: type[nn.Module], drop: float, **others: Any
-    ) -> None:
-        super().__init__()
-        if hidden_features != 3 * in_features:
-            raise ValueError(f"mlp_ratio={hidden_features / in_features:g}: the ghost MLP is defined for 3.")
-        self.fc1 = nn.Linear(in_features, in_features)
-        self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_features, in_features)
-        self.drop = nn.Dropout(drop)
-        self.cheap_operation2, self.cheap_operation3 = _cheap(in_features), _cheap(in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to the same shape."""
-        x = self.act(self.fc1(x))
-        copies = (self.act(cheap(x.mT).mT) for cheap in (self.cheap_operation2, self.cheap_operation3))
-        return self.drop(self.fc2(self.drop(torch.cat((x, *copies), dim=2))))
-
-
-class GhostBlock(Block):
-    """timm's block without attention masks, which the ghost design has no use for."""
-
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) to the same shape."""
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-class DenseBlock(Block):
-    """Block that appends `growth` features to its input (DenseNet, Huang et al., arXiv:1608.06993)."""
-
-    def __init__(self, dim: int, growth: int, **kwargs: Any) -> None:
-        super().__init__(dim, **kwargs)
-        self.dense_linear = nn.Linear(dim, growth)
-
-    def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to (B, N, C + growth)."""
-        return torch.cat((x, self.dense_linear(super().forward(x, **mask))), dim=2)
-
-
-class Transition(nn.Module):
-    """Halves the width between two stages of the dense variant."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.act = nn.GELU()
-        self.linear = nn.Linear(dim, dim // 2)
-
-    def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to (B, N, C / 2)."""
-        return self.act(self.linear(x))
+        return x + self.drop_path2(self.ls2(normed_mlp(self.mlp, self.norm2, x)))
 
 
 class T2TViTDense(T2TViT):
@@ -328,6 +205,7 @@ class T2TViTDense(T2TViT):
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.norm = _NORM(dim)
         self.reset_classifier(self.num_classes)
+        self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
         if weight_init != "skip":
             self.init_weights(weight_init, needs_reset=False)
 
