@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -40,8 +41,39 @@ TOKEN_WEIGHT = 0.5
 """Weight of the maximum over token logits in the logits of an image (arXiv:2104.10858, official code)."""
 
 
+class SparseTokens(NamedTuple):
+    """Probabilities (B, N, C) of patch tokens, of which all but a few classes share one value.
+
+    The probability of class c is `base` plus the `weights` of the entries whose class is c.
+    """
+
+    classes: Tensor  # (B, N, E) int64
+    weights: Tensor  # (B, N, E)
+    base: Tensor  # (B, N)
+    num_classes: int
+
+    def to_dense(self) -> Tensor:
+        """(B, N, C)."""
+        dense = self.base[..., None].expand(*self.base.shape, self.num_classes).clone()
+        return dense.scatter_add_(2, self.classes, self.weights)
+
+    def mixed(self, share: Tensor) -> "SparseTokens":
+        """Mix with the batch's mirror image: `share` (B, N) or broadcastable of each token's own target."""
+        share = share.expand_as(self.base)
+        return SparseTokens(
+            torch.cat((self.classes, self.classes.flip(0)), dim=2),
+            torch.cat((self.weights * share[..., None], self.weights.flip(0) * (1 - share)[..., None]), dim=2),
+            self.base * share + self.base.flip(0) * (1 - share),
+            self.num_classes,
+        )
+
+
 class Targets(NamedTuple):
-    """What the heads should say: class indices (B,) or probabilities (B, C), and token probabilities (B, N, C)."""
+    """What the heads should say: class indices (B,) or probabilities (B, C), and token probabilities.
+
+    Those of tokens are dense (B, N, C) or sparse. `truth` are the labels of the data set beside an annotator's `cls`.
+    """
 
     cls: Tensor
-    tokens: Tensor | None = None
+    tokens: Tensor | SparseTokens | None = None
+    truth: Tensor | None = None

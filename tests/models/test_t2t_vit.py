@@ -194,6 +194,10 @@ def test_create__refuses(name, arguments, message):
         create_model(name, 5, img_size=32, **arguments)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31),
+    reason="older timm takes every first layer for a conv",
+)
 def test_pretrained__first_layer_fits_other_channels():
     source = small().state_dict()
     for prefix in ("tokens_to_token.attention1.",):

@@ -172,7 +172,7 @@ def _adapt_first_windows(weights: dict[str, Tensor], model: Any) -> str:
     One channel gets the sum of the three projections, more get them repeated, as timm does for convolutions; the norm's
     weights are averaged or repeated.
     """
-    channels, prefix = model.in_chans, "tokens_to_token.attention1."
+    channels, prefix = model.patch_embed.in_chans, "tokens_to_token.attention1."
     for name in ("kqv.weight", "attn.qkv.weight", "norm1.weight", "norm1.bias"):
         if (value := weights.get(prefix + name)) is not None:
             windows = value.reshape(-1, 3, 7, 7)  # channel-major

@@ -80,6 +80,9 @@ def add_dense_head(model: nn.Module) -> nn.Module:
     return model
 
 
+_SEVERAL_HEADS = (DenseHead, VisionTransformerDistilled)
+
+
 def mix_tokens(x: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
     """Swap the tokens inside a box with those of the batch's mirror image: sample i with sample B - 1 - i.
 
@@ -124,7 +127,7 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
     """
     if token_box is not None and not isinstance(model, DenseHead):
         raise ConfigError(f"MixToken needs token logits, which {type(model).__name__} lacks: model.dense_head=true.")
-    if not isinstance(model, DenseHead | VisionTransformerDistilled):
+    if not isinstance(model, _SEVERAL_HEADS):
         return Heads(cls=model(images))
     grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     if token_box is not None:

@@ -156,6 +156,7 @@ class TokensToToken(Stem):
         if tokens_type not in ("performer", "transformer"):
             raise ValueError(f"tokens_type={tokens_type}: choose performer or transformer.")
         super().__init__(img_size, patch_size, **kwargs)
+        self.in_chans = in_chans
         self.soft_split0, self.soft_split1, self.soft_split2 = (
             nn.Unfold(kernel, padding=padding, stride=stride) for kernel, stride, padding in self.splits
         )

@@ -1,0 +1,208 @@
+"""From label maps and crops to what class token and patch tokens should say (Jiang et al., arXiv:2104.10858).
+
+A label map holds for each cell of a grid over the whole image the annotator's top K raw scores and their classes. The
+map's crop is pooled to the token grid, and to one cell for the class token, as torchvision's RoIAlign does; a softmax
+over all classes, absent ones with score 0, gives probabilities, which are smoothed.
+
+RoIAlign weighs rows and columns independently of each other and of the values, so that pooling is two small matrices an
+image, made for the whole batch at once on its device; nothing loops over images.
+
+Numerically equal to the official code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59) on square maps, except
+that a crop means the place where the image was cropped: the official code hands (top, left, height, width) to a
+function that reads x first. `transpose_crops=True` gives the published behaviour.
+
+Dimensions: B images, K scores a cell, H x W cells, h x w tokens, N = h * w, C classes.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.types import SparseTokens
+
+
+class TokenTargets(NamedTuple):
+    """Probabilities for the class token (B, C) and for the patch tokens (B, N, C)."""
+
+    cls: Tensor
+    tokens: Tensor
+
+
+class SparseTokenTargets(NamedTuple):
+    """The same with patch tokens in sparse form."""
+
+    cls: Tensor
+    tokens: SparseTokens
+
+
+def token_targets(
+    scores: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    flipped: Tensor,
+    grid: tuple[int, int],
+    num_classes: int,
+    smoothing: float = 0.1,
+    transpose_crops: bool = False,
+) -> TokenTargets:
+    """Dense targets of a batch; `sparse_token_targets` gives the same without the (B, N, C) tensor.
+
+    Args:
+        scores: (B, K, H, W), the annotator's raw scores.
+        classes: (B, K, H, W) integers, the class of each score; within a cell each class occurs once.
+        boxes: (B, 4), the crop as (x1, y1, x2, y2), each in [0, 1] of the (flipped) image.
+        flipped: (B,) bool, whether the image was mirrored left to right, before it was cropped.
+        grid: rows and columns of tokens (h, w).
+        num_classes: C.
+        smoothing: s; probabilities p become p * (1 - s + s / C) + s / C, as published: they sum to 1 + s / C.
+        transpose_crops: read boxes with x and y exchanged, as the official code does.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a class outside of 0 to C - 1.
+    """
+    rows, columns = _pooling(scores, classes, boxes, flipped, grid, num_classes, transpose_crops)
+    maps = scores.new_zeros(len(scores), num_classes, *scores.shape[2:], dtype=torch.float32)
+    maps.scatter_add_(1, classes.long(), scores.float())
+    pooled = torch.einsum("biy,bcyx,bjx->bijc", rows, maps, columns).flatten(1, 2)  # (B, N, C)
+    return TokenTargets(
+        _class_target(scores, classes, boxes, flipped, num_classes, smoothing, transpose_crops),
+        _smooth(pooled.softmax(-1), smoothing),
+    )
+
+
+def sparse_token_targets(
+    scores: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    flipped: Tensor,
+    grid: tuple[int, int],
+    num_classes: int,
+    smoothing: float = 0.1,
+    transpose_crops: bool = False,
+) -> SparseTokenTargets:
+    """As `token_targets`, with patch tokens as the few classes that occur in their cells and one value for all others.
+
+    A token of an (18, 18) map and a 14 x 14 grid sees at most 3 x 3 cells of K classes, whatever C is.
+    """
+    rows, columns = _pooling(scores, classes, boxes, flipped, grid, num_classes, transpose_crops)
+    height, width = scores.shape[2:]
+    first_row, row_weights = _windows(rows, _reach(height, grid[0]))  # (B, h), (B, h, R)
+    first_column, column_weights = _windows(columns, _reach(width, grid[1]))  # (B, w), (B, w, Q)
+    weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]  # (B, h, w, R, Q)
+    y = (first_row[..., None] + torch.arange(row_weights.shape[-1], device=scores.device)).clamp_(max=height - 1)
+    x = (first_column[..., None] + torch.arange(column_weights.shape[-1], device=scores.device)).clamp_(max=width - 1)
+    cells = (y[:, :, None, :, None] * width + x[:, None, :, None, :]).flatten(1)  # (B, N * R * Q)
+    top_k = scores.shape[1]
+    at = cells[:, None].expand(-1, top_k, -1)
+    entries = (len(scores), top_k, grid[0] * grid[1], -1)
+    found = classes.flatten(2).long().gather(2, at).reshape(entries).movedim(1, 2).flatten(2)  # (B, N, K * R * Q)
+    values = scores.flatten(2).float().gather(2, at).reshape(entries) * weights.flatten(3).flatten(1, 2)[:, None]
+    found, pooled = _merge(found, values.movedim(1, 2).flatten(2))
+    excess = pooled.expm1()  # over exp(0) of the absent classes
+    total = excess.sum(-1) + num_classes
+    on = 1 - smoothing + smoothing / num_classes
+    tokens = SparseTokens(found, on * excess / total[..., None], on / total + smoothing / num_classes, num_classes)
+    return SparseTokenTargets(
+        _class_target(scores, classes, boxes, flipped, num_classes, smoothing, transpose_crops), tokens
+    )
+
+
+def _merge(classes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the values (..., E) of equal classes; the places left over hold class 0 and value 0."""
+    classes, order = classes.sort(-1)
+    values = values.gather(-1, order)
+    new = torch.ones_like(classes, dtype=torch.bool)
+    new[..., 1:] = classes[..., 1:] != classes[..., :-1]
+    place = new.cumsum(-1) - 1
+    merged = torch.zeros_like(values).scatter_add_(-1, place, values)
+    return torch.zeros_like(classes).scatter_(-1, place, classes), merged
+
+
+def _class_target(
+    scores: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    flipped: Tensor,
+    num_classes: int,
+    smoothing: float,
+    transpose_crops: bool,
+) -> Tensor:
+    """Target of the class token (B, C): the crop pooled to one cell."""
+    rows, columns = _pooling(scores, classes, boxes, flipped, (1, 1), num_classes, transpose_crops)
+    weighted = scores.float() * (rows.transpose(1, 2) * columns)[:, None]  # (B, K, H, W)
+    pooled = weighted.new_zeros(len(scores), num_classes)
+    pooled.scatter_add_(1, classes.long().flatten(1), weighted.flatten(1))
+    return _smooth(pooled.softmax(-1), smoothing)
+
+
+def _smooth(probabilities: Tensor, smoothing: float) -> Tensor:
+    off = smoothing / probabilities.shape[-1]
+    return probabilities * (1 - smoothing + off) + off
+
+
+def _pooling(
+    scores: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    flipped: Tensor,
+    grid: tuple[int, int],
+    num_classes: int,
+    transpose_crops: bool,
+) -> tuple[Tensor, Tensor]:
+    """RoIAlign as a matrix of rows (B, h, H) and one of columns (B, w, W)."""
+    if scores.ndim != 4 or scores.shape != classes.shape:
+        raise ValueError(f"scores {tuple(scores.shape)} and classes {tuple(classes.shape)} must both be (B, K, H, W).")
+    if boxes.shape != (len(scores), 4) or flipped.shape != (len(scores),):
+        raise ValueError(f"boxes {tuple(boxes.shape)} and flipped {tuple(flipped.shape)} must be (B, 4) and (B,).")
+    if scores.device.type == "cpu" and classes.numel() and not 0 <= int(classes.max()) < num_classes:
+        raise ValueError(f"label maps hold class {int(classes.max())}, the data has {num_classes} classes.")
+    x1, y1, x2, y2 = boxes.float().unbind(1)
+    if transpose_crops:
+        x1, y1, x2, y2 = y1, x1, y2, x2
+    rows = _axis_weights(y1, y2, scores.shape[2], grid[0])
+    columns = _axis_weights(x1, x2, scores.shape[3], grid[1])
+    return rows, torch.where(flipped[:, None, None], columns.flip(-1), columns)  # a mirrored map, read backwards
+
+
+def _axis_weights(start: Tensor, end: Tensor, cells: int, bins: int) -> Tensor:
+    """Weights (B, bins, cells) with which RoIAlign averages the cells of one axis.
+
+    As torchvision's `roi_align` with `aligned=False`, `sampling_ratio=-1`, on corners less half a cell: a side has at
+    least one cell; ceil(bin) samples a bin, at the centres of equal parts, interpolate linearly between the centres of
+    cells; up to one cell outside the border's cell is taken, further out 0.
+    """
+    low = start * cells - 0.5
+    side = (end * cells - 0.5 - low).clamp(min=1.0)
+    size = side / bins  # (B,)
+    count = (side / bins).ceil().clamp(max=_samples(cells, bins))  # samples in a bin
+    sample = torch.arange(_samples(cells, bins), device=start.device)
+    position = torch.arange(bins, device=start.device)[:, None] + (sample + 0.5) / count[:, None, None]
+    position = low[:, None, None] + position * size[:, None, None]  # (B, bins, samples)
+    used = (sample < count[:, None, None]) & (position >= -1) & (position <= cells)
+    position = position.clamp(0, cells - 1)
+    lower = position.floor()
+    fraction = position - lower
+    share = used / count[:, None, None]
+    weights = start.new_zeros(len(start), bins, cells)
+    weights.scatter_add_(2, lower.long(), share * (1 - fraction))
+    return weights.scatter_add_(2, (lower.long() + 1).clamp(max=cells - 1), share * fraction)
+
+
+def _samples(cells: int, bins: int) -> int:
+    """The most samples that a bin of a crop inside the image can have; a little more, for rounding."""
+    return math.ceil(cells / bins + 1e-4)
+
+
+def _reach(cells: int, bins: int) -> int:
+    """Cells that a bin can touch: its samples lie at most one cell apart and interpolate between two cells."""
+    return min(cells, _samples(cells, bins) + 1)
+
+
+def _windows(weights: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """The first cell (B, bins) with any weight, and the weights (B, bins, reach) from there on, 0 past the border."""
+    cells = weights.shape[-1]
+    first = (weights > 0).int().argmax(-1)
+    at = first[..., None] + torch.arange(reach, device=weights.device)
+    return first, weights.gather(-1, at.clamp(max=cells - 1)) * (at < cells)
