@@ -71,9 +71,11 @@ class SparseTokens(NamedTuple):
 class Targets(NamedTuple):
     """What the heads should say: class indices (B,) or probabilities (B, C), and token probabilities.
 
-    Those of tokens are dense (B, N, C) or sparse. `truth` are the labels of the data set beside an annotator's `cls`.
+    Those of tokens are dense (B, N, C) or sparse. `truth` (B, C) is what the data set says beside an annotator's `cls`.
+    `share` is what MixToken left of its own image in each class token: the rest belongs to the batch's mirror image.
     """
 
     cls: Tensor
     tokens: Tensor | SparseTokens | None = None
     truth: Tensor | None = None
+    share: Tensor | float | None = None

@@ -1,5 +1,6 @@
 """Losses: heads and targets in, a dict of scalars out, of which `loss` is minimised; torch only."""
 
 from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
+from vitrail.objectives.token_labeling import TokenLabelingLoss
 
-__all__ = ["BinaryCrossEntropy", "CrossEntropy"]
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "TokenLabelingLoss"]
