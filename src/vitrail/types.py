@@ -15,6 +15,23 @@ class Sample(NamedTuple):
     image: Any  # PIL image from a source; then (3, H, W); in a batch (B, 3, H, W)
     label: Any  # class index; in a batch (B,) int64, or (B, C) probabilities once mixed; IGNORE where not to count
     key: Any  # str; in a batch a list of B of them
+    label_map: Any = ()  # LabelMap where the data has label maps
+
+
+class View(NamedTuple):
+    """What augmentation did to the geometry: mirror the image or not, then cut this box out of it."""
+
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2, each in [0, 1] of the (mirrored) image
+    flipped: bool
+
+
+class LabelMap(NamedTuple):
+    """The annotator's top K of an image and the view of it that the network gets; tensors, collated to a batch."""
+
+    scores: Tensor  # (K, H, W) float16
+    classes: Tensor  # (K, H, W) int32
+    box: Tensor  # (4,) float32, see View
+    flipped: Tensor  # () bool
 
 
 IGNORE = -1

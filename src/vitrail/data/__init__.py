@@ -9,7 +9,7 @@ from vitrail.data.datamodule import (
     TorchvisionDataModule,
 )
 from vitrail.data.images import load_image
-from vitrail.data.mixing import Mixing
+from vitrail.data.mixing import Mixing, MixToken
 
 __all__ = [
     "Augmentation",
@@ -17,6 +17,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
+    "MixToken",
     "Mixing",
     "TorchvisionDataModule",
     "load_image",

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
-from vitrail.data.mixing import Mixing
+from vitrail.data.mixing import Mixing, MixToken
+from vitrail.errors import ConfigError
+from vitrail.types import View
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -41,7 +46,7 @@ class Augmentation:
         crop_mode: of evaluation: `center`, `squash` (whole image, aspect ratio lost) or `border` (padded).
         eval_interpolation: of evaluation.
         enabled: False trains on the evaluation transform.
-        mix: mixup and CutMix of training batches; None for none.
+        mix: mixup and CutMix, or MixToken, of training batches; None for none.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -58,7 +63,7 @@ class Augmentation:
     crop_mode: str = "center"
     eval_interpolation: str = "bicubic"
     enabled: bool = True
-    mix: Mixing | None = None
+    mix: Mixing | MixToken | None = None
 
     def training(self, pixels: Pixels, hflip: float) -> Transform:
         """Transform from an RGB image to (3, H, W); `hflip` is used where the augmentation names none."""
@@ -83,6 +88,20 @@ class Augmentation:
         _mend_posterize(transform)
         return transform
 
+    def viewed(self, pixels: Pixels, hflip: float) -> "ViewedTransform":
+        """As `training`, telling with each image which part of it was taken; label maps follow that.
+
+        Raises:
+            ConfigError: an augmentation that label maps cannot follow.
+        """
+        if self.vflip:
+            raise ConfigError(f"augment.vflip={self.vflip}: label maps do not follow vertical flips; set it to 0.")
+        if not self.enabled:
+            raise ConfigError("augment.enabled=false: label maps follow the training crop; leave it on.")
+        transform = self.training(pixels, hflip)
+        assert isinstance(transform, transforms.Compose)
+        return ViewedTransform(transform)
+
     def evaluation(self, pixels: Pixels) -> Transform:
         """Resize and crop from an RGB image to (3, H, W), the same for every call."""
         return create_transform(
@@ -94,6 +113,47 @@ class Augmentation:
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
+
+
+class ViewedTransform:
+    """timm's training transform, with the same draws and pixels, that also gives the view."""
+
+    def __init__(self, transform: transforms.Compose) -> None:
+        self.transform = transform
+        self._box, self._flip = (0.0, 0.0, 1.0, 1.0), _RecordedFlip(0.0)
+        for number, stage in enumerate(transform.transforms):
+            if isinstance(stage, RandomResizedCropAndInterpolation):
+                stage.get_params = self._crop
+            elif isinstance(stage, transforms.RandomHorizontalFlip):
+                self._flip = transform.transforms[number] = _RecordedFlip(stage.p)
+
+    def _crop(self, image: Image.Image, scale: Any, ratio: Any) -> tuple[int, int, int, int]:
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
+        self._box = (
+            left / image.width,
+            top / image.height,
+            (left + width) / image.width,
+            (top + height) / image.height,
+        )
+        return top, left, height, width
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
+        """Pixels (3, H, W), and where they come from."""
+        self._flip.flipped = False
+        pixels = self.transform(image)
+        x1, y1, x2, y2 = self._box
+        # timm mirrors the crop; a view is a crop of the mirrored image.
+        return pixels, View((1 - x2, y1, 1 - x1, y2), True) if self._flip.flipped else View(self._box, False)
+
+
+class _RecordedFlip(transforms.RandomHorizontalFlip):
+    """torchvision's flip, with the same draw, that remembers what it did last."""
+
+    flipped = False
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        self.flipped = bool(torch.rand(1) < self.p)
+        return ImageOps.mirror(image) if self.flipped else image
 
 
 def _mend_posterize(transform: transforms.Compose) -> None:

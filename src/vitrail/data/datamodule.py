@@ -9,7 +9,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitrail.data.augment import Augmentation, Pixels, Transform
+from vitrail.data.augment import Augmentation, Pixels, Transform, ViewedTransform
+from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import Digits, ImageFolder, ImageNet, Source, Split, TorchvisionDataset
@@ -27,13 +28,20 @@ class ViewDataset(Dataset[Sample]):
         skipped: file that lists unreadable images, which are then replaced by the next readable one; None stops at
             the first.
         fill: replace an unreadable image (training) rather than leaving it out of the count (validation).
+        maps: label maps, which follow the view that `transform`, a `ViewedTransform` then, takes.
     """
 
     def __init__(
-        self, split: Split, transform: Transform, seed: int | None, skipped: Path | None = None, fill: bool = True
+        self,
+        split: Split,
+        transform: Transform | ViewedTransform,
+        seed: int | None,
+        skipped: Path | None = None,
+        fill: bool = True,
+        maps: LabelMapJoin | None = None,
     ) -> None:
         self.split, self.transform, self.seed = split, transform, seed
-        self.skipped, self.fill = skipped, fill
+        self.skipped, self.fill, self.maps = skipped, fill, maps
 
     def __len__(self) -> int:
         return len(self.split)
@@ -59,7 +67,12 @@ class ViewDataset(Dataset[Sample]):
         if self.seed is None:
             return sample._replace(image=self.transform(sample.image))
         with seeded(self.seed, epoch, index):
-            return sample._replace(image=self.transform(sample.image))
+            transformed = self.transform(sample.image)
+        if not isinstance(transformed, tuple):
+            return sample._replace(image=transformed)
+        assert self.maps is not None
+        image, view = transformed
+        return sample._replace(image=image, label_map=self.maps(index, sample.label, view))
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -81,6 +94,8 @@ class ImageDataModule(L.LightningDataModule):
         seed: of shuffling and augmentation.
         on_corrupt: `stop` at an image that cannot be read, or `skip` it and list it in `skipped_file`.
         skipped_file: where `skip` lists them.
+        label_maps: folder of a label-map store, for training with token labels.
+        on_missing_map: `error`, or `ignore`: the tokens of an image without a map all learn its label.
 
     Raises:
         ConfigError: a value cannot work; the message names its key.
@@ -100,6 +115,8 @@ class ImageDataModule(L.LightningDataModule):
         seed: int = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         skipped_file: str | Path | None = None,
+        label_maps: str | Path | None = None,
+        on_missing_map: Literal["error", "ignore"] = "error",
     ) -> None:
         super().__init__()
         if on_corrupt not in ("stop", "skip"):
@@ -113,6 +130,7 @@ class ImageDataModule(L.LightningDataModule):
         self.pixels = Pixels(size, tuple(mean), tuple(std))
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers = num_workers
+        self.label_maps, self.on_missing_map = label_maps, on_missing_map
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
     @property
@@ -132,11 +150,17 @@ class ImageDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the splits."""
         if stage in (None, "fit") and not hasattr(self, "train"):
-            transform = self.augment.training(self.pixels, self.hflip)
-            self.train = ViewDataset(self.source.open("train"), transform, self.seed, self.skipped_file)
+            self.train = self._training_set(self.source.open("train"))
         if not hasattr(self, "val"):
             transform = self.augment.evaluation(self.pixels)
             self.val = ViewDataset(self.source.open("val"), transform, None, self.skipped_file, fill=False)
+
+    def _training_set(self, split: Split) -> ViewDataset:
+        if self.label_maps is None:
+            return ViewDataset(split, self.augment.training(self.pixels, self.hflip), self.seed, self.skipped_file)
+        store = LabelMapStore.open(self.label_maps)
+        maps = LabelMapJoin(store, split.keys(), self.num_classes, self.on_missing_map)
+        return ViewDataset(split, self.augment.viewed(self.pixels, self.hflip), self.seed, self.skipped_file, maps=maps)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled, augmented, all batches full.

@@ -30,6 +30,10 @@ class Split(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
+    def keys(self) -> list[str]:
+        """The keys of all samples, in order."""
+        ...
+
 
 class Source(Protocol):
     """A data set: its class names in the order of the class indices, and its splits."""
@@ -57,6 +61,10 @@ class ArraySplit:
     def __getitem__(self, index: int) -> Sample:
         image = Image.fromarray(self.images[index]).convert("RGB")
         return Sample(image, int(self.labels[index]), f"{self.name}/{index:06d}")
+
+    def keys(self) -> list[str]:
+        """The keys of all samples, in order."""
+        return [f"{self.name}/{index:06d}" for index in range(len(self))]
 
 
 class Digits:
@@ -139,6 +147,10 @@ class FolderSplit:
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index].decode()
         return Sample(load_image(self.root / path), int(self.labels[index]), path.rpartition(".")[0])
+
+    def keys(self) -> list[str]:
+        """The keys of all samples, in order: paths without their extension."""
+        return [path.decode().rpartition(".")[0] for path in self.paths]
 
 
 def _images(folder: Path) -> list[str]:

@@ -58,6 +58,8 @@ class TokenLabelingLoss(nn.Module):
             `published`: half of each where annotator and truth agree on the best class, else 0.9 annotator and 0.1
             truth; `intended`, as the comment of the official code has it: trust the truth more where the annotator is
             wrong, half of each where they agree, else 0.1 annotator and 0.9 truth.
+        smoothing: of the targets, which whoever makes them reads here (see `token_targets`).
+        transpose_crops: likewise; True takes labels from the transposed crop, as the official code does.
 
     Raises:
         ValueError: an unknown `ground_truth`.
@@ -65,11 +67,21 @@ class TokenLabelingLoss(nn.Module):
 
     needs_tokens = True
 
-    def __init__(self, dense_weight: float = 1.0, cls_weight: float = 1.0, ground_truth: str = "none") -> None:
+    def __init__(
+        self,
+        dense_weight: float = 1.0,
+        cls_weight: float = 1.0,
+        ground_truth: str = "none",
+        smoothing: float = 0.1,
+        transpose_crops: bool = False,
+    ) -> None:
         super().__init__()
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
         if ground_truth not in ("none", "published", "intended"):
             raise ValueError(f"objective.ground_truth={ground_truth}: choose none, published or intended.")
         self.dense_weight, self.cls_weight, self.ground_truth = dense_weight, cls_weight, ground_truth
+        self.smoothing, self.transpose_crops = smoothing, transpose_crops
 
     def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
         """`loss` and its parts `cls_loss` and `token_loss`, from logits (B, C), (B, N, C) and targets.

@@ -17,10 +17,11 @@ from omegaconf import DictConfig
 from rich import get_console
 from torch import nn
 
-from vitrail.data import ImageDataModule
+from vitrail.data import ImageDataModule, Mixing, MixToken
 from vitrail.errors import ConfigError
 from vitrail.insight import training_report
 from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint
+from vitrail.models.heads import DenseHead
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory, is_rank_zero
 from vitrail.run.loggers import MetricsCSV
@@ -129,9 +130,11 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     mixing = data.augment.mix
     if mixing is not None and data.batch_size % 2:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, augment.mix pairs the images of a batch.")
+    model, objective = build_model(config, data), instantiate(config.objective, "objective")
+    check_token_labels(model, objective, data)
     module = ImageClassifier(
-        build_model(config, data),
-        instantiate(config.objective, "objective"),
+        model,
+        objective,
         data.num_classes,
         optimizer=instantiate(config.optimizer, "optimizer"),
         schedule=instantiate(config.schedule, "schedule"),
@@ -144,6 +147,26 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         size = data.pixels.size
         module.example_input_array = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
     return module
+
+
+def check_token_labels(model: nn.Module, objective: nn.Module, data: ImageDataModule) -> None:
+    """Refuse a backbone, an objective, a mixing and data that cannot do token labelling together.
+
+    Raises:
+        ConfigError: names the key to change.
+    """
+    wants_tokens, mixing = getattr(objective, "needs_tokens", False), data.augment.mix
+    if wants_tokens and not isinstance(model, DenseHead):
+        raise ConfigError(
+            f"objective: token labelling needs token logits, which {type(model).__name__} has not; set"
+            " model.dense_head=true or choose an LV-ViT."
+        )
+    if data.label_maps is not None and not wants_tokens:
+        raise ConfigError("data.label_maps: this objective reads none; set objective=token_labeling.")
+    if isinstance(mixing, MixToken) and not wants_tokens:
+        raise ConfigError("augment.mix: MixToken needs targets of tokens; set objective=token_labeling.")
+    if isinstance(mixing, Mixing) and wants_tokens:
+        raise ConfigError("augment.mix: token labels do not follow mixup and CutMix yet; use MixToken (augment=lvvit).")
 
 
 class _KeepConfig(L.Callback):

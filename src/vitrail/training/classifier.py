@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitrail.data import Mixing
+from vitrail.data import Mixing, MixToken
+from vitrail.data.label_maps import sparse_token_targets
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
+from vitrail.objectives import TokenLabelingLoss
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
-from vitrail.types import IGNORE, Sample, Targets
+from vitrail.types import IGNORE, LabelMap, Sample, Targets
 
 
 class ImageClassifier(L.LightningModule):
@@ -43,7 +45,7 @@ class ImageClassifier(L.LightningModule):
         num_classes: int,
         optimizer: OptimizerFactory | None = None,
         schedule: CosineSchedule | None = None,
-        mixing: Mixing | None = None,
+        mixing: Mixing | MixToken | None = None,
         seed: int = 0,
         compile_mode: str | None = None,
         checkpointing: bool = False,
@@ -70,16 +72,24 @@ class ImageClassifier(L.LightningModule):
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Mix a training batch on its device, so that callbacks see what the network sees."""
-        if not self.training or self.mixing is None or not isinstance(batch, Sample):
+        if not self.training or not isinstance(self.mixing, Mixing) or not isinstance(batch, Sample):
             return batch  # the summary sends its example through here, a bare tensor
-        batches_seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        key = (self.seed, batches_seen, self.global_rank)
-        image, label = self.mixing(batch.image, batch.label, self.num_classes, key)
+        image, label = self.mixing(batch.image, batch.label, self.num_classes, self._batch_key())
         return Sample(image, label, batch.key)
+
+    def _batch_key(self) -> tuple[int, int, int]:
+        """What the draws for a batch are a function of."""
+        batches_seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return self.seed, batches_seen, self.global_rank
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Scalar loss of one batch."""
-        losses = self.objective(self.heads(self.model, batch.image), Targets(cls=batch.label))
+        box = share = None
+        if isinstance(self.mixing, MixToken):
+            box, share = self.mixing.box(_grid(self.model, batch.image), self._batch_key())
+            box = box.to(batch.image.device)
+        heads = self.heads(self.model, batch.image, box)
+        losses = self.objective(heads, self._targets(batch)._replace(share=share))
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             on_step=False,
@@ -89,6 +99,28 @@ class ImageClassifier(L.LightningModule):
             prog_bar=True,
         )
         return losses["loss"]
+
+    @torch.no_grad()
+    def _targets(self, batch: Sample) -> Targets:
+        """What the heads should say of a batch: its labels, or for token labelling what its label maps see."""
+        if not isinstance(self.objective, TokenLabelingLoss):
+            return Targets(cls=batch.label)
+        truth = F.one_hot(batch.label, self.num_classes) * (1 - self.objective.smoothing)
+        truth = truth + self.objective.smoothing / self.num_classes
+        if not batch.label_map:
+            return Targets(cls=truth)
+        maps: LabelMap = batch.label_map
+        made = sparse_token_targets(
+            maps.scores,
+            maps.classes,
+            maps.box,
+            maps.flipped,
+            grid=_grid(self.model, batch.image),
+            num_classes=self.num_classes,
+            smoothing=self.objective.smoothing,
+            transpose_crops=self.objective.transpose_crops,
+        )
+        return Targets(made.cls, made.tokens, truth)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
@@ -159,6 +191,11 @@ class ImageClassifier(L.LightningModule):
         values = self.val_metrics.compute()
         self.val_metrics.reset()
         return {f"{prefix}{name}": value if name == "loss" else 100 * value for name, value in values.items()}
+
+
+def _grid(model: Any, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of patch tokens that `model` makes of `images` (B, 3, H, W)."""
+    return model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
 
 
 def validation_metrics(num_classes: int) -> MetricCollection:

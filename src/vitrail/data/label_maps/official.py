@@ -209,7 +209,7 @@ def export_official(store: LabelMapStore, folder: str | Path) -> None:
             f"{store.path}: the published format is exact up to class 2048, the store has {store.num_classes}."
         )
     for index in range(len(store)):
-        key = bytes(store.keys[index]).decode()
+        key = store.key(index)
         if ".." in PurePosixPath(key).parts or key.startswith("/"):
             raise ConfigError(f"{store.path}: the key {key} leaves the folder.")
         target = Path(folder) / f"{key}.pt"

@@ -189,6 +189,23 @@ class LabelMapStore:
             raise KeyError(f"{key}: no label map in {self.path}.")
         return found
 
+    def key(self, index: int) -> str:
+        """The key of a record."""
+        return bytes(self.keys[index]).decode()
+
+    def indices(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """The records of many images at once, -1 where there is none."""
+        names = np.array([key.encode() for key in keys], dtype=np.bytes_)
+        if len(names) == self.num_samples and np.array_equal(names, self.keys):
+            return np.arange(self.num_samples)
+        hashes = np.fromiter((_hash(key) for key in keys), np.uint64, len(keys))
+        places = np.searchsorted(self._hashes, hashes).clip(max=self.num_samples - 1)
+        found = self._order[places].astype(np.int64)
+        for index in map(int, np.flatnonzero(self.keys[found] != names)):  # missing, or another key of the same hash
+            record = self._find(keys[index])
+            found[index] = -1 if record is None else record
+        return found
+
     def _find(self, key: str) -> int | None:
         name, wanted = key.encode(), _hash(key)
         place = int(np.searchsorted(self._hashes, np.uint64(wanted)))

@@ -1,0 +1,183 @@
+"""Views: what augmentation says it did is what happened to the pixels, and label maps follow it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from peers.recorded import recorded
+from vitrail.data import Augmentation, MixToken
+from vitrail.data.augment import Pixels
+from vitrail.data.datamodule import ViewDataset
+from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
+from vitrail.data.randomness import seeded
+from vitrail.data.sampling import Draw
+from vitrail.errors import ConfigError
+from vitrail.types import Sample
+
+PIXELS = Pixels((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def position_image(width, height):
+    """Red says the column, green the row, from 0 to 255."""
+    x = np.broadcast_to(np.linspace(0, 255, width)[None], (height, width))
+    y = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+    return Image.fromarray(np.stack((x, y, 0 * x), axis=-1).round().astype(np.uint8))
+
+
+class Pictures:
+    """Two pictures that are not square."""
+
+    def __init__(self):
+        self.images = [position_image(200, 120), position_image(90, 150)]
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return Sample(self.images[index], index, f"c/{index}")
+
+    def keys(self):
+        return ["c/0", "c/1"]
+
+
+@pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1", "3a"])
+def test_view__same_pixels_as_without(auto_augment):
+    augment = Augmentation(auto_augment=auto_augment, erase_prob=0.3, interpolation="random", color_jitter=0.3)
+    plain, viewed = augment.training(PIXELS, 0.5), augment.viewed(PIXELS, 0.5)
+    flips = 0
+    for draw in range(60):
+        with seeded(draw):
+            expected = plain(position_image(200, 120))
+        with seeded(draw):
+            pixels, view = viewed(position_image(200, 120))
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
+        assert 0 <= view.box[0] < view.box[2] <= 1 + 1e-9
+        flips += view.flipped
+    assert 15 < flips < 45
+
+
+def test_view__says_where_the_pixels_come_from():
+    viewed = Augmentation().viewed(PIXELS, 0.5)
+    for draw in range(40):
+        with seeded(draw):
+            pixels, view = viewed(position_image(400, 300))
+        x1, y1, x2, y2 = view.box
+        across = pixels[0].mean(0)  # red along a row
+        seen = 1 - across if view.flipped else across  # columns of the mirrored image count from its right
+        step = (x2 - x1) / 56
+        assert seen[0].item() == pytest.approx(x1 + step / 2, abs=0.02)
+        assert seen[-1].item() == pytest.approx(x2 - step / 2, abs=0.02)
+        down = pixels[1].mean(1)
+        assert down[0].item() == pytest.approx(y1 + (y2 - y1) / 112, abs=0.02)
+        assert down[-1].item() == pytest.approx(y2 - (y2 - y1) / 112, abs=0.02)
+
+
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_token_targets__point_at_the_pixels_of_their_token(axis, tmp_path):
+    """Maps whose class is the column (or row) of the cell; a token's target has to be where its pixels come from."""
+    cells = 36
+    position = np.arange(cells)
+    classes = np.broadcast_to(position[None, :] if axis == "column" else position[:, None], (cells, cells))
+    writer = LabelMapStore.create(tmp_path / "maps", 2, 1, (cells, cells), cells, ["c/0", "c/1"])
+    for index in range(2):
+        writer.write(index, np.full((1, cells, cells), 40.0), classes[None])
+    split, store = Pictures(), writer.finish()
+    dataset = ViewDataset(
+        split, Augmentation().viewed(PIXELS, 0.5), seed=1, maps=LabelMapJoin(store, split.keys(), cells)
+    )
+    errors = []
+    for epoch in range(20):
+        samples = [dataset[Draw(index, epoch, False)] for index in range(2)]
+        maps = torch.utils.data.default_collate([sample.label_map for sample in samples])
+        targets = token_targets(*maps, grid=(7, 7), num_classes=cells, smoothing=0.0).tokens  # (2, 49, cells)
+        expected = (targets @ (torch.arange(cells) + 0.5)) / cells
+        pixels = torch.stack([sample.image for sample in samples])[:, 0 if axis == "column" else 1]
+        seen = torch.nn.functional.avg_pool2d(pixels[:, None], 8).flatten(1)
+        errors.append((expected - seen).abs())
+    errors = torch.stack(errors)
+    assert errors.mean() < 0.02, "half a cell is 0.014"
+    assert errors.max() < 0.06
+
+
+def store_of(path, keys, num_classes=3, value=5.0):
+    writer = LabelMapStore.create(path, len(keys), 2, (2, 2), num_classes, keys)
+    for index in range(len(keys)):
+        writer.write(index, np.full((2, 2, 2), value), np.array([1, 2])[:, None, None].repeat(2, 1).repeat(2, 2))
+    return writer.finish()
+
+
+def test_join__by_key_in_any_order(tmp_path):
+    store = store_of(tmp_path / "maps", ["c/1", "x/9", "c/0"])
+    assert LabelMapJoin(store, ["c/0", "c/1"], 3).records.tolist() == [2, 0]
+    assert LabelMapJoin(store, ["c/1", "x/9", "c/0"], 3).records.tolist() == [0, 1, 2]
+
+
+def test_join__missing_maps(tmp_path, caplog):
+    store = store_of(tmp_path / "maps", ["c/0"])
+    with pytest.raises(ConfigError, match=r"1 of 2 images have no map, the first is c/1; data.on_missing_map=ignore"):
+        LabelMapJoin(store, ["c/0", "c/1"], 3)
+    with caplog.at_level("WARNING"):
+        join = LabelMapJoin(store, ["c/0", "c/1"], 3, on_missing="ignore")
+    assert "1 of 2 images have no label map" in caplog.text
+    _, view = Augmentation().viewed(PIXELS, 0.5)(position_image(80, 80))
+    maps = torch.utils.data.default_collate([join(0, 0, view), join(1, 2, view)])
+    targets = token_targets(*maps, grid=(2, 2), num_classes=3, smoothing=0.0)
+    torch.testing.assert_close(targets.tokens[1], torch.tensor([0.0, 0, 1]).expand(4, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(targets.cls[0], torch.tensor([0.0, 5, 5]).softmax(0))
+
+
+def test_join__refuses_other_data(tmp_path):
+    store = store_of(tmp_path / "maps", ["c/0"])
+    with pytest.raises(ConfigError, match="maps of 3 classes, the data has 5"):
+        LabelMapJoin(store, ["c/0"], 5)
+    with pytest.raises(
+        ConfigError, match="holds no map of any image; its keys look like c/0, the images' like train/c/0"
+    ):
+        LabelMapJoin(store, ["train/c/0"], 3)
+    with pytest.raises(ConfigError, match=r"data.on_missing_map=skip: must be error or ignore"):
+        LabelMapJoin(store, ["c/0"], 3, on_missing="skip")
+
+
+@pytest.mark.parametrize(
+    ("augment", "key"), [({"vflip": 0.5}, "augment.vflip"), ({"enabled": False}, "augment.enabled")]
+)
+def test_view__refuses_what_maps_cannot_follow(augment, key):
+    with pytest.raises(ConfigError, match=key):
+        Augmentation(**augment).viewed(PIXELS, 0.5)
+
+
+@pytest.mark.parametrize(
+    "case", recorded("token_label_loss.json")["mixtoken_boxes"], ids=lambda case: str(case["np_seed"])
+)
+def test_mixtoken__draws_the_official_boxes(case):
+    random = np.random.RandomState(case["np_seed"])
+    grid = tuple(case.get("grid_hw") or [case["grid"]] * 2)
+    for _, x1, y1, x2, y2 in case["draws_lam_x1_y1_x2_y2"]:
+        assert MixToken().draw(grid, random) == (x1, y1, x2, y2)
+
+
+def test_mixtoken__is_a_function_of_its_key_and_knows_its_share():
+    mixing = MixToken()
+    boxes = [mixing.box((14, 20), (0, step, 0)) for step in range(50)]
+    for step, (box, share) in enumerate(boxes):
+        again, _ = mixing.box((14, 20), (0, step, 0))
+        assert box.tolist() == again.tolist()
+        top, left, bottom, right = box.tolist()
+        assert 0 <= top <= bottom <= 14
+        assert 0 <= left <= right <= 20
+        assert share == pytest.approx(1 - (bottom - top) * (right - left) / 280)
+    assert len({tuple(box.tolist()) for box, _ in boxes}) > 30
+    with pytest.raises(ConfigError, match=r"augment.mix.alpha=0"):
+        MixToken(alpha=0)
+
+
+@pytest.mark.parametrize(("whole_sides", "area"), [(False, 0.27), (True, 0.29)])
+def test_mixtoken__mean_area(whole_sides, area):
+    """Published boxes are smaller than the share asks for; boxes that leave the grid are cut in both."""
+    random = np.random.RandomState(0)
+    areas = []
+    for _ in range(4000):
+        top, left, bottom, right = MixToken(whole_sides=whole_sides).draw((14, 14), random)
+        areas.append((bottom - top) * (right - left) / 196)
+    assert np.mean(areas) == pytest.approx(area, abs=0.02)

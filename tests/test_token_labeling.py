@@ -1,0 +1,86 @@
+"""Token labelling through src/train.py, on real JPEGs."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from programs import error_of, run, train
+from vitrail.data import Augmentation, ImageDataModule, Mixing, MixToken
+from vitrail.data.label_maps import LabelMapStore
+from vitrail.data.sources import Digits
+from vitrail.errors import ConfigError
+from vitrail.models import create_model
+from vitrail.objectives import CrossEntropy, TokenLabelingLoss
+from vitrail.run.training import check_token_labels
+
+SMALL = ("model=lvvit_t", "+model.embed_dim=32", "+model.depth=2", "+model.num_heads=2", "model.patch_size=8")
+DATA = ("data=imagefolder", "data.image_size=32", "data.batch_size=8", "data.num_workers=0")
+QUICK = ("trainer=cpu", "callbacks.model_summary=null", "augment=lvvit", "objective=token_labeling")
+
+
+@pytest.fixture
+def label_maps(image_tree, tmp_path):
+    """Maps that see the true class everywhere, for the 16 training images."""
+    keys = sorted(str(path.relative_to(image_tree / "train").with_suffix("")) for path in image_tree.glob("train/*/*"))
+    writer = LabelMapStore.create(tmp_path / "maps", len(keys), 1, (4, 4), 2, keys)
+    for index, key in enumerate(keys):
+        writer.write(index, np.full((1, 4, 4), 8.0), np.full((1, 4, 4), int(key.startswith("pagoda"))))
+    writer.finish()
+    return tmp_path / "maps"
+
+
+def losses(directory):
+    with (directory / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("model", [SMALL, ("model=t2t_vit_7", "+model.depth=2", "model.dense_head=true")])
+def test_train__token_losses_fall(model, image_tree, label_maps, tmp_path):
+    arguments = (*model, *DATA, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=6")
+    rows = losses(train(*arguments, "optimizer.lr=3e-3", "augment.auto_augment=null", logs=tmp_path))
+    assert rows[-1]["train/token_loss"] < 0.9 * rows[0]["train/token_loss"]
+    for row in rows:
+        assert row["train/loss"] == pytest.approx(row["train/cls_loss"] + row["train/token_loss"], rel=1e-4)
+
+
+def test_train__without_maps_tokens_learn_the_label(image_tree, tmp_path):
+    rows = losses(train(*SMALL, *DATA, *QUICK, f"data.root={image_tree}", "epochs=1", logs=tmp_path))
+    assert 0.3 < rows[0]["train/token_loss"] < 3
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "mix", "label_maps", "message"),
+    [
+        (
+            "deit_nano",
+            TokenLabelingLoss(),
+            None,
+            None,
+            "token logits, which VisionTransformer has not; set model.dense_",
+        ),
+        ("lvvit_t", CrossEntropy(), None, "/maps", "data.label_maps: this objective reads none"),
+        ("lvvit_t", CrossEntropy(), MixToken(), None, "augment.mix: MixToken needs targets of tokens"),
+        ("lvvit_t", TokenLabelingLoss(), Mixing(), "/maps", "token labels do not follow mixup and CutMix yet"),
+    ],
+)
+def test_parts__that_do_not_fit_together(model, objective, mix, label_maps, message):
+    data = ImageDataModule(Digits(), Augmentation(mix=mix), image_size=32, label_maps=label_maps)
+    with pytest.raises(ConfigError, match=message):
+        check_token_labels(create_model(model, 10, 32, depth=1), objective, data)
+
+
+def test_train__refuses_before_it_starts(image_tree, tmp_path):
+    common = (*SMALL, *DATA, *QUICK, f"data.root={image_tree}", "epochs=1")
+    message = error_of(run("train.py", *common, "data.label_maps=/nowhere", logs=tmp_path))
+    assert "data.label_maps=/nowhere: no label maps (no manifest.json)" in message
+
+
+def test_train__missing_maps_are_named(image_tree, label_maps, tmp_path):
+    (image_tree / "train" / "flower" / "flower_0.jpg").rename(image_tree / "train" / "flower" / "new.jpg")
+    common = (*SMALL, *DATA, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=1")
+    message = error_of(run("train.py", *common, logs=tmp_path))
+    assert "1 of 16 images have no map, the first is flower/new; data.on_missing_map=ignore" in message
+    result = run("train.py", *common, "data.on_missing_map=ignore", logs=tmp_path)
+    assert result.returncode == 0
+    assert "1 of 16 images have no label map" in result.stdout + result.stderr
