@@ -25,6 +25,17 @@ from vitrail.models.stem import Stem
 _EPS = 1e-5  # of every LayerNorm
 
 
+def _normed_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(norm(x)), with the norm's weights taken into the linear layer.
+
+    The same numbers, and where x is an image's windows, which need no gradient, a matrix product less: the norm's
+    gradients follow from those of the small folded weights.
+    """
+    weight = linear.weight * norm.weight
+    bias = linear.weight @ norm.bias if linear.bias is None else torch.addmv(linear.bias, linear.weight, norm.bias)
+    return F.linear(F.layer_norm(x, norm.normalized_shape, eps=norm.eps), weight, bias)
+
+
 class TokenPerformer(nn.Module):
     """Performer layer (Choromanski et al., arXiv:2009.14794): attention linear in the number of tokens.
 
@@ -80,13 +91,13 @@ class TokenPerformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, N, E)."""
-        k, q, v = self.kqv(self.norm1(tokens)).split(self.width, dim=-1)
+        k, q, v = _normed_linear(self.norm1, self.kqv, tokens).split(self.width, dim=-1)
         x = v + self.dp(self.proj(self.attend(k, q, v).to(v.dtype)))
         return x + self.mlp(self.norm2(x))
 
 
 class TokenAttention(nn.Module):
-    """Attention with one head of width E over tokens (B, N, D), scaled by D^-1/2, with v as its residual."""
+    """Attention with one head of width E, its queries scaled by D^-1/2, and v as its residual."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -95,9 +106,9 @@ class TokenAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, E)."""
-        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, E) each
+    def forward(self, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(B, N, D), still to be normalised, to (B, N, E)."""
+        q, k, v = _normed_linear(norm, self.qkv, tokens).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, E) each
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
@@ -117,7 +128,7 @@ class TokenTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, N, E)."""
-        x = self.attn(self.norm1(tokens))
+        x = self.attn(tokens, self.norm1)
         return x + self.mlp(self.norm2(x))
 
 
