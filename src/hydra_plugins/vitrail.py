@@ -72,6 +72,11 @@ def _run_dir(logs: str, task: str, resume: str | None) -> str:
     return str(directory)
 
 
+def _needed(key: str, what: str) -> str:
+    """For values that an experiment cannot do without; OmegaConf's ??? gives way to the group's null."""
+    raise ValueError(f"{key}: not set; this experiment needs {what}, {key}=...")
+
+
 def _auto_precision() -> str:
     import torch
 
@@ -83,6 +88,7 @@ OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "sweep_dir", lambda logs, task: str(Path(logs) / task / "multiruns" / _stamp()), replace=True
 )
+OmegaConf.register_new_resolver("needed", _needed, replace=True)
 OmegaConf.register_new_resolver("auto_precision", _auto_precision, replace=True)
 
 

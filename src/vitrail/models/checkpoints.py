@@ -99,6 +99,9 @@ def load_checkpoint(
         return []
     weights, notes = fit_weights(backbone_weights(read_checkpoint(path), ema), model, source=str(path))
     load_weights(model, weights, source=str(path), allow=allow)
+    missing = sorted(model.state_dict().keys() - weights.keys())
+    if missing:
+        notes.append(f"not in the checkpoint, left untrained: {', '.join(missing)}.")
     for note in notes:
         log.info("%s: %s", path, note)
     return notes

@@ -20,7 +20,7 @@ from torch import nn
 from vitrail.data import ImageDataModule, Mixing, MixToken
 from vitrail.errors import ConfigError
 from vitrail.insight import training_report
-from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint
+from vitrail.models.checkpoints import backbone_weights, load_checkpoint, load_weights, read_checkpoint
 from vitrail.models.heads import DenseHead
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory, is_rank_zero
@@ -132,6 +132,9 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, augment.mix pairs the images of a batch.")
     model, objective = build_model(config, data), instantiate(config.objective, "objective")
     check_token_labels(model, objective, data)
+    if config.ckpt is not None and not config.resume:
+        allowed = ["aux_head.*"] if isinstance(model, DenseHead) else []  # a new head may start untrained
+        load_checkpoint(model, find_weights(config.ckpt), allow=allowed)
     module = ImageClassifier(
         model,
         objective,
@@ -149,7 +152,13 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     return module
 
 
-def check_token_labels(model: nn.Module, objective: nn.Module, data: ImageDataModule) -> None:
+def find_weights(ckpt: str) -> Path:
+    """The file that `ckpt` names: itself, or a run directory's best checkpoint."""
+    path = Path(ckpt).expanduser()
+    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+
+
+def check_token_labels(model: nn.Module, objective: Any, data: ImageDataModule) -> None:
     """Refuse a backbone, an objective, a mixing and data that cannot do token labelling together.
 
     Raises:
@@ -160,6 +169,11 @@ def check_token_labels(model: nn.Module, objective: nn.Module, data: ImageDataMo
         raise ConfigError(
             f"objective: token labelling needs token logits, which {type(model).__name__} has not; set"
             " model.dense_head=true or choose an LV-ViT."
+        )
+    if wants_tokens and data.label_maps is None and objective.dense_weight:
+        raise ConfigError(
+            "data.label_maps: not set, but objective=token_labeling reads them; objective=cross_entropy teaches every"
+            " token the image's label instead."
         )
     if data.label_maps is not None and not wants_tokens:
         raise ConfigError("data.label_maps: this objective reads none; set objective=token_labeling.")
