@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitrail.models.checkpoints import checkpoint_filter
 from vitrail.models.heads import DenseHead
 from vitrail.models.mlp import LeanMlp, normed_mlp
+from vitrail.models.registry import build, vit_cfg
 from vitrail.models.stem import Stem
 
 
@@ -130,22 +129,12 @@ _RELEASES = "https://github.com/zihangJiang/TokenLabeling/releases/download/"
 
 
 def _cfg(file: str = "", side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": _RELEASES + file if file else "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2104.10858",
-        **kwargs,
-    }
+    return vit_cfg(
+        url=_RELEASES + file if file else "",
+        input_size=(3, side, side),
+        paper_ids="arXiv:2104.10858",
+        **{"first_conv": "patch_embed.conv1", "classifier": ("head", "aux_head"), **kwargs},
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -165,51 +154,42 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(
-    model_class: type[LVViT], variant: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
-) -> LVViT:
-    return build_model_with_cfg(
-        model_class,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **{"mlp_ratio": 3, **architecture, **kwargs},
-    )
-
-
 @register_model
 def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-T: 8.5 M parameters, 2.9 G MACs, 79.1 % top-1."""
-    return _create(DenseLVViT, "lvvit_t", pretrained, kwargs, embed_dim=240, depth=12, num_heads=4)
+    return build(DenseLVViT, "lvvit_t", pretrained, kwargs, mlp_ratio=3, embed_dim=240, depth=12, num_heads=4)
 
 
 @register_model
 def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-S: 26.2 M parameters, 6.6 G MACs, 83.3 % top-1; 84.4 % at 384 pixels."""
-    return _create(DenseLVViT, "lvvit_s", pretrained, kwargs, embed_dim=384, depth=16, num_heads=6, skip_lam=2)
+    return build(
+        DenseLVViT, "lvvit_s", pretrained, kwargs, mlp_ratio=3, embed_dim=384, depth=16, num_heads=6, skip_lam=2
+    )
 
 
 @register_model
 def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-M: 55.8 M parameters, 84.0 % top-1; 85.4 % at 384 pixels, 85.5 % at 448."""
-    return _create(DenseLVViT, "lvvit_m", pretrained, kwargs, embed_dim=512, depth=20, num_heads=8, skip_lam=2)
+    return build(
+        DenseLVViT, "lvvit_m", pretrained, kwargs, mlp_ratio=3, embed_dim=512, depth=20, num_heads=8, skip_lam=2
+    )
 
 
 @register_model
 def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-L: 150 M parameters; 86.2 % top-1 at 448 pixels, 86.4 % at 512."""
     config = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3, "stem_width": 128}
-    return _create(DenseLVViT, "lvvit_l", pretrained, kwargs, **config)
+    return build(DenseLVViT, "lvvit_l", pretrained, kwargs, mlp_ratio=3, **config)
 
 
 @register_model
 def lvvit(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-S without token logits: 25.8 M parameters."""
-    return _create(LVViT, "lvvit", pretrained, kwargs, embed_dim=384, depth=16, num_heads=6, skip_lam=2)
+    return build(LVViT, "lvvit", pretrained, kwargs, mlp_ratio=3, embed_dim=384, depth=16, num_heads=6, skip_lam=2)
 
 
 @register_model
 def vit(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """The baseline of the LV-ViT paper: plain patches, residuals not scaled; 24.4 M parameters."""
-    return _create(LVViT, "vit", pretrained, kwargs, embed_dim=384, depth=16, num_heads=6, stem_width=None)
+    return build(LVViT, "vit", pretrained, kwargs, mlp_ratio=3, embed_dim=384, depth=16, num_heads=6, stem_width=None)

@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitrail.models.checkpoints import checkpoint_filter
 from vitrail.models.cnn_designs import (
     DenseBlock,
     GhostAttention,
@@ -39,6 +37,7 @@ from vitrail.models.cnn_designs import (
 )
 from vitrail.models.heads import DenseHead
 from vitrail.models.mlp import LeanMlp, normed_mlp
+from vitrail.models.registry import build, vit_cfg
 from vitrail.models.tokens_to_token import TokensToToken
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
@@ -216,21 +215,13 @@ _RELEASES = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main/"
 
 
 def _cfg(file: str = "", side: int = 224, first: str = "attention1.kqv") -> dict[str, Any]:
-    return {
-        "url": _RELEASES + file if file else "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": f"tokens_to_token.{first}",
-        "classifier": "head",
-        "license": "bsd-3-clause-clear",
-        "paper_ids": "arXiv:2101.11986",
-    }
+    return vit_cfg(
+        url=_RELEASES + file if file else "",
+        input_size=(3, side, side),
+        first_conv=f"tokens_to_token.{first}",
+        license="bsd-3-clause-clear",
+        paper_ids="arXiv:2101.11986",
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -256,14 +247,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> T2TViT:
-    return build_model_with_cfg(
-        architecture.pop("model_class", T2TViT),
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **{**architecture, **kwargs},
-    )
+    return build(architecture.pop("model_class", T2TViT), variant, pretrained, kwargs, **architecture)
 
 
 @register_model

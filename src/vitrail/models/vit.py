@@ -11,28 +11,17 @@ from functools import partial
 from typing import Any
 
 from timm.layers import HybridEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
+
+from vitrail.models.registry import build, vit_cfg
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+    half = (0.5, 0.5, 0.5)
+    return vit_cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, mean=half, std=half, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
@@ -44,17 +33,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 _NANO = {"img_size": 32, "embed_dim": 64, "depth": 4, "num_heads": 2}
-
-
-def _create(model_class: type[VisionTransformer], variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    return build_model_with_cfg(
-        model_class,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **kwargs,
-    )
 
 
 @register_model
@@ -70,19 +48,17 @@ def vit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         "embed_layer": partial(HybridEmbed, backbone=stem, proj=True),
         "global_pool": "avg",
         "class_token": False,
-        **kwargs,
     }
-    return _create(VisionTransformer, "vit_nano", pretrained, **config)
+    return build(VisionTransformer, "vit_nano", pretrained, kwargs, **config)
 
 
 @register_model
 def deit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT-nano, 0.2 M parameters: patches of 4 pixels, width 64, depth 4, class token."""
-    return _create(VisionTransformer, "deit_nano", pretrained, **{**_NANO, "patch_size": 4, **kwargs})
+    return build(VisionTransformer, "deit_nano", pretrained, kwargs, **_NANO, patch_size=4)
 
 
 @register_model
 def deit_nano_distilled(pretrained: bool = False, **kwargs: Any) -> VisionTransformerDistilled:
     """DeiT-nano with a distillation token and its head."""
-    config = {**_NANO, "patch_size": 4, **kwargs}
-    return _create(VisionTransformerDistilled, "deit_nano_distilled", pretrained, **config)
+    return build(VisionTransformerDistilled, "deit_nano_distilled", pretrained, kwargs, **_NANO, patch_size=4)
