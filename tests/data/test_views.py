@@ -84,7 +84,10 @@ def test_token_targets__point_at_the_pixels_of_their_token(axis, tmp_path):
         writer.write(index, np.full((1, cells, cells), 40.0), classes[None])
     split, store = Pictures(), writer.finish()
     dataset = ViewDataset(
-        split, Augmentation().viewed(PIXELS, 0.5), seed=1, maps=LabelMapJoin(store, split.keys(), cells)
+        split,
+        Augmentation().viewed(PIXELS, 0.5),
+        seed=1,
+        maps=LabelMapJoin(store, split.keys(), [str(cell) for cell in range(cells)]),
     )
     errors = []
     for epoch in range(20):
@@ -109,16 +112,16 @@ def store_of(path, keys, num_classes=3, value=5.0):
 
 def test_join__by_key_in_any_order(tmp_path):
     store = store_of(tmp_path / "maps", ["c/1", "x/9", "c/0"])
-    assert LabelMapJoin(store, ["c/0", "c/1"], 3).records.tolist() == [2, 0]
-    assert LabelMapJoin(store, ["c/1", "x/9", "c/0"], 3).records.tolist() == [0, 1, 2]
+    assert LabelMapJoin(store, ["c/0", "c/1"], list("abc")).records.tolist() == [2, 0]
+    assert LabelMapJoin(store, ["c/1", "x/9", "c/0"], list("abc")).records.tolist() == [0, 1, 2]
 
 
 def test_join__missing_maps(tmp_path, caplog):
     store = store_of(tmp_path / "maps", ["c/0"])
     with pytest.raises(ConfigError, match=r"1 of 2 images have no map, the first is c/1; data.on_missing_map=ignore"):
-        LabelMapJoin(store, ["c/0", "c/1"], 3)
+        LabelMapJoin(store, ["c/0", "c/1"], list("abc"))
     with caplog.at_level("WARNING"):
-        join = LabelMapJoin(store, ["c/0", "c/1"], 3, on_missing="ignore")
+        join = LabelMapJoin(store, ["c/0", "c/1"], list("abc"), on_missing="ignore")
     assert "1 of 2 images have no label map" in caplog.text
     _, view = Augmentation().viewed(PIXELS, 0.5)(position_image(80, 80))
     maps = torch.utils.data.default_collate([join(0, 0, view), join(1, 2, view)])
@@ -130,13 +133,13 @@ def test_join__missing_maps(tmp_path, caplog):
 def test_join__refuses_other_data(tmp_path):
     store = store_of(tmp_path / "maps", ["c/0"])
     with pytest.raises(ConfigError, match="maps of 3 classes, the data has 5"):
-        LabelMapJoin(store, ["c/0"], 5)
+        LabelMapJoin(store, ["c/0"], list("abcde"))
     with pytest.raises(
         ConfigError, match="holds no map of any image; its keys look like c/0, the images' like train/c/0"
     ):
-        LabelMapJoin(store, ["train/c/0"], 3)
+        LabelMapJoin(store, ["train/c/0"], list("abc"))
     with pytest.raises(ConfigError, match=r"data.on_missing_map=skip: must be error or ignore"):
-        LabelMapJoin(store, ["c/0"], 3, on_missing="skip")
+        LabelMapJoin(store, ["c/0"], list("abc"), on_missing="skip")
 
 
 @pytest.mark.parametrize(

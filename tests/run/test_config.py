@@ -12,7 +12,7 @@ import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT
 from vitrail.errors import ConfigError
 from vitrail.run.config import check_keys, instantiate
-from vitrail.run.evaluation import find_checkpoint
+from vitrail.run.directory import find_checkpoint
 
 CONF = PROJECT / "conf"
 GROUPS = sorted(

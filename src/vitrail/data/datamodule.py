@@ -159,7 +159,8 @@ class ImageDataModule(L.LightningDataModule):
         if self.label_maps is None:
             return ViewDataset(split, self.augment.training(self.pixels, self.hflip), self.seed, self.skipped_file)
         store = LabelMapStore.open(self.label_maps)
-        maps = LabelMapJoin(store, split.keys(), self.num_classes, self.on_missing_map)
+        maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map)
+        maps.check(split.labels)
         return ViewDataset(split, self.augment.viewed(self.pixels, self.hflip), self.seed, self.skipped_file, maps=maps)
 
     def train_dataloader(self) -> DataLoader[Sample]:

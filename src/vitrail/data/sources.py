@@ -24,7 +24,9 @@ SplitName = Literal["train", "val"]
 
 
 class Split(Protocol):
-    """One split: a sequence of samples."""
+    """One split: a sequence of samples, and the classes of all of them as an array (N,)."""
+
+    labels: NDArray[np.int64]
 
     def __len__(self) -> int: ...
 

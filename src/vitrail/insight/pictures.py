@@ -42,10 +42,11 @@ class FirstBatchPicture(L.Callback):
         picture = batch_grid(batch, data.classes, data.pixels.mean, data.pixels.std, self.count)
         picture.save(self.path)
         for logger in trainer.loggers:
-            _log_picture(logger, picture, "first_batch")
+            log_picture(logger, picture, "first_batch")
 
 
-def _log_picture(logger: Any, picture: Image.Image, name: str) -> None:
+def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
+    """Give a picture to a logger that takes pictures."""
     kind = type(logger).__name__
     if kind == "WandbLogger":
         logger.log_image(key=name, images=[picture])

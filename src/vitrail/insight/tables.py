@@ -2,13 +2,15 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from vitrail.data.label_maps.checks import Finding
 
 
 def training_report(results: Mapping[str, Any], directory: Path) -> Group:
@@ -48,6 +50,18 @@ def evaluation_table(results: Mapping[str, Mapping[str, float]], what: str) -> T
             f"{values['top1']:.2f}",
             f"{values['top5']:.2f}",
         )
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What a doctor found, and what to do."""
+    wrong = sum(finding.level == "error" for finding in findings)
+    table = Table(title=f"To mend: {wrong}" if wrong else "Nothing wrong", title_style="bold")
+    for name in ("check", "", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        table.add_row(finding.check, f"[{colours[finding.level]}]{finding.level}", finding.text, finding.advice)
     return table
 
 

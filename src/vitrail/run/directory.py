@@ -77,6 +77,22 @@ class RunDirectory:
         self.write("results.json", json.dumps(results, indent=1))
 
 
+def find_checkpoint(ckpt: str) -> Path:
+    """The checkpoint file that `ckpt` names: itself, or a run directory's best.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(ckpt).expanduser().absolute()
+    if not path.is_dir():
+        return path
+    run = RunDirectory(path)
+    for candidate in (run.best, run.last):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"ckpt={ckpt}: neither a checkpoint nor a run directory with one.")
+
+
 def is_rank_zero() -> bool:
     """Whether this process writes for all of them; known from the environment, before any group of processes is."""
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -1,7 +1,6 @@
 """The evaluation job: a run's checkpoint, its config, and the validation images."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,7 @@ from vitrail.insight import evaluation_table
 from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint
 from vitrail.objectives import CrossEntropy
 from vitrail.run.config import check_keys, instantiate
-from vitrail.run.directory import RunDirectory
+from vitrail.run.directory import RunDirectory, find_checkpoint
 from vitrail.run.training import build_model, check_devices, set_up_logging
 from vitrail.training import ImageClassifier
 
@@ -67,22 +66,6 @@ def _validate(trainer: L.Trainer, model: Any, data: ImageDataModule) -> dict[str
     module = ImageClassifier(model, CrossEntropy(), data.num_classes)
     values = trainer.validate(module, datamodule=data, verbose=False)[0]
     return {"images": len(data.val), **{name.removeprefix("val/"): value for name, value in values.items()}}
-
-
-def find_checkpoint(ckpt: str) -> Path:
-    """The checkpoint file that `ckpt` names: itself, or a run directory's best.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = Path(ckpt).expanduser().absolute()
-    if not path.is_dir():
-        return path
-    run = RunDirectory(path)
-    for candidate in (run.best, run.last):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"ckpt={ckpt}: neither a checkpoint nor a run directory with one.")
 
 
 def with_overrides(saved: dict[str, Any], config: DictConfig) -> DictConfig:

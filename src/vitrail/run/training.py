@@ -23,7 +23,7 @@ from vitrail.insight import training_report
 from vitrail.models.checkpoints import backbone_weights, load_checkpoint, load_weights, read_checkpoint
 from vitrail.models.heads import DenseHead
 from vitrail.run.config import check_keys, instantiate, plain, restore
-from vitrail.run.directory import RunDirectory, is_rank_zero
+from vitrail.run.directory import RunDirectory, find_checkpoint, is_rank_zero
 from vitrail.run.loggers import MetricsCSV
 from vitrail.training import ImageClassifier
 
@@ -134,7 +134,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     check_token_labels(model, objective, data)
     if config.ckpt is not None and not config.resume:
         allowed = ["aux_head.*"] if isinstance(model, DenseHead) else []  # a new head may start untrained
-        load_checkpoint(model, find_weights(config.ckpt), allow=allowed)
+        load_checkpoint(model, find_checkpoint(config.ckpt), allow=allowed)
     module = ImageClassifier(
         model,
         objective,
@@ -150,12 +150,6 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         size = data.pixels.size
         module.example_input_array = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
     return module
-
-
-def find_weights(ckpt: str) -> Path:
-    """The file that `ckpt` names: itself, or a run directory's best checkpoint."""
-    path = Path(ckpt).expanduser()
-    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
 
 
 def check_token_labels(model: nn.Module, objective: Any, data: ImageDataModule) -> None:

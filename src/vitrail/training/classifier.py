@@ -86,7 +86,7 @@ class ImageClassifier(L.LightningModule):
         """Scalar loss of one batch."""
         box = share = None
         if isinstance(self.mixing, MixToken):
-            box, share = self.mixing.box(_grid(self.model, batch.image), self._batch_key())
+            box, share = self.mixing.box(token_grid(self.model, batch.image), self._batch_key())
             box = box.to(batch.image.device)
         heads = self.heads(self.model, batch.image, box)
         losses = self.objective(heads, self._targets(batch)._replace(share=share))
@@ -115,7 +115,7 @@ class ImageClassifier(L.LightningModule):
             maps.classes,
             maps.box,
             maps.flipped,
-            grid=_grid(self.model, batch.image),
+            grid=token_grid(self.model, batch.image),
             num_classes=self.num_classes,
             smoothing=self.objective.smoothing,
             transpose_crops=self.objective.transpose_crops,
@@ -193,7 +193,7 @@ class ImageClassifier(L.LightningModule):
         return {f"{prefix}{name}": value if name == "loss" else 100 * value for name, value in values.items()}
 
 
-def _grid(model: Any, images: Tensor) -> tuple[int, int]:
+def token_grid(model: Any, images: Tensor) -> tuple[int, int]:
     """Rows and columns of patch tokens that `model` makes of `images` (B, 3, H, W)."""
     return model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
 

@@ -8,6 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vitrail.data.label_maps.checks import (
+    Finding,
+    check_agreement,
+    check_keys_match,
+    check_names,
+    check_values,
+    measure_agreement,
+    sample_of,
+)
 from vitrail.data.label_maps.store import LabelMapStore
 from vitrail.errors import ConfigError
 from vitrail.types import LabelMap, View
@@ -23,7 +32,7 @@ class LabelMapJoin:
     Args:
         store: the maps.
         keys: of the split's images, in order.
-        num_classes: of the data.
+        classes: names of the data's classes.
         on_missing: `error`, or `ignore`: such an image's tokens all learn its label.
 
     Raises:
@@ -34,32 +43,42 @@ class LabelMapJoin:
         self,
         store: LabelMapStore,
         keys: Sequence[str],
-        num_classes: int,
+        classes: Sequence[str],
         on_missing: Literal["error", "ignore"] = "error",
     ) -> None:
         if on_missing not in ("error", "ignore"):
             raise ConfigError(f"data.on_missing_map={on_missing}: must be error or ignore.")
-        if store.num_classes != num_classes:
-            raise ConfigError(
-                f"data.label_maps={store.path}: maps of {store.num_classes} classes, the data has {num_classes}."
-            )
-        self.store = store
+        self.store, self.classes = store, classes
+        self._refuse(check_names(store, classes))
         self.records: NDArray[np.int64] = store.indices(keys)
-        missing = np.flatnonzero(self.records < 0)
-        if len(missing) == len(keys):
-            raise ConfigError(
-                f"data.label_maps={store.path}: holds no map of any image; its keys look like {store.key(0)}, the"
-                f" images' like {keys[0]}."
-            )
-        if len(missing) and on_missing == "error":
-            raise ConfigError(
-                f"data.label_maps={store.path}: {len(missing)} of {len(keys)} images have no map, the first is"
-                f" {keys[missing[0]]}; data.on_missing_map=ignore lets their tokens learn the image's label."
-            )
-        if len(missing):
-            log.warning(
-                "%d of %d images have no label map; their tokens learn the image's label.", len(missing), len(keys)
-            )
+        missing = int((self.records < 0).sum())
+        if missing < len(keys) and missing and on_missing == "ignore":
+            log.warning("%d of %d images have no label map; their tokens learn the image's label.", missing, len(keys))
+        else:
+            self._refuse(check_keys_match(store, keys, self.records))
+
+    def check(self, labels: NDArray[np.int64], sample: int = 256) -> None:
+        """Look at the maps of some images before a training learns from them.
+
+        Args:
+            labels: (N,) classes of the split's images.
+            sample: images to look at.
+
+        Raises:
+            ConfigError: what the maps say has nothing to do with the images' classes, or makes no sense.
+        """
+        images = np.flatnonzero(self.records >= 0)
+        images = images[sample_of(len(images), sample)]
+        records = self.records[images]
+        self._refuse(check_values(self.store, records))
+        agreement = measure_agreement(self.store, records, labels[images], self.store.num_classes)
+        self._refuse(check_agreement(agreement, self.classes))
+
+    def _refuse(self, finding: Finding) -> None:
+        if finding.level == "error":
+            raise ConfigError(f"data.label_maps={self.store.path}: {finding.text}; {finding.advice}.")
+        if finding.level == "warning":
+            log.warning("data.label_maps=%s: %s; %s.", self.store.path, finding.text, finding.advice)
 
     def __call__(self, index: int, label: int, view: View) -> LabelMap:
         """The map of image `index` of the split."""

@@ -77,6 +77,20 @@ class LabelMapWriter:
         self.done = np.load(path / "done.npy", mmap_mode="r+")
         """(num_samples,) uint8, 1 where the record is written; shared between processes."""
 
+    @classmethod
+    def join(cls, path: str | Path) -> "LabelMapWriter":
+        """Help another process to fill the unfinished store at `path`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        path = Path(path)
+        if not (path / "begun.json").is_file() or (path / "manifest.json").exists():
+            raise ConfigError(f"{path}: holds no unfinished label maps.")
+        begun = json.loads((path / "begun.json").read_text())
+        layout = Layout(begun["top_k"], tuple(begun["grid"]), begun["num_classes"])
+        return cls(path, layout, begun["num_samples"], begun["about"])
+
     def write(self, start: int, scores: NDArray[Any], classes: NDArray[Any]) -> None:
         """Write the record `start`, or with arrays (B, K, H, W) the B records from there on.
 
