@@ -18,11 +18,23 @@ class Sample(NamedTuple):
     label_map: Any = ()  # LabelMap where the data has label maps
 
 
-class View(NamedTuple):
-    """What augmentation did to the geometry: mirror the image or not, then cut this box out of it."""
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2, each in [0, 1] of the (mirrored) image."""
 
-    box: tuple[float, float, float, float]  # x1, y1, x2, y2, each in [0, 1] of the (mirrored) image
+
+class Warp(NamedTuple):
+    """A rotation, shear or shift of RandAugment; coordinates x, y in [0, 1] of the (mirrored) image."""
+
+    matrix: tuple[float, float, float, float, float, float]  # at (x, y) stands what was at (ax + by + c, dx + ey + f)
+    bounds: Box  # of the picture that was warped: what comes from outside of it is filled with grey
+
+
+class View(NamedTuple):
+    """What augmentation did to the geometry: mirror the image or not, warp it, and cut this box out of it."""
+
+    box: Box
     flipped: bool
+    warps: tuple[Warp, ...] = ()  # in their order
 
 
 class LabelMap(NamedTuple):

@@ -19,14 +19,16 @@ PIXELS = Pixels((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def position_image(width, height):
-    """Red says the column, green the row, from 0 to 255."""
+    """Red says the column, green the row, from 0 to 255; blue says that there is a picture."""
     x = np.broadcast_to(np.linspace(0, 255, width)[None], (height, width))
     y = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
-    return Image.fromarray(np.stack((x, y, 0 * x), axis=-1).round().astype(np.uint8))
+    return Image.fromarray(np.stack((x, y, 0 * x + 255), axis=-1).round().astype(np.uint8))
 
 
 class Pictures:
     """Two pictures that are not square."""
+
+    labels = np.array([0, 1])
 
     def __init__(self):
         self.images = [position_image(200, 120), position_image(90, 150)]
@@ -41,9 +43,13 @@ class Pictures:
         return ["c/0", "c/1"]
 
 
-@pytest.mark.parametrize("auto_augment", [None, "rand-m9-mstd0.5-inc1", "3a"])
-def test_view__same_pixels_as_without(auto_augment):
-    augment = Augmentation(auto_augment=auto_augment, erase_prob=0.3, interpolation="random", color_jitter=0.3)
+@pytest.mark.parametrize(
+    ("auto_augment", "crop_last"),
+    [(None, False), ("rand-m9-mstd0.5-inc1", False), ("rand-m9-mstd0.5-inc1", True), ("3a", False)],
+)
+def test_view__same_pixels_as_without(auto_augment, crop_last):
+    options = {"erase_prob": 0.3, "interpolation": "random", "color_jitter": 0.3, "crop_last": crop_last}
+    augment = Augmentation(auto_augment=auto_augment, **options)
     plain, viewed = augment.training(PIXELS, 0.5), augment.viewed(PIXELS, 0.5)
     flips = 0
     for draw in range(60):
@@ -73,34 +79,66 @@ def test_view__says_where_the_pixels_come_from():
         assert down[-1].item() == pytest.approx(y2 - (y2 - y1) / 112, abs=0.02)
 
 
-@pytest.mark.parametrize("axis", ["column", "row"])
-def test_token_targets__point_at_the_pixels_of_their_token(axis, tmp_path):
-    """Maps whose class is the column (or row) of the cell; a token's target has to be where its pixels come from."""
-    cells = 36
+def position_maps(axis, cells, folder):
+    """Maps of the two pictures, whose class is the column (or row) of the cell."""
     position = np.arange(cells)
     classes = np.broadcast_to(position[None, :] if axis == "column" else position[:, None], (cells, cells))
-    writer = LabelMapStore.create(tmp_path / "maps", 2, 1, (cells, cells), cells, ["c/0", "c/1"])
+    writer = LabelMapStore.create(folder, 2, 1, (cells, cells), cells, ["c/0", "c/1"])
     for index in range(2):
         writer.write(index, np.full((1, cells, cells), 40.0), classes[None])
-    split, store = Pictures(), writer.finish()
-    dataset = ViewDataset(
-        split,
-        Augmentation().viewed(PIXELS, 0.5),
-        seed=1,
-        maps=LabelMapJoin(store, split.keys(), [str(cell) for cell in range(cells)]),
-    )
-    errors = []
-    for epoch in range(20):
+    return LabelMapJoin(writer.finish(), ["c/0", "c/1"], [str(cell) for cell in range(cells)])
+
+
+def targets_and_pixels(transform, axis, cells, folder, epochs):
+    """Where targets say that tokens come from, and where their pixels do, and how much of the picture they show."""
+    dataset = ViewDataset(Pictures(), transform, seed=1, maps=position_maps(axis, cells, folder))
+    results = []
+    for epoch in range(epochs):
         samples = [dataset[Draw(index, epoch, False)] for index in range(2)]
         maps = torch.utils.data.default_collate([sample.label_map for sample in samples])
         targets = token_targets(*maps, grid=(7, 7), num_classes=cells, smoothing=0.0).tokens  # (2, 49, cells)
         expected = (targets @ (torch.arange(cells) + 0.5)) / cells
-        pixels = torch.stack([sample.image for sample in samples])[:, 0 if axis == "column" else 1]
-        seen = torch.nn.functional.avg_pool2d(pixels[:, None], 8).flatten(1)
-        errors.append((expected - seen).abs())
-    errors = torch.stack(errors)
+        seen = torch.nn.functional.avg_pool2d(torch.stack([sample.image for sample in samples]), 8).flatten(2)
+        results.append((expected, seen[:, 0 if axis == "column" else 1], seen[:, 2], targets.amax(-1)))
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_token_targets__point_at_the_pixels_of_their_token(axis, tmp_path):
+    transform = Augmentation().viewed(PIXELS, 0.5)
+    expected, seen, _, _ = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=20)
+    assert (expected - seen).abs().mean() < 0.02, "half a cell is 0.014"
+    assert (expected - seen).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("crop_last", [True, False])
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_token_targets__follow_rotations_shears_and_shifts(axis, crop_last, tmp_path):
+    """Two of them for every picture, each as strong as RandAugment has it; what they leave empty is of no class."""
+    augment = Augmentation(scale=(0.5, 1.0), auto_augment="rand-n2-m9-mstd0.5-inc1", crop_last=crop_last)
+    transform = augment.viewed(PIXELS, 0.5)
+    (stage,) = [stage for stage in transform.transform.transforms if hasattr(stage, "ops")]
+    stage.ops = [op for op in stage.ops if op.name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
+    for op in stage.ops:
+        op.prob = 1.0
+    expected, seen, picture, sure = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=60)
+    whole, empty = picture > 0.999, picture < 0.001
+    assert whole.float().mean() > 0.4
+    assert empty.float().mean() > 0.05
+    errors = (expected - seen)[whole].abs()
     assert errors.mean() < 0.02, "half a cell is 0.014"
-    assert errors.max() < 0.06
+    assert errors.quantile(0.99) < 0.06
+    assert sure[empty].median() == pytest.approx(1 / 36, abs=1e-3)
+    assert (sure[empty] < 0.1).float().mean() > 0.9, "at its border a token sees cells of the picture, too"
+
+
+def test_view__without_warps_labels_stay(tmp_path):
+    augment = Augmentation(auto_augment="rand-n2-m9-mstd0.5-inc1", maps_follow=False)
+    views = []
+    for draw in range(20):
+        with seeded(draw):
+            views.append(augment.viewed(PIXELS, 0.5)(position_image(90, 60))[1])
+    assert not any(view.warps for view in views)
 
 
 def store_of(path, keys, num_classes=3, value=5.0):

@@ -1,19 +1,21 @@
 """Augmentation for training and the transform for evaluation, both timm's, under names that configs use."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
 from vitrail.data.mixing import Mixing, MixToken
 from vitrail.errors import ConfigError
-from vitrail.types import View
+from vitrail.types import Box, View, Warp
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -45,6 +47,9 @@ class Augmentation:
         crop_pct: share of the resized image that the evaluation crop covers.
         crop_mode: of evaluation: `center`, `squash` (whole image, aspect ratio lost) or `border` (padded).
         eval_interpolation: of evaluation.
+        crop_last: crop after RandAugment rather than before it, as LV-ViT does: borders that a rotation leaves empty
+            are often cut away, and RandAugment has larger images to work on.
+        maps_follow: label maps follow RandAugment's rotations, shears and shifts; False leaves them where they were.
         enabled: False trains on the evaluation transform.
         mix: mixup and CutMix, or MixToken, of training batches; None for none.
     """
@@ -62,6 +67,8 @@ class Augmentation:
     crop_pct: float = 0.875
     crop_mode: str = "center"
     eval_interpolation: str = "bicubic"
+    crop_last: bool = False
+    maps_follow: bool = True
     enabled: bool = True
     mix: Mixing | MixToken | None = None
 
@@ -86,6 +93,10 @@ class Augmentation:
             re_count=self.erase_count,
         )
         _mend_posterize(transform)
+        if self.crop_last:
+            stages = transform.transforms
+            crop = stages.pop(0)
+            stages.insert(next(i for i, stage in enumerate(stages) if isinstance(stage, MaybeToTensor)), crop)
         return transform
 
     def viewed(self, pixels: Pixels, hflip: float) -> "ViewedTransform":
@@ -100,7 +111,7 @@ class Augmentation:
             raise ConfigError("augment.enabled=false: label maps follow the training crop; leave it on.")
         transform = self.training(pixels, hflip)
         assert isinstance(transform, transforms.Compose)
-        return ViewedTransform(transform)
+        return ViewedTransform(transform, self.maps_follow)
 
     def evaluation(self, pixels: Pixels) -> Transform:
         """Resize and crop from an RGB image to (3, H, W), the same for every call."""
@@ -116,34 +127,85 @@ class Augmentation:
 
 
 class ViewedTransform:
-    """timm's training transform, with the same draws and pixels, that also gives the view."""
+    """timm's training transform, with the same draws and pixels, that also gives the view.
 
-    def __init__(self, transform: transforms.Compose) -> None:
-        self.transform = transform
-        self._box, self._flip = (0.0, 0.0, 1.0, 1.0), _RecordedFlip(0.0)
+    Args:
+        transform: what `Augmentation.training` made.
+        warps: tell of rotations, shears and shifts.
+    """
+
+    def __init__(self, transform: transforms.Compose, warps: bool = True) -> None:
+        self.transform, self.warps = transform, warps
+        self._flip = _RecordedFlip(0.0)
+        self._crop_first = isinstance(transform.transforms[0], RandomResizedCropAndInterpolation)
+        self._forget()
         for number, stage in enumerate(transform.transforms):
             if isinstance(stage, RandomResizedCropAndInterpolation):
                 stage.get_params = self._crop
             elif isinstance(stage, transforms.RandomHorizontalFlip):
                 self._flip = transform.transforms[number] = _RecordedFlip(stage.p)
+            for operation in _operations(stage):
+                if operation.name.startswith(("Rotate", "Shear", "Translate")):
+                    operation.aug_fn = partial(self._warp, operation.aug_fn)
+
+    def _forget(self) -> None:
+        self._box: Box = (0.0, 0.0, 1.0, 1.0)
+        self._warps: list[Warp] = []
+        self._flip.flipped = False
 
     def _crop(self, image: Image.Image, scale: Any, ratio: Any) -> tuple[int, int, int, int]:
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
-        self._box = (
-            left / image.width,
-            top / image.height,
-            (left + width) / image.width,
-            (top + height) / image.height,
-        )
+        right, bottom = left + width, top + height
+        self._box = (left / image.width, top / image.height, right / image.width, bottom / image.height)
         return top, left, height, width
+
+    def _warp(self, operation: Callable[..., Any], image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+        if self.warps:
+            spy = _Spy(image.size)
+            operation(spy, *args, **{**kwargs, "resample": Image.Resampling.BILINEAR})  # fixed: draws nothing
+            x1, y1, x2, y2 = bounds = self._seen()
+            a, b, c, d, e, f = spy.matrix
+            width, height = image.width / (x2 - x1), image.height / (y2 - y1)  # of the whole image, in these pixels
+            b, d = b * height / width, d * width / height
+            matrix = (
+                *(a, b, x1 + c / width - a * x1 - b * y1),
+                *(d, e, y1 + f / height - d * x1 - e * y1),
+            )
+            self._warps.append(Warp(matrix, bounds))
+        return operation(image, *args, **kwargs)
+
+    def _seen(self) -> Box:
+        """The box of the (mirrored) image that the picture shows at this stage."""
+        x1, y1, x2, y2 = self._box
+        # timm mirrors the crop; a view is a crop of the mirrored image.
+        return (1 - x2, y1, 1 - x1, y2) if self._flip.flipped and self._crop_first else self._box
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
         """Pixels (3, H, W), and where they come from."""
-        self._flip.flipped = False
+        self._forget()
         pixels = self.transform(image)
-        x1, y1, x2, y2 = self._box
-        # timm mirrors the crop; a view is a crop of the mirrored image.
-        return pixels, View((1 - x2, y1, 1 - x1, y2), True) if self._flip.flipped else View(self._box, False)
+        return pixels, View(self._seen(), self._flip.flipped, tuple(self._warps))
+
+
+class _Spy:
+    """Stands in for an image to learn what a geometric operation would do to it.
+
+    `matrix`: at the pixel (x, y) it puts what was at (ax + by + c, dx + ey + f).
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+    def transform(self, size: tuple[int, int], method: Any, matrix: Any, **_: Any) -> None:
+        """Pillow's affine transform."""
+        self.matrix = tuple(map(float, matrix))  # type: ignore[assignment]
+
+    def rotate(self, degrees: float, **_: Any) -> None:
+        """Pillow's rotation, counter-clockwise about the centre."""
+        x, y = self.size[0] / 2, self.size[1] / 2
+        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        self.matrix = (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
 class _RecordedFlip(transforms.RandomHorizontalFlip):
@@ -156,14 +218,18 @@ class _RecordedFlip(transforms.RandomHorizontalFlip):
         return ImageOps.mirror(image) if self.flipped else image
 
 
+def _operations(stage: Any) -> list[Any]:
+    """The operations that timm's RandAugment or AutoAugment chooses from."""
+    return [*getattr(stage, "ops", ()), *(operation for policy in getattr(stage, "policy", ()) for operation in policy)]
+
+
 def _mend_posterize(transform: transforms.Compose) -> None:
     """Let timm's RandAugment and AutoAugment keep 0 bits of a colour, as they draw in 2 % of their posterisations.
 
     Pillow made the picture black there, which the published runs saw; current versions raise an error.
     """
     for stage in transform.transforms:
-        policies = [operation for policy in getattr(stage, "policy", ()) for operation in policy]
-        for operation in [*getattr(stage, "ops", ()), *policies]:
+        for operation in _operations(stage):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 

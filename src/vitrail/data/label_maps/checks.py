@@ -105,7 +105,9 @@ def check_agreement(agreement: Agreement, classes: Sequence[str]) -> Finding:
     shares = np.bincount(agreement.labels, minlength=len(classes)) / count
     chance = float((shares * np.bincount(agreement.pooled, minlength=len(classes)) / count).sum())
     spread = math.sqrt(max(chance * (1 - chance), 0.0) / count)
-    limit = chance + min(4 * spread, (1 - chance) / 4)  # a quarter of the way: four spreads of a few images are too many
+    limit = chance + min(
+        4 * spread, (1 - chance) / 4
+    )  # a quarter of the way: four spreads of a few images are too many
     text = f"{agreement.top1:.1%} of {count} maps agree with their image's class (chance: {chance:.1%})"
     label, images, share, said = agreement.worst(1)[0]
     if agreement.top1 <= limit and chance < 1:

@@ -88,6 +88,8 @@ class LabelMapJoin:
             classes = classes.astype(np.int32, copy=False)
         else:
             scores, classes = self._certain(label)
+        if view.warps:
+            scores, classes = _warped(scores, classes, view)
         box, flipped = torch.tensor(view.box), torch.tensor(view.flipped)
         return LabelMap(torch.from_numpy(scores), torch.from_numpy(classes), box, flipped)
 
@@ -98,3 +100,26 @@ class LabelMapJoin:
         scores[0] = _SURE
         others = [(label + step) % self.store.num_classes for step in range(shape[0])]
         return scores, np.broadcast_to(np.array(others, np.int32)[:, None, None], shape).copy()
+
+
+def _warped(
+    scores: NDArray[np.float16], classes: NDArray[np.int32], view: View
+) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    """The map (K, H, W) of the warped image: each cell gets what is said where its centre comes from.
+
+    Nearest cell, and score 0 where there was no picture, as the official code does; but about the right centre, and
+    with each axis in its own unit.
+    """
+    height, width = scores.shape[1:]
+    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    if view.flipped:  # the map is that of the image before it was mirrored
+        x = 1 - x
+    inside = np.ones((height, width), bool)
+    for (a, b, c, d, e, f), (x1, y1, x2, y2) in reversed(view.warps):
+        x, y = a * x + b * y + c, d * x + e * y + f
+        inside &= (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)
+    if view.flipped:
+        x = 1 - x
+    rows = np.floor(y * height).astype(np.int64).clip(0, height - 1)
+    columns = np.floor(x * width).astype(np.int64).clip(0, width - 1)
+    return scores[:, rows, columns] * inside, classes[:, rows, columns]
