@@ -16,6 +16,7 @@ class Sample(NamedTuple):
     label: Any  # class index; in a batch (B,) int64, or (B, C) probabilities once mixed; IGNORE where not to count
     key: Any  # str; in a batch a list of B of them
     label_map: Any = ()  # LabelMap where the data has label maps
+    share: Any = ()  # once label maps are mixed with their images: (B, H, W), share of its own image in each pixel
 
 
 Box = tuple[float, float, float, float]

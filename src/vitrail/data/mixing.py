@@ -4,9 +4,10 @@ And MixToken (Jiang et al., arXiv:2104.10858), which mixes tokens behind the ste
 """
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor, tensor
+from torch import Tensor
 
 from vitrail.data.randomness import seeded
 from vitrail.errors import ConfigError
@@ -21,6 +22,8 @@ class Mixing:
         prob: probability that a batch (or pair, or element) is mixed at all.
         switch_prob: probability of CutMix rather than mixup where both are on.
         mode: `batch`, `pair` or `elem`: what shares one draw.
+        tokens: how targets of patch tokens are mixed: by `position`, each as its own pixels are; or as `published` in
+            LV-ViT's code, all by the share that the whole image has left.
 
     Raises:
         ConfigError: both are off.
@@ -33,11 +36,15 @@ class Mixing:
         prob: float = 1.0,
         switch_prob: float = 0.5,
         mode: str = "batch",
+        tokens: str = "position",
     ) -> None:
         if mixup <= 0 and cutmix <= 0:
             raise ConfigError("augment.mix: mixup and cutmix are both 0; set augment.mix=null instead.")
         if mode not in ("batch", "pair", "elem"):
             raise ConfigError(f"augment.mix.mode={mode}: must be batch, pair or elem.")
+        if tokens not in ("position", "published"):
+            raise ConfigError(f"augment.mix.tokens={tokens}: must be position or published.")
+        self.tokens = tokens
         self.options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "prob": prob, "switch_prob": switch_prob}
         self.mode = mode
 
@@ -55,6 +62,23 @@ class Mixing:
             return images, F.one_hot(labels, num_classes).to(images.dtype)
         with seeded(*key):
             return mixup(images, labels)
+
+    def shares(self, images: Tensor, key: tuple[int, ...]) -> Tensor:
+        """What the same key leaves of each image in itself: (B, H, W), from 0 to 1.
+
+        Read off two colours: the first half of a batch is black, its mirror image white.
+        """
+        count = len(images)
+        second = (torch.arange(count, device=images.device) >= count // 2).to(images.dtype)
+        colours = second[:, None, None, None].repeat(1, 1, *images.shape[2:])
+        mixed = self(colours, torch.zeros(count, dtype=torch.long, device=images.device), 2, key)[0][:, 0]
+        return torch.where(second[:, None, None] > 0, mixed, 1 - mixed)
+
+    def token_shares(self, shares: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What is left of its own image in the target of each token (B, N), from the shares of pixels (B, H, W)."""
+        if self.tokens == "published":
+            return shares.mean((1, 2))[:, None].expand(-1, grid[0] * grid[1])
+        return F.adaptive_avg_pool2d(shares[:, None], grid).flatten(1)
 
 
 class MixToken:
@@ -82,7 +106,7 @@ class MixToken:
         """
         box = self.draw(grid, np.random.RandomState(np.random.SeedSequence(key).generate_state(1)))
         top, left, bottom, right = box
-        return tensor(box), 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])
+        return torch.tensor(box), 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])
 
     def draw(self, grid: tuple[int, int], random: np.random.RandomState) -> tuple[int, int, int, int]:
         """One box, with the draws of the official code in their order."""

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich import get_console
 from torch import nn
 
-from vitrail.data import ImageDataModule, Mixing, MixToken
+from vitrail.data import ImageDataModule, MixToken
 from vitrail.errors import ConfigError
 from vitrail.insight import training_report
 from vitrail.models.checkpoints import backbone_weights, load_checkpoint, load_weights, read_checkpoint
@@ -173,8 +173,6 @@ def check_token_labels(model: nn.Module, objective: Any, data: ImageDataModule) 
         raise ConfigError("data.label_maps: this objective reads none; set objective=token_labeling.")
     if isinstance(mixing, MixToken) and not wants_tokens:
         raise ConfigError("augment.mix: MixToken needs targets of tokens; set objective=token_labeling.")
-    if isinstance(mixing, Mixing) and wants_tokens:
-        raise ConfigError("augment.mix: token labels do not follow mixup and CutMix yet; use MixToken (augment=lvvit).")
 
 
 class _KeepConfig(L.Callback):

@@ -74,8 +74,10 @@ class ImageClassifier(L.LightningModule):
         """Mix a training batch on its device, so that callbacks see what the network sees."""
         if not self.training or not isinstance(self.mixing, Mixing) or not isinstance(batch, Sample):
             return batch  # the summary sends its example through here, a bare tensor
-        image, label = self.mixing(batch.image, batch.label, self.num_classes, self._batch_key())
-        return Sample(image, label, batch.key)
+        key = self._batch_key()
+        share = self.mixing.shares(batch.image, key) if batch.label_map else ()
+        image, label = self.mixing(batch.image, batch.label, self.num_classes, key)
+        return batch._replace(image=image, label=label, share=share)
 
     def _batch_key(self) -> tuple[int, int, int]:
         """What the draws for a batch are a function of."""
@@ -105,22 +107,27 @@ class ImageClassifier(L.LightningModule):
         """What the heads should say of a batch: its labels, or for token labelling what its label maps see."""
         if not isinstance(self.objective, TokenLabelingLoss):
             return Targets(cls=batch.label)
-        truth = F.one_hot(batch.label, self.num_classes) * (1 - self.objective.smoothing)
-        truth = truth + self.objective.smoothing / self.num_classes
+        truth = F.one_hot(batch.label, self.num_classes) if batch.label.ndim == 1 else batch.label
+        truth = truth * (1 - self.objective.smoothing) + self.objective.smoothing / self.num_classes
         if not batch.label_map:
             return Targets(cls=truth)
         maps: LabelMap = batch.label_map
+        grid = token_grid(self.model, batch.image)
         made = sparse_token_targets(
             maps.scores,
             maps.classes,
             maps.box,
             maps.flipped,
-            grid=token_grid(self.model, batch.image),
+            grid=grid,
             num_classes=self.num_classes,
             smoothing=self.objective.smoothing,
             transpose_crops=self.objective.transpose_crops,
         )
-        return Targets(made.cls, made.tokens, truth)
+        if not isinstance(self.mixing, Mixing):
+            return Targets(made.cls, made.tokens, truth)
+        left = batch.share.mean((1, 2))[:, None]  # of each image in itself
+        cls = made.cls * left + made.cls.flip(0) * (1 - left)
+        return Targets(cls, made.tokens.mixed(self.mixing.token_shares(batch.share, grid)), truth)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
