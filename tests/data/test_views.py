@@ -13,7 +13,7 @@ from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
 from vitrail.errors import ConfigError
-from vitrail.types import Sample
+from vitrail.types import Sample, View
 
 PIXELS = Pixels((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -79,14 +79,15 @@ def test_view__says_where_the_pixels_come_from():
         assert down[-1].item() == pytest.approx(y2 - (y2 - y1) / 112, abs=0.02)
 
 
-def position_maps(axis, cells, folder):
+def position_maps(axis, cells, folder, square_maps="placed", **about):
     """Maps of the two pictures, whose class is the column (or row) of the cell."""
     position = np.arange(cells)
     classes = np.broadcast_to(position[None, :] if axis == "column" else position[:, None], (cells, cells))
-    writer = LabelMapStore.create(folder, 2, 1, (cells, cells), cells, ["c/0", "c/1"])
+    writer = LabelMapStore.create(folder, 2, 1, (cells, cells), cells, ["c/0", "c/1"], **about)
     for index in range(2):
         writer.write(index, np.full((1, cells, cells), 40.0), classes[None])
-    return LabelMapJoin(writer.finish(), ["c/0", "c/1"], [str(cell) for cell in range(cells)])
+    names = [str(cell) for cell in range(cells)]
+    return LabelMapJoin(writer.finish(), ["c/0", "c/1"], names, square_maps=square_maps)
 
 
 def targets_and_pixels(transform, axis, cells, folder, epochs):
@@ -132,6 +133,18 @@ def test_token_targets__follow_rotations_shears_and_shifts(axis, crop_last, tmp_
     assert (sure[empty] < 0.1).float().mean() > 0.9, "at its border a token sees cells of the picture, too"
 
 
+@pytest.mark.parametrize(("square_maps", "x"), [("placed", (0.2, 0.8)), ("stretched", (0.0, 1.0))])
+def test_join__maps_of_the_central_square(square_maps, x, tmp_path):
+    """The first picture is 200 x 120 pixels: its central square begins at a fifth of its width."""
+    maps = position_maps("column", 60, tmp_path / "maps", square_maps, coverage="center square")
+    made = maps(0, 0, View((0.0, 0.0, 1.0, 1.0), False), (200, 120))
+    said = made.scores[0].bool()
+    columns = (torch.arange(60) + 0.5) / 60
+    torch.testing.assert_close(said.any(0), (columns > x[0]) & (columns < x[1]))
+    seen = (made.classes[0, 30][said[30]] + 0.5) / 60 * (x[1] - x[0]) + x[0]
+    torch.testing.assert_close(seen, columns[said[30]], atol=0.01, rtol=0)
+
+
 def test_view__without_warps_labels_stay(tmp_path):
     augment = Augmentation(auto_augment="rand-n2-m9-mstd0.5-inc1", maps_follow=False)
     views = []
@@ -162,7 +175,7 @@ def test_join__missing_maps(tmp_path, caplog):
         join = LabelMapJoin(store, ["c/0", "c/1"], list("abc"), on_missing="ignore")
     assert "1 of 2 images have no label map" in caplog.text
     _, view = Augmentation().viewed(PIXELS, 0.5)(position_image(80, 80))
-    maps = torch.utils.data.default_collate([join(0, 0, view), join(1, 2, view)])
+    maps = torch.utils.data.default_collate([join(0, 0, view, (80, 80)), join(1, 2, view, (80, 80))])
     targets = token_targets(*maps, grid=(2, 2), num_classes=3, smoothing=0.0)
     torch.testing.assert_close(targets.tokens[1], torch.tensor([0.0, 0, 1]).expand(4, 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(targets.cls[0], torch.tensor([0.0, 5, 5]).softmax(0))

@@ -72,7 +72,7 @@ class ViewDataset(Dataset[Sample]):
             return sample._replace(image=transformed)
         assert self.maps is not None
         image, view = transformed
-        return sample._replace(image=image, label_map=self.maps(index, sample.label, view))
+        return sample._replace(image=image, label_map=self.maps(index, sample.label, view, sample.image.size))
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -96,6 +96,7 @@ class ImageDataModule(L.LightningDataModule):
         skipped_file: where `skip` lists them.
         label_maps: folder of a label-map store, for training with token labels.
         on_missing_map: `error`, or `ignore`: the tokens of an image without a map all learn its label.
+        square_maps: see `LabelMapJoin`.
 
     Raises:
         ConfigError: a value cannot work; the message names its key.
@@ -117,6 +118,7 @@ class ImageDataModule(L.LightningDataModule):
         skipped_file: str | Path | None = None,
         label_maps: str | Path | None = None,
         on_missing_map: Literal["error", "ignore"] = "error",
+        square_maps: Literal["placed", "stretched"] = "placed",
     ) -> None:
         super().__init__()
         if on_corrupt not in ("stop", "skip"):
@@ -130,7 +132,7 @@ class ImageDataModule(L.LightningDataModule):
         self.pixels = Pixels(size, tuple(mean), tuple(std))
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers = num_workers
-        self.label_maps, self.on_missing_map = label_maps, on_missing_map
+        self.label_maps, self.on_missing_map, self.square_maps = label_maps, on_missing_map, square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
     @property
@@ -159,7 +161,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.label_maps is None:
             return ViewDataset(split, self.augment.training(self.pixels, self.hflip), self.seed, self.skipped_file)
         store = LabelMapStore.open(self.label_maps)
-        maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map)
+        maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map, self.square_maps)
         maps.check(split.labels)
         return ViewDataset(split, self.augment.viewed(self.pixels, self.hflip), self.seed, self.skipped_file, maps=maps)
 

@@ -169,7 +169,7 @@ def check_keys_match(store: LabelMapStore, keys: Sequence[str], records: NDArray
             "data.on_missing_map=ignore lets their tokens learn the image's label",
         )
     if unused:
-        text = f"every image has a map; {unused} maps have no image"
+        text = f"every image has a map; {unused} of {len(store)} maps have no image"
         return Finding("keys", "warning", text, "images were removed since; nothing to do if that was meant")
     return Finding("keys", "ok", "every image has a map and every map an image")
 
@@ -187,9 +187,8 @@ def check_coverage(store: LabelMapStore, oblong: float = 1.0) -> Finding:
         return Finding(
             "coverage",
             "warning",
-            f"{grid}, of the central square only, as published, while crops speak of the whole image;"
-            f" {oblong:.0%} of the images are not square",
-            "exact for square images only; annotate with crop=whole",
+            f"{grid}, of the central square only, as published; {oblong:.0%} of the images are not square",
+            "what lies outside of the square has no label; annotate with crop=whole",
         )
     if coverage is None:
         return Finding("coverage", "warning", f"{grid}; these maps do not say what they cover", "look at a preview")

@@ -19,7 +19,7 @@ from vitrail.data.label_maps.checks import (
 )
 from vitrail.data.label_maps.store import LabelMapStore
 from vitrail.errors import ConfigError
-from vitrail.types import LabelMap, View
+from vitrail.types import LabelMap, View, Warp
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class LabelMapJoin:
         keys: of the split's images, in order.
         classes: names of the data's classes.
         on_missing: `error`, or `ignore`: such an image's tokens all learn its label.
+        square_maps: of maps that cover the central square only, as the published ones do, on images that are not
+            square: `placed` where they belong, so that what lies outside has no label; or `stretched` over the whole
+            image, as the official code does.
 
     Raises:
         ConfigError: maps of other classes than the data's, or images without a map.
@@ -45,10 +48,14 @@ class LabelMapJoin:
         keys: Sequence[str],
         classes: Sequence[str],
         on_missing: Literal["error", "ignore"] = "error",
+        square_maps: Literal["placed", "stretched"] = "placed",
     ) -> None:
+        if square_maps not in ("placed", "stretched"):
+            raise ConfigError(f"data.square_maps={square_maps}: must be placed or stretched.")
         if on_missing not in ("error", "ignore"):
             raise ConfigError(f"data.on_missing_map={on_missing}: must be error or ignore.")
         self.store, self.classes = store, classes
+        self.placed = square_maps == "placed" and store.about.get("coverage") == "center square"
         self._refuse(check_names(store, classes))
         self.records: NDArray[np.int64] = store.indices(keys)
         missing = int((self.records < 0).sum())
@@ -80,14 +87,16 @@ class LabelMapJoin:
         if finding.level == "warning":
             log.warning("data.label_maps=%s: %s; %s.", self.store.path, finding.text, finding.advice)
 
-    def __call__(self, index: int, label: int, view: View) -> LabelMap:
-        """The map of image `index` of the split."""
+    def __call__(self, index: int, label: int, view: View, size: tuple[int, int]) -> LabelMap:
+        """The map of image `index` of the split, which has this `size` (width, height)."""
         record = int(self.records[index])
         if record >= 0:
             scores, classes = self.store[record]
             classes = classes.astype(np.int32, copy=False)
         else:
             scores, classes = self._certain(label)
+        if self.placed and record >= 0 and size[0] != size[1]:
+            view = view._replace(warps=(_central_square(size), *view.warps))
         if view.warps:
             scores, classes = _warped(scores, classes, view)
         box, flipped = torch.tensor(view.box), torch.tensor(view.flipped)
@@ -100,6 +109,14 @@ class LabelMapJoin:
         scores[0] = _SURE
         others = [(label + step) % self.store.num_classes for step in range(shape[0])]
         return scores, np.broadcast_to(np.array(others, np.int32)[:, None, None], shape).copy()
+
+
+def _central_square(size: tuple[int, int]) -> Warp:
+    """From places in the whole image to places in its central square."""
+    width, height = size
+    side = min(size)
+    a, e = width / side, height / side
+    return Warp((a, 0.0, (1 - a) / 2, 0.0, e, (1 - e) / 2), (0.0, 0.0, 1.0, 1.0))
 
 
 def _warped(

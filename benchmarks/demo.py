@@ -1,0 +1,238 @@
+"""Does token labelling help? Measured from real pictures to curves, offline: `make demo`.
+
+1. Handwritten digits are put at varying places on pieces of photographs, and written as JPEGs of 64 x 64 pixels.
+2. A small convnet learns them, and annotates them: 8 x 8 cells an image.
+3. LV-ViT-nano learns them with and without token labels, from the same three seeds, for the same epochs.
+4. EfficientNet-Lite0, with its ImageNet weights, annotates the photographs themselves.
+
+Everything is done by the programs of `src/`, as a user would; the commands are printed. What is finished is kept, so
+that an interrupted demo goes on where it was. `--scale 0.5` halves images and epochs.
+"""
+
+import argparse
+import csv
+import importlib.resources
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from vitrail.data.sources import Digits
+
+PROJECT = Path(__file__).resolve().parent.parent
+SIDE = 64  # pixels of an image
+SEEDS = (1, 2, 3)
+PHOTOGRAPHS = (
+    *("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
+    *("hubble_deep_field.jpg", "retina.jpg", "ihc.png"),
+)
+COLOURS = {"with": (0, 110, 200), "without": (220, 90, 0)}
+console = Console()
+
+
+def photographs() -> dict[str, Image.Image]:
+    """The photographs that scikit-image and scikit-learn bring along."""
+    from sklearn.datasets import load_sample_images
+
+    folder = importlib.resources.files("skimage.data")
+    found = {}
+    for name in PHOTOGRAPHS:
+        with importlib.resources.as_file(folder / name) as path:
+            found[Path(name).stem] = Image.open(path).convert("RGB")
+    pictures = load_sample_images()
+    return found | {
+        Path(name).stem: Image.fromarray(image) for name, image in zip(pictures.filenames, pictures.images, strict=True)
+    }
+
+
+def write_digits(root: Path, counts: dict[str, int]) -> None:
+    """Images of one bright digit each, anywhere on a darkened piece of a photograph.
+
+    Digits of `val` were written by the same people as those of `train`, and are none of them.
+    """
+    backgrounds = list(photographs().values())
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        digits = Digits().open(split)  # type: ignore[arg-type]
+        for number in range(count):
+            digit = digits[number % len(digits)]
+            photograph = backgrounds[random.integers(len(backgrounds))]
+            side = int(random.integers(SIDE, min(photograph.size) // 2))
+            left, top = (int(random.integers(length - side)) for length in photograph.size)
+            image = photograph.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
+            size = int(random.integers(26, 41))
+            x, y = (int(place) for place in random.integers(0, SIDE - size + 1, 2))
+            image = image.point(lambda value: value // 2)
+            colour = random.integers(128, 256, 3)  # brighter than any background
+            stroke = digit.image.convert("L").resize((size, size), Image.Resampling.BICUBIC)
+            image.paste(Image.new("RGB", (size, size), tuple(int(part) for part in colour)), (x, y), stroke)
+            folder = root / split / str(digit.label)
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{number:05d}.jpg", quality=92)
+
+
+def write_photographs(root: Path) -> None:
+    """The photographs, as a data set of one class."""
+    for split in ("train", "val"):
+        folder = root / split / "photographs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, image in photographs().items():
+            image.save(folder / f"{name}.jpg", quality=92)
+
+
+def run(program: str, *arguments: str, log: Path, say: bool = True) -> None:
+    """Run a program of `src/` on one core; its output goes to `log`.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    command = ["python", f"src/{program}", *arguments]
+    if say:
+        console.print(f"[dim]$ {shlex.join(command)}", soft_wrap=True, highlight=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    with log.open("w") as output:
+        status = subprocess.run(
+            [sys.executable, *command[1:]], cwd=PROJECT, env=environment, stdout=output, stderr=output, check=False
+        ).returncode
+    if status:
+        sys.exit(f"error: {shlex.join(command)} failed; its last words, of {log}:\n{log.read_text()[-2000:]}")
+
+
+def train(folder: Path, *arguments: str) -> Path:
+    """Train into `folder`, unless that has been done; the run directory."""
+    if not (folder / "results.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        run("train.py", *arguments, f"hydra.run.dir={folder}", log=folder.with_suffix(".log"))
+    return folder
+
+
+def curve(folder: Path) -> list[float]:
+    """Top-1 after each epoch, in %."""
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["val/top1"]) for row in csv.DictReader(file)]
+
+
+def draw_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Accuracy over epochs: every run thin, the mean of the seeds thick."""
+    width, height, left, bottom = 720, 420, 60, 40
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    epochs = len(curves["with"][0])
+    lowest = 10 * int(min(min(run) for runs in curves.values() for run in runs) // 10)
+
+    def place(epoch: int, accuracy: float) -> tuple[float, float]:
+        share = (accuracy - lowest) / (100 - lowest)
+        return left + epoch / epochs * (width - left - 20), height - bottom - share * (height - bottom - 20)
+
+    for accuracy in range(lowest, 101, 10):
+        draw.line((place(0, accuracy), place(epochs, accuracy)), fill=(225, 225, 225))
+        draw.text((place(0, accuracy)[0] - 42, place(0, accuracy)[1] - 8), f"{accuracy} %", "black", font)
+    for epoch in range(1, epochs + 1, max(1, epochs // 10)):
+        draw.text((place(epoch, lowest)[0] - 5, height - bottom + 6), str(epoch), "black", font)
+    draw.text((width // 2 - 20, height - 20), "epoch", "black", font)
+    for number, (name, runs) in enumerate(curves.items()):
+        pale = tuple(255 - (255 - part) // 3 for part in COLOURS[name])
+        for accuracies in runs:
+            draw.line([place(epoch + 1, value) for epoch, value in enumerate(accuracies)], fill=pale, width=1)
+        mean = [statistics.mean(values) for values in zip(*runs, strict=True)]
+        draw.line([place(epoch + 1, value) for epoch, value in enumerate(mean)], fill=COLOURS[name], width=3)
+        draw.text((left + 20, 24 + 18 * number), f"{name} token labels, mean of {len(runs)}", COLOURS[name], font)
+    sheet.save(path)
+
+
+def report(curves: dict[str, list[list[float]]]) -> None:
+    """Final accuracy of each seed, the difference, and its spread."""
+    table = Table(title="LV-ViT-nano, top-1 of the held-out digits after the last epoch, %")
+    for name in ("token labels", *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
+        table.add_column(name, justify="right")
+    final = {name: [accuracies[-1] for accuracies in runs] for name, runs in curves.items()}
+    final["difference"] = [a - b for a, b in zip(final["with"], final["without"], strict=True)]
+    for name, values in final.items():
+        cells = [f"{value:.2f}" for value in (*values, statistics.mean(values), statistics.stdev(values))]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="folder of everything it makes")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of images and epochs")
+    parser.add_argument("--parallel", type=int, default=2, help="trainings side by side, one core each")
+    options = parser.parse_args()
+    out: Path = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    data, pictures, maps = out / "digits", out / "photographs", out / "maps"
+    if not (data / "whole").is_file():
+        shutil.rmtree(data, ignore_errors=True)
+        write_digits(data, {"train": int(6000 * options.scale), "val": int(1500 * options.scale)})
+        (data / "whole").touch()
+        write_photographs(pictures)
+    epochs = {name: max(1, round(count * options.scale)) for name, count in (("annotator", 4), ("lvvit", 8))}
+    common = (
+        *("trainer=cpu", "data=imagefolder", f"data.root={data}", f"data.image_size={SIDE}", "data.hflip=0"),
+        *(
+            "data.num_workers=0",
+            "data.batch_size=32",
+            "callbacks.ema=null",
+            "callbacks.progress=null",
+            "schedule.warmup_epochs=1",
+        ),
+        "augment.scale=[0.8,1.0]",
+    )
+
+    console.print("[bold]1. A small convnet learns the digits, and annotates them")
+    backbone = ("model=timm", "model.name=test_resnet", "+model.output_stride=8")
+    annotator = train(
+        out / "annotator", *common, *backbone, f"epochs={epochs['annotator']}", "optimizer.lr=3e-3", "seed=0"
+    )
+    console.print(f"annotator: {curve(annotator)[-1]:.2f} % top-1")
+    run(
+        "annotate.py", "annotator=run", f"annotator.ckpt={annotator}", "data=imagefolder", f"data.root={data}",
+        f"out={maps}", "preview=10", log=out / "annotate.log",
+    )  # fmt: skip
+    console.print((out / "annotate.log").read_text().split("\n", 3)[-1], highlight=False, markup=False)
+
+    console.print("[bold]2. LV-ViT-nano with and without token labels")
+    network = ("model=lvvit_nano", f"epochs={epochs['lvvit']}", "optimizer.lr=2e-3")
+    kinds = {
+        "with": ("objective=token_labeling", f"data.label_maps={maps}"),
+        "without": ("objective=cross_entropy",),
+    }
+    jobs = [(name, seed) for seed in SEEDS for name in kinds]
+    with ThreadPoolExecutor(options.parallel) as pool:
+        runs = list(
+            pool.map(
+                lambda job: train(out / f"{job[0]}_{job[1]}", *common, *network, *kinds[job[0]], f"seed={job[1]}"), jobs
+            )
+        )
+    curves = {
+        name: [curve(folder) for (kind, _), folder in zip(jobs, runs, strict=True) if kind == name] for name in kinds
+    }
+    report(curves)
+    draw_curves(curves, out / "curves.png")
+
+    console.print("[bold]3. EfficientNet-Lite0 looks at the photographs")
+    run(
+        "annotate.py", "annotator=efficientnet_lite0", "annotator.image_size=448", "data=imagefolder",
+        f"data.root={pictures}", f"out={out / 'photograph_maps'}", "preview=10", log=out / "photographs.log",
+    )  # fmt: skip
+    for name, path in (
+        ("curves", out / "curves.png"),
+        ("digits", maps / "preview.png"),
+        ("photographs", out / "photograph_maps" / "preview.png"),
+    ):
+        console.print(f"{name:<12} {path}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

