@@ -6,7 +6,7 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training stay together
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-lowest lint format benchmark clean
+.PHONY: help setup train test test-slow test-lowest lint format demo benchmark clean
 
 help:  ## Show every target with one line
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ lint: $(VENV)/.dev  ## Check format, style, types and the arrows between the roo
 format: $(VENV)/.dev  ## Format the code and sort its imports
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
+
+demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline (about 12 minutes on 2 cores)
+	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 benchmark: $(VENV)/.dev  ## Measure the cost of the framework against a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

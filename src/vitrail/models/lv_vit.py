@@ -148,7 +148,7 @@ default_cfgs = generate_default_cfgs(
         "lvvit_l.untrained": _cfg(crop_pct=1.0),
         "lvvit_l.in1k_448": _cfg("1.0/lvvit_l-150M-448-86.2.pth.tar", side=448, crop_pct=1.0),
         "lvvit_l.in1k_512": _cfg("1.0/lvvit_l-150M-512-86.4.pth.tar", side=512, crop_pct=1.0),
-        "lvvit_nano.untrained": _cfg(side=64, num_classes=10, crop_pct=1.0),
+        "lvvit_nano.untrained": _cfg(side=64, num_classes=10, crop_pct=1.0, classifier="head"),
         "lvvit.untrained": _cfg(classifier="head"),
         "vit.untrained": _cfg(classifier="head", first_conv="patch_embed.proj"),
     }
@@ -186,9 +186,9 @@ def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
 
 @register_model
 def lvvit_nano(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """LV-ViT made small, for images of 64 pixels: patches of 8, width 64, depth 4, 0.3 M parameters; ours."""
+    """LV-ViT made small, for images of 64 pixels: patches of 8, width 64, depth 4, 0.2 M parameters; ours."""
     config = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "stem_width": 16}
-    return build(DenseLVViT, "lvvit_nano", pretrained, kwargs, mlp_ratio=3, **config)
+    return build(LVViT, "lvvit_nano", pretrained, kwargs, mlp_ratio=3, **config)
 
 
 @register_model

@@ -81,7 +81,8 @@ def annotate(config: DictConfig) -> LabelMapStore:
         agreement = measure_agreement(store, records, np.asarray(split.labels), num_classes)
     get_console().print(annotation_report(store, agreement, data.classes), soft_wrap=True)
     if config.preview:
-        picture = preview(store, split, int(config.preview), data.classes if agreement else None)
+        classes = data.classes if agreement else None
+        picture = preview(store, split, int(config.preview), classes, data.hflip)
         picture.save(out / "preview.png")
         log.info("preview: %s", out / "preview.png")
     return store
@@ -275,6 +276,10 @@ def _annotate(
         scores, classes = best.values.clamp(-65504, 65504).half().cpu().numpy(), best.indices.cpu().numpy()
         unreadable = (batch.label == IGNORE).numpy()  # training never asks for them either
         scores[unreadable] = 0
+        if not np.isfinite(scores).all():
+            raise ConfigError(
+                f"precision={config['precision']}: the annotator's scores are not finite; fp32 or bf16 may do."
+            )
         for offset, record in enumerate(records[start : start + len(scores)]):
             writer.write(int(record), scores[offset], classes[offset])
         start += len(scores)
@@ -307,6 +312,9 @@ def _process(number: int, config: dict[str, Any], parts: list[NDArray[np.int64]]
     if devices[number] == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // len(parts)))
     job = Job.build(config)
-    writer = LabelMapWriter.join(Path(config["out"]).expanduser())
-    for _ in _annotate(job, writer, parts[number], devices[number], Path(config["out"]).expanduser(), len(parts)):
+    out = Path(config["out"]).expanduser()
+    writer = LabelMapWriter.join(out)
+    if len(job.split) != writer.num_samples:
+        raise ConfigError(f"data.root: {len(job.split)} images where there were {writer.num_samples} a moment ago.")
+    for _ in _annotate(job, writer, parts[number], devices[number], out, len(parts)):
         pass

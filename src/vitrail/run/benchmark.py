@@ -200,6 +200,11 @@ def _peak_memory(step: Callable[[], None], model: nn.Module, device: torch.devic
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
+    return extra_memory(step) + sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def extra_memory(step: Callable[[], Any]) -> int:
+    """Bytes at the fullest moment of a step on the CPU, above what was there before it."""
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     kineto: Any = profiler.profiler
@@ -208,7 +213,7 @@ def _peak_memory(step: Callable[[], None], model: nn.Module, device: torch.devic
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         highest = max(highest, held)
-    return highest + sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return highest
 
 
 @contextmanager

@@ -1,0 +1,100 @@
+"""Pictures of label maps: the colours stand where the maps say so."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrail.data import Augmentation, MixToken
+from vitrail.data.augment import Pixels
+from vitrail.data.datamodule import ViewDataset
+from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
+from vitrail.errors import ImageError
+from vitrail.insight.label_maps import describe, label_map_sheet
+from vitrail.types import Sample
+
+PIXELS = Pixels(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Greys:
+    """Four grey pictures, of which the third cannot be read."""
+
+    labels = np.array([0, 1, 0, 1])
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise ImageError("g/2: not a readable image")
+        return Sample(Image.new("RGB", (64, 48), (128, 128, 128)), index % 2, f"g/{index}")
+
+    def keys(self):
+        return [f"g/{index}" for index in range(4)]
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    """Maps that say class 0 in the left half and class 1 in the right, surely on the left, hardly on the right."""
+    writer = LabelMapStore.create(tmp_path / "maps", 4, 1, (4, 4), 3, Greys().keys(), annotator="me")
+    classes = np.repeat([[0, 0, 1, 1]], 4, axis=0)[None]
+    for index in range(4):
+        writer.write(index, np.where(classes == 0, 20.0, 1.0), classes)
+    maps = LabelMapJoin(writer.finish(), Greys().keys(), ["a", "b", "c"])
+    dataset = ViewDataset(
+        Greys(), Augmentation(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3)).viewed(PIXELS, 0.0), 0, maps=maps
+    )
+    names = ["a", "b", "c"]
+    return np.asarray(label_map_sheet(dataset, PIXELS, (4, 4), MixToken(), names, names, count=4)).astype(int)
+
+
+def cell(sheet, row, panel, x, y):
+    """Colour in the middle of a place given in quarters of a panel."""
+    return sheet[40 + row * 186 + 21 + 42 * y, 6 + panel * 174 + 21 + 42 * x]
+
+
+def test_sheet__colours_follow_the_maps(sheet):
+    assert sheet.shape == (40 + 3 * 186, 6 + 5 * 174 + 236, 3), "the unreadable image is left out"
+    for row in range(3):
+        assert cell(sheet, row, 0, 0, 0).tolist() == [128, 128, 128]
+        for panel in (1, 3):  # the map, and the targets of a crop that is the whole image
+            left, right = cell(sheet, row, panel, 0, 2), cell(sheet, row, panel, 3, 1)
+            assert left[0] - left[1] > 100, "class a is red, and sure"
+            assert 10 < right[2] - right[0] < 90, "class b is blue, and not"
+    legend = sheet[40 : 40 + 168, -236:]
+    assert (legend == (230, 25, 75)).all(-1).sum() == 13 * 13
+
+
+def test_describe__names_of_imagenet_in_words():
+    assert describe("n07920052") == "espresso"
+    assert describe("my class") == "my class"
+
+
+def test_sheet__swaps_what_mixtoken_swaps(tmp_path):
+    """The first picture is black and of class 0, its mirror image in the batch white and of class 1."""
+
+    class Two(Greys):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Sample(Image.new("RGB", (64, 64), (255 * index,) * 3), index, f"g/{index}")
+
+        def keys(self):
+            return ["g/0", "g/1"]
+
+    writer = LabelMapStore.create(tmp_path / "maps", 2, 1, (2, 2), 2, Two().keys())
+    for index in range(2):
+        writer.write(index, np.full((1, 2, 2), 20.0), np.full((1, 2, 2), index))
+    maps = LabelMapJoin(writer.finish(), Two().keys(), ["a", "b"])
+    dataset = ViewDataset(Two(), Augmentation(scale=(1.0, 1.0)).viewed(PIXELS, 0.0), 0, maps=maps)
+
+    class Corner:
+        def box(self, grid, key):
+            return torch.tensor([0, 0, 2, 2]), 0.75
+
+    sheet = np.asarray(label_map_sheet(dataset, PIXELS, (4, 4), Corner(), ["a", "b"], ["a", "b"], count=2)).astype(int)
+    inside, outside = cell(sheet, 0, 4, 0, 1), cell(sheet, 0, 4, 3, 3)
+    assert inside.sum() > 2 * outside.sum(), "white behind the colour"
+    assert outside[0] > outside[2], "class a is red in its own row"
+    assert inside[2] > inside[0], "class b is blue there"
