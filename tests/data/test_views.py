@@ -235,3 +235,22 @@ def test_mixtoken__mean_area(whole_sides, area):
         top, left, bottom, right = MixToken(whole_sides=whole_sides).draw((14, 14), random)
         areas.append((bottom - top) * (right - left) / 196)
     assert np.mean(areas) == pytest.approx(area, abs=0.02)
+
+
+def test_check__looks_at_maps_before_training(tmp_path, caplog):
+    """Forty images of two classes, whose maps are right, half right, and of another order."""
+    keys, labels = [f"c/{index}" for index in range(40)], np.arange(40) % 2
+    for name, wrong in (("right", 0), ("poor", 14), ("other", 40)):
+        writer = LabelMapStore.create(tmp_path / name, 40, 1, (2, 2), 2, keys)
+        for index in range(40):
+            says = labels[index] ^ (index < wrong)
+            writer.write(index, np.full((1, 2, 2), 9.0), np.full((1, 2, 2), says))
+        writer.finish()
+    joins = {
+        name: LabelMapJoin(LabelMapStore.open(tmp_path / name), keys, ["a", "b"]) for name in ("right", "poor", "other")
+    }
+    joins["right"].check(labels)
+    joins["poor"].check(labels)
+    assert not caplog.text
+    with pytest.raises(ConfigError, match=r"0.0% of 40 maps agree with their image's class \(chance: 50.0%\)"):
+        joins["other"].check(labels)
