@@ -52,6 +52,14 @@ def test_sparse__is_dense(shape, grid, smoothing):
     torch.testing.assert_close(dense.tokens.sum(-1), torch.full((6, grid[0] * grid[1]), total))
 
 
+@pytest.mark.parametrize("largest", [100.0, 20_000.0, -20_000.0])
+def test_sparse__scores_whose_exponential_overflows(largest):
+    scores, classes = maps(6, 18, 18)
+    arguments = (scores / scores.abs().max() * largest, classes, *crops(6), (14, 14), CLASSES)
+    dense, sparse = token_targets(*arguments), sparse_token_targets(*arguments)
+    torch.testing.assert_close(sparse.tokens.to_dense(), dense.tokens, rtol=1e-4, atol=1e-4)
+
+
 def test_crop__points_at_the_place_in_the_picture():
     """One hot cell in the right upper corner: only a crop of that corner sees it, and the flipped image's left one."""
     scores, classes = torch.zeros(3, 1, 10, 20), torch.zeros(3, 1, 10, 20, dtype=torch.long)

@@ -100,10 +100,13 @@ def sparse_token_targets(
     found = classes.flatten(2).long().gather(2, at).reshape(entries).movedim(1, 2).flatten(2)  # (B, N, K * R * Q)
     values = scores.flatten(2).float().gather(2, at).reshape(entries) * weights.flatten(3).flatten(1, 2)[:, None]
     found, pooled = _merge(found, values.movedim(1, 2).flatten(2))
-    excess = pooled.expm1()  # over exp(0) of the absent classes
-    total = excess.sum(-1) + num_classes
+    highest = pooled.amax(-1, keepdim=True).clamp_(min=0)  # absent classes have score 0
+    absent = (-highest).exp()
+    excess = (pooled - highest).exp_() - absent
+    total = excess.sum(-1, keepdim=True) + num_classes * absent
     on = 1 - smoothing + smoothing / num_classes
-    tokens = SparseTokens(found, on * excess / total[..., None], on / total + smoothing / num_classes, num_classes)
+    base = (on * absent / total).squeeze(-1) + smoothing / num_classes
+    tokens = SparseTokens(found, on * excess / total, base, num_classes)
     return SparseTokenTargets(
         _class_target(scores, classes, boxes, flipped, num_classes, smoothing, transpose_crops), tokens
     )
