@@ -38,10 +38,10 @@ def run(program: str, *args: str, logs: Path, timeout: float = 240, **extra: str
     )
 
 
-def train(*args: str, logs: Path, **extra: str) -> Path:
+def train(*args: str, logs: Path, timeout: float = 240, **extra: str) -> Path:
     """Train, expect success, and return the run directory."""
     before = set(run_directories(logs))
-    result = run("train.py", *args, logs=logs, **extra)
+    result = run("train.py", *args, logs=logs, timeout=timeout, **extra)
     assert result.returncode == 0, result.stdout + result.stderr
     (directory,) = set(run_directories(logs)) - before
     return directory

@@ -178,6 +178,7 @@ def test_own_images__with_everything_on(image_tree, tmp_path):
     assert hits == pytest.approx(round(hits), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_compile__same_keys_and_same_curve(tmp_path):
     arguments = (*QUICK, "trainer.limit_val_batches=1")
     eager = train(*arguments, logs=tmp_path)
@@ -196,9 +197,10 @@ def test_any_timm_backbone__by_name(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_make_train__reaches_95_percent(tmp_path):
     """What `make train` promises, at the size that it promises it."""
-    directory = train("trainer=cpu", logs=tmp_path, OMP_NUM_THREADS="2")
+    directory = train("trainer=cpu", logs=tmp_path, OMP_NUM_THREADS="2", timeout=900)
     results = json.loads((directory / "results.json").read_text())
     assert results["val/top1"] >= 95
     assert results["val/top1_ema"] >= 95
