@@ -291,5 +291,6 @@ def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes
         worst.add_column(name, justify="left" if name in ("class", "mostly called") else "right")
     for label, images, share, said in agreement.worst(10):
         worst.add_row(describe(classes[label]), str(images), f"{share:.1%}", describe(classes[said]))
-    use = f"python src/train.py experiment=lvvit_s data.label_maps={store.path} data.root=..."
+    recipe = "model=lvvit_s objective=token_labeling augment=lvvit"
+    use = f"python src/train.py data=... {recipe} data.label_maps={store.path}"
     return Group(table, worst, where, Text(f"{'train':<13} {use}", no_wrap=True, overflow="ignore"))
