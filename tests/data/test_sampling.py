@@ -46,3 +46,17 @@ def test_len__before_and_after():
     assert len(EpochSampler(10, 0, True, 1, 2, batch_size=4)) == 4
     with pytest.raises(StopIteration):
         next(iter(EpochSampler(3, 0, True, batch_size=4)))
+
+
+def test_repeated__each_image_in_several_views_dealt_to_the_processes():
+    """DeiT's sampler, at its numbers: 3 views, 4 processes; as many draws as images, of a third of them."""
+    samplers = [EpochSampler(100, 5, True, rank, 4, batch_size=6, repeats=3) for rank in range(4)]
+    ranks = [list(sampler) for sampler in samplers]
+    assert [len(draws) for draws in ranks] == [24] * 4
+    together = [draw for step in zip(*ranks, strict=True) for draw in step]
+    assert [draw.repeat for draw in together[:6]] == [0, 1, 2, 0, 1, 2]
+    images = [draw.sample for draw in together]
+    assert images[::3] == images[1::3] == images[2::3]
+    assert len(set(images)) == 32
+    once = [draw.sample for draw in EpochSampler(100, 5, True, batch_size=24)]
+    assert images[::3] == once[:32]

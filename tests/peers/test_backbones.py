@@ -12,6 +12,7 @@ from vitrail.models import forward_heads
 from vitrail.models.cost import measure_cost
 from vitrail.models.t2t_vit import sinusoid_table
 from vitrail.models.tokens_to_token import TokenPerformer, TokenTransformer
+from vitrail.training import OptimizerFactory
 
 RECORDS = recorded("backbones.json")
 PARTS = recorded("backbone_parts.json")
@@ -50,6 +51,16 @@ def test_keys_and_cost__as_official(name):
     frozen = [key for key, flag in zip(model.state_dict(), record["decay"], strict=True) if flag == "-"]
     assert not [key for key in frozen if key in trained]
     assert len(frozen) + len(trained) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_weight_decay__of_the_same_parameters(name):
+    record, model = RECORDS[name], build(name)
+    also = ["dist_token"] if "distilled" in name else []
+    optimizer = OptimizerFactory("adamw", weight_decay=0.05, decay_also=also).build(model, 512)
+    decayed = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
+    ours = [decayed.get(id(tensor)) for tensor in model.state_dict(keep_vars=True).values()]
+    assert "".join("-" if flag is None else str(int(flag)) for flag in ours) == record["decay"]
 
 
 LARGE = ("deit_base", "deit3_base", "t2t_vit_t_24", "lvvit_s_384")  # recipe B, the stronger, does by default

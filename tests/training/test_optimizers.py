@@ -64,3 +64,25 @@ def test_refuses():
         OptimizerFactory(name="adamm").build(torch.nn.Linear(2, 2), 512)
     with pytest.raises(ConfigError, match=r"optimizer.name=adamw: .*colour"):
         OptimizerFactory(colour="red").build(torch.nn.Linear(2, 2), 512)
+
+
+def test_decay_also__what_the_model_exempts():
+    """DeiT's own code gave weight decay to the distillation token, which its timm did not know of."""
+    model = create_model("deit_nano_distilled", 10, 32)
+    optimizer = OptimizerFactory(decay_also=["dist_token"]).build(model, 512)
+    assert "dist_token" in names_of(model, optimizer, weight_decay=0.05)
+    assert {"cls_token", "pos_embed"} <= names_of(model, optimizer, weight_decay=0.0)
+    with pytest.raises(ConfigError, match=r"optimizer.decay_also: dist_token is no parameter of VisionTransformer"):
+        OptimizerFactory(decay_also=["dist_token"]).build(create_model("deit_nano", 10, 32), 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("deit_nano_distilled", ("head.", "head_dist.")), ("lvvit_nano", ("head.",))]
+)
+def test_backbone_lr__all_but_the_classifiers(name, heads):
+    model = create_model(name, 10, 64)
+    optimizer = OptimizerFactory("sgd", 0.05, 5e-4, "none", backbone_lr=0.01).build(model, 64)
+    fast, slow = names_of(model, optimizer, lr=0.05), names_of(model, optimizer, lr=5e-4)
+    assert fast == {key for key, _ in model.named_parameters() if key.startswith(heads)}
+    assert fast | slow == {key for key, _ in model.named_parameters()}
+    assert {"blocks.0.attn.qkv.weight", "pos_embed"} <= slow

@@ -1,6 +1,7 @@
 """The schedule against recorded learning rates of the official runs, and through a real Trainer."""
 
 import json
+import math
 
 import lightning as L
 import pytest
@@ -24,12 +25,30 @@ def optimizer(lr):
 @pytest.mark.parametrize("name", RECORDED)
 def test_cosine__equals_the_official_schedules(name):
     case = RECORDED[name]
-    built = optimizer(case["lr"])
-    schedule = CosineSchedule(case["warmup_epochs"], case["warmup_lr"], case["min_lr"], case["cooldown_epochs"])
-    scheduler = schedule.build(built, case["epochs"] + case["cooldown_epochs"], steps_per_epoch=10)
-    for epoch, expected in case["lr_of_epoch"].items():
-        scheduler.step(int(epoch))
-        assert built.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
+    built = optimizer(case["peak"])
+    schedule = CosineSchedule(
+        case["warmup_epochs"], case["warmup_lr"], case["min_lr"], case["cooldown_epochs"], late=case["late"]
+    )
+    scheduler = schedule.build(built, len(case["lr_of_epoch"]), steps_per_epoch=10)
+    for epoch, expected in enumerate(case["lr_of_epoch"]):
+        schedule.advance(scheduler, epoch, 10 * epoch)
+        assert built.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-7)
+
+
+def test_warmup_prefix__the_cosine_begins_at_the_peak():
+    """Google's schedule: linear from 0, then half a cosine over the steps that are left."""
+    schedule = CosineSchedule(2, 0.0, 0.0, per_step=True, warmup_prefix=True)
+    built = optimizer(1.0)
+    scheduler = schedule.build(built, 10, steps_per_epoch=5)
+    for step in range(50):
+        schedule.advance(scheduler, step // 5, step)
+        expected = step / 10 if step < 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 40))
+        assert built.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_late__counts_epochs():
+    with pytest.raises(ConfigError, match=r"schedule.late=true: counts epochs; set schedule.per_step=false"):
+        CosineSchedule(late=True, per_step=True)
 
 
 class Rates(L.Callback):

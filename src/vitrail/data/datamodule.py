@@ -50,7 +50,7 @@ class ViewDataset(Dataset[Sample]):
         index = draw.sample
         for _ in range(len(self.split)):
             try:
-                sample = self._view(index, draw.epoch)
+                sample = self._view(index, draw)
             except ImageError as error:
                 if self.skipped is None:
                     raise
@@ -62,11 +62,11 @@ class ViewDataset(Dataset[Sample]):
             return sample._replace(label=IGNORE) if draw.padding else sample
         raise ImageError(f"data.on_corrupt=skip: not one image of the split can be read, see {self.skipped}.")
 
-    def _view(self, index: int, epoch: int) -> Sample:
+    def _view(self, index: int, draw: Draw) -> Sample:
         sample = self.split[index]
         if self.seed is None:
             return sample._replace(image=self.transform(sample.image))
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, draw.epoch, index, *((draw.repeat,) if draw.repeat else ())):
             transformed = self.transform(sample.image)
         if not isinstance(transformed, tuple):
             return sample._replace(image=transformed)
@@ -92,6 +92,7 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: images per evaluation step on one device; None takes `batch_size`.
         num_workers: loader processes per device; None takes the machine's cores over its devices, at most 8.
         seed: of shuffling and augmentation.
+        repeats: views of each image in an epoch, which sees 1 / repeats of the images (repeated augmentation).
         on_corrupt: `stop` at an image that cannot be read, or `skip` it and list it in `skipped_file`.
         skipped_file: where `skip` lists them.
         label_maps: folder of a label-map store, for training with token labels.
@@ -114,6 +115,7 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         seed: int = 0,
+        repeats: int = 1,
         on_corrupt: Literal["stop", "skip"] = "stop",
         skipped_file: str | Path | None = None,
         label_maps: str | Path | None = None,
@@ -125,13 +127,15 @@ class ImageDataModule(L.LightningDataModule):
             raise ConfigError(f"data.on_corrupt={on_corrupt}: must be stop or skip.")
         if batch_size < 1:
             raise ConfigError(f"data.batch_size={batch_size}: must be at least 1.")
+        if repeats < 1:
+            raise ConfigError(f"data.repeats={repeats}: must be at least 1.")
         if on_corrupt == "skip" and skipped_file is None:
             raise ConfigError("data.skipped_file: not set, but data.on_corrupt=skip has to list what it skips.")
         self.source, self.augment, self.hflip, self.seed = source, augment, hflip, seed
         size = image_size if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         self.pixels = Pixels(size, tuple(mean), tuple(std))
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers = num_workers
+        self.num_workers, self.repeats = num_workers, repeats
         self.label_maps, self.on_missing_map, self.square_maps = label_maps, on_missing_map, square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
@@ -185,7 +189,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _sampler(self, dataset: ViewDataset, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return EpochSampler(len(dataset), self.seed, shuffle, rank, world_size, self.batch_size)
+        repeats = self.repeats if shuffle else 1
+        return EpochSampler(len(dataset), self.seed, shuffle, rank, world_size, self.batch_size, repeats)
 
     def _loader(self, dataset: ViewDataset, sampler: EpochSampler, batch_size: int) -> DataLoader[Sample]:
         workers = self._workers()

@@ -8,11 +8,12 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """An order for one sample: its index, the epoch (its augmentation depends on it), whether it only fills a batch."""
+    """An order for one sample: its index, what its augmentation depends on, whether it only fills a batch."""
 
     sample: int
     epoch: int
     padding: bool
+    repeat: int = 0  # which of its views in this epoch
 
 
 class EpochSampler(Sampler[Draw]):
@@ -22,6 +23,10 @@ class EpochSampler(Sampler[Draw]):
     fill a global batch is left out. In order (validation): every sample exactly once over all processes; draws that
     only make their numbers equal are marked as padding, so that collective calls always pair up.
 
+    Repeated augmentation (Hoffer et al., arXiv:1901.09335; with DeiT, arXiv:2012.12877): each image of the shuffled
+    order comes several times in a row, in different views, and the epoch ends after as many draws as there are images,
+    so that it sees only 1 / repeats of them. The copies are dealt out to the processes in turn, as published.
+
     Args:
         length: number of samples.
         seed: of the shuffle.
@@ -29,13 +34,21 @@ class EpochSampler(Sampler[Draw]):
         rank: this process.
         world_size: number of processes.
         batch_size: samples of one process in a step; only used to leave out the tail when shuffling.
+        repeats: views of each image in an epoch; more than 1 only when shuffling.
     """
 
     def __init__(
-        self, length: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1, batch_size: int = 1
+        self,
+        length: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+        repeats: int = 1,
     ) -> None:
         self.length, self.seed, self.shuffle = length, seed, shuffle
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.epoch = 0
         together = batch_size * world_size if shuffle else world_size
         self.total = length // together * together if shuffle else -(-length // together) * together
@@ -55,4 +68,5 @@ class EpochSampler(Sampler[Draw]):
             order = torch.arange(self.length)
         for position in range(self.rank, self.total, self.world_size):
             padding = position >= self.length
-            yield Draw(int(order[position % self.length]), self.epoch, padding)
+            image, repeat = divmod(position % self.length, self.repeats)
+            yield Draw(int(order[image]), self.epoch, padding, repeat)

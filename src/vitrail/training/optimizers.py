@@ -1,9 +1,10 @@
 """The optimiser of a recipe: timm's factory by name, the learning rate scaled to the effective batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from vitrail.errors import ConfigError
@@ -24,6 +25,8 @@ class OptimizerFactory:
         lr_scaling: `linear`: lr x batch / reference; `sqrt`: lr x its root; `none`: lr as it is.
         lr_reference_batch: effective batch that `lr` is given for, in images.
         layer_decay: factor of the learning rate from each block to the one before it; None for one rate.
+        backbone_lr: factor of the learning rate of all but the classifiers, for transfer to a new task.
+        decay_also: names of parameters that get weight decay although the model exempts them.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
 
     Raises:
@@ -38,13 +41,16 @@ class OptimizerFactory:
         lr_scaling: str = "linear",
         lr_reference_batch: int = 512,
         layer_decay: float | None = None,
+        backbone_lr: float = 1.0,
+        decay_also: Sequence[str] = (),
         **options: Any,
     ) -> None:
         if lr_scaling not in _LR_RULES:
             raise ConfigError(f"optimizer.lr_scaling={lr_scaling}: must be one of {', '.join(_LR_RULES)}.")
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
-        self.layer_decay, self.options = layer_decay, options
+        self.layer_decay, self.backbone_lr, self.decay_also = layer_decay, backbone_lr, tuple(decay_also)
+        self.options = options
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Peak learning rate for `effective_batch` images per optimiser step, over all devices."""
@@ -56,17 +62,38 @@ class OptimizerFactory:
         Raises:
             ConfigError: timm knows no such optimiser, or it does not take one of the options.
         """
+        names = {name for name, _ in model.named_parameters()}
+        if unknown := [name for name in self.decay_also if name not in names]:
+            raise ConfigError(f"optimizer.decay_also: {unknown[0]} is no parameter of {type(model).__name__}.")
+        lr = self.scaled_lr(effective_batch)
         try:
             return create_optimizer_v2(
                 model,
                 opt=self.name,
-                lr=self.scaled_lr(effective_batch),
-                weight_decay=self.weight_decay,
-                layer_decay=self.layer_decay,
+                lr=lr,
+                param_group_fn=lambda model: self._groups(model, lr),
                 **self.options,
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer.name={self.name}: {error}") from error
+
+    def _groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
+        exempt = set(getattr(model, "no_weight_decay", set)()) - set(self.decay_also)
+        if self.layer_decay is not None:
+            groups = param_groups_layer_decay(model, self.weight_decay, exempt, layer_decay=self.layer_decay)
+        else:
+            groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=exempt)
+        if self.backbone_lr == 1:
+            return groups
+        heads = model.get_classifier()
+        classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
+        own = {id(parameter) for head in classifiers if head is not None for parameter in head.parameters()}
+        return [
+            {**group, "params": members, "lr": lr * factor}
+            for group in groups
+            for factor, chosen in ((1.0, True), (self.backbone_lr, False))
+            if (members := [parameter for parameter in group["params"] if (id(parameter) in own) == chosen])
+        ]
 
     def describe(self, effective_batch: int) -> str:
         """One line for the log: a recipe run at another batch is the most common way to break it."""

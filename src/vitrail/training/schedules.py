@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 class CosineSchedule:
     """Linear warm-up, cosine, cooldown.
 
-    The warm-up is not a prefix: the cosine's clock starts at epoch 0, so the first epoch after the warm-up is slightly
-    below the peak, as in DeiT, T2T-ViT and LV-ViT.
+    The cosine's clock starts at epoch 0, so the first epoch after the warm-up is slightly below the peak, as in DeiT,
+    T2T-ViT and LV-ViT; with `warmup_prefix` it starts at the peak after the warm-up, as in Google's trainings.
 
     Attributes:
         warmup_epochs: length of the warm-up.
@@ -24,6 +24,12 @@ class CosineSchedule:
         min_lr: learning rate at the end of the cosine and during the cooldown, not scaled with the batch.
         cooldown_epochs: epochs at `min_lr` at the end; the cosine takes the others.
         per_step: change the rate after each optimiser step rather than after each epoch.
+        warmup_prefix: let the cosine begin after the warm-up.
+        late: give each epoch the rate of the one before it, as DeiT's and DeiT-III's code does: epochs 0 and 1 both run
+            at `warmup_lr`.
+
+    Raises:
+        ConfigError: `late` with `per_step`, which no recipe combines.
     """
 
     warmup_epochs: float = 5
@@ -31,6 +37,12 @@ class CosineSchedule:
     min_lr: float = 1e-5
     cooldown_epochs: int = 0
     per_step: bool = False
+    warmup_prefix: bool = False
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        if self.late and self.per_step:
+            raise ConfigError("schedule.late=true: counts epochs; set schedule.per_step=false.")
 
     def build(self, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> CosineLRScheduler:
         """The scheduler for a training of `epochs` epochs in all.
@@ -51,11 +63,18 @@ class CosineSchedule:
                 warmup_epochs,
             )
         unit = steps_per_epoch if self.per_step else 1
+        warmup = round(warmup_epochs * unit)
         return CosineLRScheduler(
             optimizer,
-            t_initial=cosine_epochs * unit,
+            t_initial=cosine_epochs * unit - (warmup if self.warmup_prefix else 0),
             lr_min=self.min_lr,
-            warmup_t=round(warmup_epochs * unit),
+            warmup_t=warmup,
+            warmup_prefix=self.warmup_prefix,
             warmup_lr_init=self.warmup_lr,
             t_in_epochs=not self.per_step,
         )
+
+    def advance(self, scheduler: CosineLRScheduler, epochs: int, steps: int) -> None:
+        """Set the rate for what comes after `epochs` whole epochs and `steps` optimiser steps."""
+        scheduler.step(max(0, epochs - 1) if self.late else epochs)
+        scheduler.step_update(steps)
