@@ -103,9 +103,11 @@ class Targets(NamedTuple):
 
     Those of tokens are dense (B, N, C) or sparse. `truth` (B, C) is what the data set says beside an annotator's `cls`.
     `share` is what MixToken left of its own image in each class token: the rest belongs to the batch's mirror image.
+    `teacher` (B, C) are the logits of a teacher for these images.
     """
 
     cls: Tensor
     tokens: Tensor | SparseTokens | None = None
     truth: Tensor | None = None
     share: Tensor | float | None = None
+    teacher: Tensor | None = None

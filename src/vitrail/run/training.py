@@ -22,6 +22,7 @@ from vitrail.errors import ConfigError
 from vitrail.insight import training_report
 from vitrail.models.checkpoints import backbone_weights, load_checkpoint, load_weights, read_checkpoint
 from vitrail.models.heads import DenseHead
+from vitrail.models.teacher import Teacher
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory, find_checkpoint, is_rank_zero
 from vitrail.run.loggers import MetricsCSV
@@ -145,6 +146,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         seed=config.seed,
         compile_mode=config.compile,
         checkpointing=config.checkpointing,
+        teacher=build_teacher(config, objective, data),
     )
     if config.compile is None:  # lets the summary count operations, by a forward pass that would be compiled in vain
         size = data.pixels.size
@@ -169,10 +171,32 @@ def check_token_labels(model: nn.Module, objective: Any, data: ImageDataModule) 
             "data.label_maps: not set, but objective=token_labeling reads them; objective=cross_entropy teaches every"
             " token the image's label instead."
         )
-    if data.label_maps is not None and not wants_tokens:
+    if data.label_maps is not None and not wants_tokens and not getattr(objective, "needs_teacher", False):
         raise ConfigError("data.label_maps: this objective reads none; set objective=token_labeling.")
     if isinstance(mixing, MixToken) and not wants_tokens:
         raise ConfigError("augment.mix: MixToken needs targets of tokens; set objective=token_labeling.")
+
+
+def build_teacher(config: DictConfig, objective: Any, data: ImageDataModule) -> Teacher | None:
+    """The teacher of a distillation; None where there is none, or where label maps hold what it said.
+
+    Raises:
+        ConfigError: objective, teacher and data that cannot work together.
+    """
+    wanted, node = getattr(objective, "needs_teacher", False), config.get("teacher")
+    if not wanted:
+        if node is not None:
+            raise ConfigError("teacher: this objective asks none; set objective=distillation.")
+        return None
+    if node is None and data.label_maps is None:
+        raise ConfigError(
+            "teacher: not set, but objective=distillation learns from one; teacher=regnety_160 is DeiT's."
+        )
+    if node is None:
+        return None
+    if data.label_maps is not None:
+        raise ConfigError("data.label_maps: hold what a teacher said; leave them away, or the teacher (~teacher).")
+    return Teacher(instantiate(node, "teacher"), data.pixels.mean, data.pixels.std, data.classes)
 
 
 class _KeepConfig(L.Callback):

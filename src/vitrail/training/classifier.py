@@ -5,13 +5,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from timm.scheduler.scheduler import Scheduler
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vitrail.data import Mixing, MixToken
-from vitrail.data.label_maps import sparse_token_targets
+from vitrail.data.label_maps import pooled_scores, sparse_token_targets
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.objectives import TokenLabelingLoss
@@ -36,6 +36,7 @@ class ImageClassifier(L.LightningModule):
         compile_mode: mode of `torch.compile` (`default`, `max-autotune`, ...); None runs eagerly. The state dict's
             keys are the same with and without.
         checkpointing: recompute activations in the backward pass to save memory.
+        teacher: maps images to the logits that a distillation objective compares with; it is neither trained nor saved.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class ImageClassifier(L.LightningModule):
         seed: int = 0,
         compile_mode: str | None = None,
         checkpointing: bool = False,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.num_classes = model, objective, num_classes
         self.optimizer, self.schedule = optimizer, schedule
         self.mixing, self.seed = mixing, seed
+        self._teacher = () if teacher is None else (teacher,)  # a tuple hides it from state dict and optimiser
         self.heads = torch.compile(forward_heads, mode=compile_mode) if compile_mode else forward_heads
         if checkpointing:
             _set_grad_checkpointing(model)
@@ -64,6 +67,11 @@ class ImageClassifier(L.LightningModule):
         return self.heads(self.model, images).merged()
 
     # Training
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device."""
+        for teacher in self._teacher:
+            teacher.to(self.device)
 
     def on_train_start(self) -> None:
         """Give every rank dropout masks of its own; up to here all ranks draw the same, for equal weights."""
@@ -104,9 +112,9 @@ class ImageClassifier(L.LightningModule):
 
     @torch.no_grad()
     def _targets(self, batch: Sample) -> Targets:
-        """What the heads should say of a batch: its labels, or for token labelling what its label maps see."""
+        """What the heads should say of a batch: its labels, and what a teacher or its label maps see."""
         if not isinstance(self.objective, TokenLabelingLoss):
-            return Targets(cls=batch.label)
+            return Targets(cls=batch.label, teacher=self._teacher_logits(batch))
         truth = F.one_hot(batch.label, self.num_classes) if batch.label.ndim == 1 else batch.label
         truth = truth * (1 - self.objective.smoothing) + self.objective.smoothing / self.num_classes
         if not batch.label_map:
@@ -128,6 +136,19 @@ class ImageClassifier(L.LightningModule):
         left = batch.share.mean((1, 2))[:, None]  # of each image in itself
         cls = made.cls * left + made.cls.flip(0) * (1 - left)
         return Targets(cls, made.tokens.mixed(self.mixing.token_shares(batch.share, grid)), truth)
+
+    def _teacher_logits(self, batch: Sample) -> Tensor | None:
+        """What the teacher, or else the label maps that it left, say of a batch; None without either."""
+        if self._teacher:
+            return self._teacher[0](batch.image)
+        if not batch.label_map:
+            return None
+        maps: LabelMap = batch.label_map
+        logits = pooled_scores(maps.scores, maps.classes, maps.box, maps.flipped, self.num_classes)
+        if not isinstance(self.mixing, Mixing):
+            return logits
+        left = batch.share.mean((1, 2))[:, None]  # of each image in itself
+        return logits * left + logits.flip(0) * (1 - left)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
@@ -173,10 +194,10 @@ class ImageClassifier(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         return data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
+    def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
         """Tell timm's scheduler the number of finished epochs or steps."""
-        scheduler.step(self.current_epoch + 1)
-        scheduler.step_update(self.global_step)
+        assert self.schedule is not None
+        self.schedule.advance(scheduler, self.current_epoch + 1, self.global_step)
 
     # Validation
 

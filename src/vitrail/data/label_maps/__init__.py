@@ -2,6 +2,14 @@
 
 from vitrail.data.label_maps.join import LabelMapJoin
 from vitrail.data.label_maps.store import LabelMapStore, LabelMapWriter
-from vitrail.data.label_maps.targets import TokenTargets, sparse_token_targets, token_targets
+from vitrail.data.label_maps.targets import TokenTargets, pooled_scores, sparse_token_targets, token_targets
 
-__all__ = ["LabelMapJoin", "LabelMapStore", "LabelMapWriter", "TokenTargets", "sparse_token_targets", "token_targets"]
+__all__ = [
+    "LabelMapJoin",
+    "LabelMapStore",
+    "LabelMapWriter",
+    "TokenTargets",
+    "pooled_scores",
+    "sparse_token_targets",
+    "token_targets",
+]

@@ -132,12 +132,27 @@ def _class_target(
     smoothing: float,
     transpose_crops: bool,
 ) -> Tensor:
-    """Target of the class token (B, C): the crop pooled to one cell."""
+    """Target of the class token (B, C)."""
+    pooled = pooled_scores(scores, classes, boxes, flipped, num_classes, transpose_crops)
+    return _smooth(pooled.softmax(-1), smoothing)
+
+
+def pooled_scores(
+    scores: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    flipped: Tensor,
+    num_classes: int,
+    transpose_crops: bool = False,
+) -> Tensor:
+    """The crop pooled to one cell: raw scores (B, C), 0 for classes that are in none of its cells.
+
+    Args as `token_targets`.
+    """
     rows, columns = _pooling(scores, classes, boxes, flipped, (1, 1), num_classes, transpose_crops)
     weighted = scores.float() * (rows.transpose(1, 2) * columns)[:, None]  # (B, K, H, W)
     pooled = weighted.new_zeros(len(scores), num_classes)
-    pooled.scatter_add_(1, classes.long().flatten(1), weighted.flatten(1))
-    return _smooth(pooled.softmax(-1), smoothing)
+    return pooled.scatter_add_(1, classes.long().flatten(1), weighted.flatten(1))
 
 
 def _smooth(probabilities: Tensor, smoothing: float) -> Tensor:

@@ -1,0 +1,68 @@
+"""Knowledge distillation (Touvron et al., arXiv:2012.12877, section 4; Hinton et al., arXiv:1503.02531)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.objectives.classification import CrossEntropy
+from vitrail.types import Heads, Targets
+
+
+class DistillationLoss(nn.Module):
+    """(1 - alpha) * loss of the class token with the label + alpha * loss of the distillation token with the teacher.
+
+    Backbones without a distillation token learn both with the class token, which is the paper's "usual distillation".
+    Equal to the official code (github.com/facebookresearch/deit, `losses.py`).
+
+    Args:
+        kind: `hard`: cross-entropy with the teacher's best class; `soft`: Kullback-Leibler divergence from the
+            teacher's probabilities, both at temperature `tau`, times its square.
+        alpha: weight of the teacher, in [0, 1].
+        tau: temperature of `soft`; without effect on `hard`, as published.
+        per_class: divide `soft` by the number of classes too, as the official code does: with 1000 classes the teacher
+            then weighs a thousandth. False: the paper's mean over images.
+        base: loss of the class token with the label; None for cross-entropy with smoothing 0.1.
+
+    Raises:
+        ValueError: an unknown kind, or a value out of range.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self,
+        kind: str = "hard",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        per_class: bool = True,
+        base: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("hard", "soft"):
+            raise ValueError(f"objective.kind={kind}: choose hard or soft.")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"objective.alpha={alpha}: must lie in [0, 1].")
+        if tau <= 0:
+            raise ValueError(f"objective.tau={tau}: must be positive.")
+        self.kind, self.alpha, self.tau, self.per_class = kind, alpha, tau, per_class
+        self.base = base or CrossEntropy(smoothing=0.1)
+
+    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
+        """`loss` and its parts `cls_loss` and `distill_loss`, from logits and the teacher's logits, all (B, C).
+
+        Raises:
+            ValueError: the targets hold no logits of a teacher.
+        """
+        if targets.teacher is None:
+            raise ValueError("objective: distillation needs the logits of a teacher.")
+        cls_loss = self.base(Heads(heads.cls), targets)["loss"]
+        student = (heads.cls if heads.distill is None else heads.distill).float()
+        teacher = targets.teacher.float()
+        if self.kind == "hard":
+            distill_loss = F.cross_entropy(student, teacher.argmax(-1))
+        else:
+            log_student = (student / self.tau).log_softmax(-1)
+            log_teacher = (teacher / self.tau).log_softmax(-1)
+            divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+            distill_loss = divergence * self.tau**2 / (student.numel() if self.per_class else len(student))
+        loss = (1 - self.alpha) * cls_loss + self.alpha * distill_loss
+        return {"loss": loss, "cls_loss": cls_loss, "distill_loss": distill_loss}
