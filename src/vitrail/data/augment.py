@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
@@ -49,6 +49,8 @@ class Augmentation:
         eval_interpolation: of evaluation.
         crop_last: crop after RandAugment rather than before it, as LV-ViT does: borders that a rotation leaves empty
             are often cut away, and RandAugment has larger images to work on.
+        shift: instead of the random crop, move the whole image by up to this share of its side, zeros (black) coming
+            in, as CIFAR is transferred with; None for the random crop.
         maps_follow: label maps follow RandAugment's rotations, shears and shifts; False leaves them where they were.
         enabled: False trains on the evaluation transform.
         mix: mixup and CutMix, or MixToken, of training batches; None for none.
@@ -68,6 +70,7 @@ class Augmentation:
     crop_mode: str = "center"
     eval_interpolation: str = "bicubic"
     crop_last: bool = False
+    shift: float | None = None
     maps_follow: bool = True
     enabled: bool = True
     mix: Mixing | MixToken | None = None
@@ -93,8 +96,13 @@ class Augmentation:
             re_count=self.erase_count,
         )
         _mend_posterize(transform)
+        stages = transform.transforms
+        if self.shift is not None:
+            size = pixels.size if isinstance(pixels.size, tuple) else (pixels.size, pixels.size)
+            border = [round(self.shift * side) for side in reversed(size)]
+            resize = transforms.Resize(size, str_to_interp_mode(self.interpolation))
+            stages[0] = transforms.Compose([resize, transforms.RandomCrop(size, border)])
         if self.crop_last:
-            stages = transform.transforms
             crop = stages.pop(0)
             stages.insert(next(i for i, stage in enumerate(stages) if isinstance(stage, MaybeToTensor)), crop)
         return transform
@@ -107,6 +115,8 @@ class Augmentation:
         """
         if self.vflip:
             raise ConfigError(f"augment.vflip={self.vflip}: label maps do not follow vertical flips; set it to 0.")
+        if self.shift is not None:
+            raise ConfigError(f"augment.shift={self.shift}: label maps follow the random crop; set it to null.")
         if not self.enabled:
             raise ConfigError("augment.enabled=false: label maps follow the training crop; leave it on.")
         transform = self.training(pixels, hflip)

@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import timm
+from timm.layers import DropPath
 from torch import nn
 
 from vitrail.errors import ConfigError
@@ -16,6 +17,7 @@ def create_model(
     num_classes: int,
     img_size: int | tuple[int, int] | None = None,
     dense_head: bool = False,
+    constant_drop_path: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build the backbone that timm or vitrail registers as `name`.
@@ -26,6 +28,7 @@ def create_model(
         img_size: side of the input in pixels, or (height, width); passed on to backbones whose weights depend on it
             (ViTs), which convolutional networks do not take.
         dense_head: add a classifier of patch tokens, which token labelling needs; any ViT can have one.
+        constant_drop_path: `drop_path_rate` in every block, as DeiT-III has it, not growing from 0 with the depth.
         kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None leaves timm's default.
 
     Raises:
@@ -43,7 +46,23 @@ def create_model(
     patch = getattr(model, "patch_embed", None)
     if fixed_size and img_size is not None and not isinstance(patch, TokensToToken):  # which pads, and takes any size
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
+    if constant_drop_path:
+        _make_drop_path_constant(model, kwargs.get("drop_path_rate") or 0.0)
     return add_dense_head(model) if dense_head else model
+
+
+def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
+    """The same stochastic depth in all blocks; the first one has none to change, so all are made anew."""
+    names = [
+        (block, name)
+        for block in model.modules()
+        for name in ("drop_path", "drop_path1", "drop_path2")
+        if isinstance(getattr(block, name, None), nn.Module)
+    ]
+    if not names:
+        raise ConfigError(f"model.constant_drop_path=true: {type(model).__name__} has no stochastic depth.")
+    for block, name in names:
+        setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
 def _check_patches(name: str, img_size: int | tuple[int, int], patch_size: tuple[int, int] | None) -> None:

@@ -1,0 +1,155 @@
+"""Every shipped recipe trains, and those with recorded learning rates run at exactly these."""
+
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT, metrics
+from vitrail.data import Mixing
+from vitrail.data.label_maps import LabelMapStore
+from vitrail.objectives import CrossEntropy
+from vitrail.run.config import instantiate
+from vitrail.run.directory import RunDirectory
+from vitrail.run.loggers import MetricsCSV
+from vitrail.run.training import build_module, build_trainer
+from vitrail.training import ImageClassifier
+
+EXPERIMENTS = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
+RECORDED = json.loads((PROJECT / "tests" / "peers" / "lr_schedules.json").read_text())
+RECIPES = {
+    "deit_bs1024_300ep": [("deit_small", 1024), ("deit_base_distilled", 1024)],
+    "deit_bs512_300ep": [("deit_tiny", 512)],
+    "deit_finetune384_bs512_30ep": [("deit_base_384", 512)],
+    "deit3_finetune_lr1e-5_20ep": [("deit3_base_224", 512), ("deit3_small_384", 512)],
+    "t2t_lr5e-4_300ep": [("t2t_vit_14", 512), ("t2t_vit_t_24", 512)],
+    "t2t_lr1e-3_300ep": [("t2t_vit_7", 512)],
+    "lvvit_lr1.6e-3_300ep": [("lvvit_s", 1024)],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        yield
+
+
+@pytest.fixture
+def label_maps(image_tree, tmp_path):
+    """Maps of the 16 training images."""
+    keys = sorted(str(path.relative_to(image_tree / "train").with_suffix("")) for path in image_tree.glob("train/*/*"))
+    writer = LabelMapStore.create(tmp_path / "maps", len(keys), 1, (4, 4), 2, keys)
+    for index, key in enumerate(keys):
+        writer.write(index, np.full((1, 4, 4), 8.0), np.full((1, 4, 4), int(key.startswith("pagoda"))))
+    writer.finish()
+    return tmp_path / "maps"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment__two_steps_and_a_validation(name, image_tree, label_maps, tmp_path):
+    """As it is but for the data, the size of images and batches, and blocks: one where the recipe has many."""
+    weights = tmp_path / "teacher.pt"
+    smaller = [
+        *("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4"),
+        *("data.num_workers=0", "trainer=cpu", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
+        *(
+            "epochs=1",
+            "schedule.cooldown_epochs=0",
+            "+model.depth=1",
+            "callbacks.progress=null",
+            f"paths.run={tmp_path}",
+        ),
+        *("callbacks.model_summary=null", "ckpt=null", "+callbacks.checkpoint.save_weights_only=true"),
+    ]
+    config = compose("train", [f"experiment={name}", *smaller])
+    if config.objective._target_.endswith("TokenLabelingLoss"):
+        config.data.label_maps = str(label_maps)
+    if config.teacher is not None:
+        torch.save(instantiate(config.model, "model", num_classes=2, img_size=32).state_dict(), weights)
+        extra = ["teacher=timm", f"teacher.name={config.model.name}", "teacher.num_classes=2", "teacher.image_size=32"]
+        config = compose(
+            "train", [f"experiment={name}", *smaller, *extra, f"teacher.weights={weights}", "+teacher.depth=1"]
+        )
+    data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+    module = build_module(config, data)
+    csv_log = MetricsCSV(tmp_path / "metrics.csv")
+    trainer = build_trainer(config, RunDirectory(tmp_path), data, csv_log)
+    before = {key: value.clone() for key, value in module.model.state_dict().items()}
+    trainer.fit(module, datamodule=data)
+    (row,) = metrics(tmp_path)
+    assert np.isfinite(row["train/loss"])
+    assert row["step"] == 1
+    assert 0 <= row["val/top1"] <= 100
+    assert ("val/top1_ema" in row) == (config.callbacks.ema is not None)
+    assert any(not torch.equal(value, before[key]) for key, value in module.model.state_dict().items())
+
+
+class Toy(nn.Module):
+    """A network that trains 310 epochs in a second."""
+
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, images):
+        return self.head(images.mean((1, 2, 3))[:, None])
+
+
+class Toys(L.LightningDataModule):
+    """Two batches an epoch, which count as `batch_size` images each."""
+
+    def __init__(self, batch_size, batches):
+        super().__init__()
+        self.batch_size, self.batches = batch_size, batches
+
+    def train_dataloader(self):
+        from vitrail.types import Sample
+
+        batch = Sample(torch.ones(1, 3, 2, 2), torch.zeros(1, dtype=torch.long), ["0"])
+        return torch.utils.data.DataLoader([batch] * self.batches, batch_size=None)
+
+
+class Rates(L.Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_epoch_start(self, trainer, module):
+        self.rates.append({group["lr"] for group in trainer.optimizers[0].param_groups})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "name", "batch"), [(case, name, batch) for case, recipes in RECIPES.items() for name, batch in recipes]
+)
+def test_lr__of_every_epoch_as_recorded(case, name, batch, accumulate, tmp_path):
+    config = compose("train", [f"experiment={name}", "data.label_maps=maps", "ckpt=weights", "data.root=images"])
+    optimizer, schedule = instantiate(config.optimizer, "optimizer"), instantiate(config.schedule, "schedule")
+    optimizer.decay_also = ()
+    module = ImageClassifier(Toy(), CrossEntropy(), 2, optimizer, schedule)
+    rates = Rates()
+    trainer = L.Trainer(
+        max_epochs=config.epochs, accumulate_grad_batches=accumulate, accelerator="cpu", callbacks=[rates],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Toys(batch // accumulate, accumulate))
+    assert all(len(groups) == 1 for groups in rates.rates)
+    assert [lr for (lr,) in rates.rates] == pytest.approx(RECORDED[case]["lr_of_epoch"], rel=1e-7)
+
+
+@pytest.mark.parametrize(("level", "ops", "mixup"), [
+    ("light1", (2, 0), 0), ("light2", (2, 10), 0.2), ("medium1", (2, 15), 0.2), ("medium2", (2, 15), 0.5),
+    ("strong1", (2, 20), 0.5), ("strong2", (2, 20), 0.8),
+])  # fmt: skip
+def test_augreg__six_levels(level, ops, mixup):
+    augment = instantiate(compose("train", [f"augment=augreg_{level}"]).augment, "augment")
+    assert augment.auto_augment == f"rand-m{ops[1]}-n{ops[0]}"
+    assert (augment.mix is not None) == (mixup > 0)
+    assert augment.mix is None or isinstance(augment.mix, Mixing)
