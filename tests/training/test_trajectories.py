@@ -1,0 +1,193 @@
+"""One recipe of each family against a plain loop written from its facts: 30 steps from the same weights and batches."""
+
+import copy
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from timm.optim import Lamb
+from torch import nn
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT
+from vitrail.data.label_maps import token_targets
+from vitrail.models import create_model, forward_heads
+from vitrail.run.config import instantiate
+from vitrail.training import ImageClassifier
+from vitrail.types import LabelMap, Sample
+
+EPOCHS, STEPS, BATCH, CLASSES, SIDE = 10, 3, 8, 5, 64
+
+
+def batches(label_maps):
+    """The three batches of every epoch."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(STEPS):
+        images = torch.randn(BATCH, 3, SIDE, SIDE, generator=random)
+        labels = torch.randint(0, CLASSES, (BATCH,), generator=random)
+        corner = torch.rand(BATCH, 2, generator=random) * 0.5
+        maps = LabelMap(
+            3 * torch.randn(BATCH, 2, 9, 9, generator=random),
+            torch.rand(BATCH, CLASSES, 9, 9, generator=random).argsort(1)[:, :2],
+            torch.cat((corner, corner + 0.4), 1),
+            torch.arange(BATCH) % 2 == number % 2,
+        )
+        found.append(Sample(images, labels, [""] * BATCH, maps if label_maps else ()))
+    return found
+
+
+class Batches(L.LightningDataModule):
+    def __init__(self, content, images):
+        super().__init__()
+        self.content, self.batch_size = content, images
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.content, batch_size=None, shuffle=False)
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+def cosine(peak, epoch, warmup, end, cooldown=0):
+    """DeiT's, T2T-ViT's and LV-ViT's: linear to `peak`, then a cosine whose clock began at 0, then `end`."""
+    if epoch < warmup:
+        return 1e-6 + epoch * (peak - 1e-6) / warmup
+    if epoch >= end:
+        return 1e-5
+    return 1e-5 + 0.5 * (peak - 1e-5) * (1 + math.cos(math.pi * epoch / end))
+
+
+def smooth(labels):
+    return 0.9 * F.one_hot(labels, CLASSES) + 0.1 / CLASSES
+
+
+def soft(logits, target):
+    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+
+
+class Hat(nn.Module):
+    """A teacher that looks at mean colours."""
+
+    def forward(self, images):
+        return torch.cat((images.mean((2, 3)), images.std((2, 3))), 1)[:, :CLASSES] * 50
+
+
+def deit(model, batch, step, mixing):
+    heads = forward_heads(model, batch.image)
+    base = soft(heads.cls, smooth(batch.label))
+    return 0.5 * base + 0.5 * F.cross_entropy(heads.distill, Hat()(batch.image).argmax(1))
+
+
+def deit3(model, batch, step, mixing):
+    return F.binary_cross_entropy_with_logits(model(batch.image), F.one_hot(batch.label, CLASSES).float())
+
+
+def t2t(model, batch, step, mixing):
+    return soft(model(batch.image), smooth(batch.label))
+
+
+def lvvit(model, batch, step, mixing):
+    """Class token: its share of the image's and the mirror image's map; tokens: their own maps."""
+    targets = token_targets(*batch.label_map, (8, 8), CLASSES)
+    box, left = mixing.box((8, 8), (7, step + 1, 0))  # drawn for the batch that counts as begun
+    heads = forward_heads(model, batch.image, box)
+    return soft(heads.cls, left * targets.cls + (1 - left) * targets.cls.flip(0)) + soft(heads.tokens, targets.tokens)
+
+
+def augreg(model, batch, step, mixing):
+    targets = F.one_hot(batch.label, CLASSES).float()
+    return F.binary_cross_entropy_with_logits(model(batch.image), targets, reduction="none").sum(1).mean()
+
+
+def google(step):
+    warmup, total = 2 * STEPS, EPOCHS * STEPS
+    return 1e-3 * (
+        step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    )
+
+
+SMALL = {
+    "deit_nano": {"patch_size": 16},
+    "deit_nano_distilled": {"patch_size": 16},
+    "t2t_vit_7": {"depth": 1, "token_drop": 0.0},
+}
+# recipe, backbone, its loss, rate of each step, weight decay, names that get none, clipping, decay of the average
+FACTS = [
+    ("deit_small_distilled", "deit_nano_distilled", deit, lambda s: cosine(1e-3, max(0, s // STEPS - 1), 2, 10),
+     0.05, {"cls_token", "pos_embed"}, None, 0.99996),
+    ("deit3_small", "deit_nano", deit3, lambda s: cosine(4e-3, max(0, s // STEPS - 1), 2, 10),
+     0.05, {"cls_token", "pos_embed"}, None, 0.99996),
+    ("t2t_vit_14", "t2t_vit_7", t2t, lambda s: cosine(5e-4, s // STEPS, 2, 8), 0.05, {"cls_token"}, None, 0.99996),
+    ("lvvit_s", "lvvit_nano", lvvit, lambda s: cosine(1.6e-3, s // STEPS, 2, 8),
+     0.05, {"cls_token", "pos_embed"}, None, 0.99992),
+    ("vit_small_augreg", "deit_nano", augreg, google, 0.1, {"cls_token", "pos_embed"}, 1.0, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "name", "loss_of", "rate", "weight_decay", "exempt", "clip", "decay"), FACTS)
+def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, exempt, clip, decay, tmp_path):
+    images, cooldown = {
+        "deit_small_distilled": (1024, 0), "deit3_small": (2048, 0), "t2t_vit_14": (512, 2), "lvvit_s": (1024, 2),
+        "vit_small_augreg": (4096, 0),
+    }[recipe]  # fmt: skip
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        config = compose("train", [
+            f"experiment={recipe}", "schedule.warmup_epochs=2", f"schedule.cooldown_epochs={cooldown}",
+            "data.label_maps=maps", "data.root=images", "ckpt=x",
+        ])  # fmt: skip
+        objective, schedule = instantiate(config.objective, "objective"), instantiate(config.schedule, "schedule")
+        optimizer = instantiate(config.optimizer, "optimizer")
+        mixing = instantiate(config.augment, "augment").mix if recipe == "lvvit_s" else None
+    torch.manual_seed(0)
+    model = create_model(name, CLASSES, SIDE, dense_head=name == "lvvit_nano", **SMALL.get(name, {}))
+    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    reference, content = copy.deepcopy(model).train(), batches(recipe == "lvvit_s")
+    teacher = Hat() if recipe == "deit_small_distilled" else None
+    module = ImageClassifier(model, objective, CLASSES, optimizer, schedule, mixing, seed=7, teacher=teacher)
+    losses, ema = Losses(), None if config.callbacks.ema is None else instantiate(config.callbacks.ema, "ema")
+    assert (ema is None) == (decay is None)
+    fit = L.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", callbacks=[losses, *([ema] if ema else [])], logger=False,
+        gradient_clip_val=config.trainer.gradient_clip_val, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    fit.fit(module, datamodule=Batches(content, images))
+
+    named = [(key, value) for key, value in reference.named_parameters() if value.requires_grad]
+    groups = [
+        {"params": [p for key, p in named if (p.ndim > 1 and key not in exempt) == decayed], "weight_decay": amount}
+        for decayed, amount in ((True, weight_decay), (False, 0.0))
+    ]
+    plain = Lamb(groups, lr=1.0, eps=1e-6) if recipe == "deit3_small" else torch.optim.AdamW(groups, lr=1.0, eps=1e-8)
+    expected, average = [], {}
+    for step in range(EPOCHS * STEPS):
+        for group in plain.param_groups:
+            group["lr"] = rate(step)
+        loss = loss_of(reference, content[step % STEPS], step, mixing)
+        plain.zero_grad()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(reference.parameters(), clip)
+        plain.step()
+        expected.append(loss.item())
+        weights = {key: value.detach().clone() for key, value in reference.named_parameters()}
+        average = (
+            {key: decay * average[key] + (1 - decay) * weights[key] for key in weights}
+            if average and decay
+            else weights
+        )
+    assert expected[-1] < expected[0]
+    assert losses.values == pytest.approx(expected, rel=1e-5)
+    for ours, theirs in ((module.model, weights), *([(ema.average.model, average)] if ema else [])):
+        for key, value in ours.named_parameters():
+            if not key.endswith(("qkv.bias", "kqv.bias")):  # no loss depends on keys' biases: Adam amplifies rounding
+                torch.testing.assert_close(value.detach(), theirs[key], rtol=1e-3, atol=1e-5, msg=key)
