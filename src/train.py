@@ -7,10 +7,15 @@ from cli import entry_point
 
 @entry_point("train")
 def main(config: DictConfig) -> None:
-    """Compose, train, print a table."""
-    from vitrail.run.training import train
+    """Compose, train, print a table; with plan=true only say what would happen."""
+    if config.plan:
+        from vitrail.run.plan import show_plan
 
-    train(config)
+        show_plan(config)
+    else:
+        from vitrail.run.training import train
+
+        train(config)
 
 
 if __name__ == "__main__":

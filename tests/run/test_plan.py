@@ -1,0 +1,81 @@
+"""What `plan=true` says, against numbers that are known from elsewhere."""
+
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT, run, run_directories
+from vitrail.data.sources import Digits
+from vitrail.run.plan import curve, make_plan
+
+
+def planned(*overrides):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return make_plan(compose("train", [*overrides, "paths.run=/tmp/run", "trainer.precision=bf16-mixed"]))
+
+
+def test_deit_small__as_its_header_says():
+    plan = planned("experiment=deit_small", "trainer=ddp_8gpu")
+    assert plan.missing == ["data.root"]
+    assert (plan.batch, plan.devices, plan.images, plan.classes) == (1024, 8, 1_281_167, 1000)
+    assert (plan.steps, plan.epochs) == (1251, 300)
+    assert plan.cost.parameters == 22_050_664
+    assert plan.rates[:3] == pytest.approx([1e-6, 1e-6, 1e-6 + (1e-3 - 1e-6) / 5])
+    assert sum(plan.groups.values()) == plan.cost.parameters
+    assert set(plan.groups) == {0.0, 0.05}
+    header = (PROJECT / "conf/experiment/deit_small.yaml").read_text()
+    assert plan.hours == pytest.approx(float(re.search(r"Expected: ([\d.]+) h", header)[1]), rel=0.02)
+    assert "RandAugment rand-m9-mstd0.5-inc1" in plan.augmentation
+    assert "mixup 0.8 or cutmix 1" in plan.augmentation
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("lvvit_s", ["data.root", "data.label_maps"]), ("deit3_small_384", ["data.root", "ckpt"]), ("fashion_mnist", [])],
+)
+def test_missing__is_asked_for(name, keys):
+    assert planned(f"experiment={name}").missing == keys
+
+
+def test_memory__grows_with_the_batch_and_shrinks_with_checkpointing():
+    small, large = planned("data.batch_size=8"), planned("data.batch_size=16")
+    assert large.memory - small.memory == pytest.approx(8 * small.activations)
+    assert planned("checkpointing=true").activations < 0.7 * small.activations
+    assert planned("callbacks.ema=null").memory < planned().memory
+    assert planned().images == len(Digits().open("train"))
+
+
+def test_hours__of_every_header_are_what_the_plan_computes(monkeypatch):
+    """The headers were not made up: time of the recipe's MACs at the stated share of an A100."""
+    monkeypatch.setattr("vitrail.run.plan.activation_bytes", lambda *_: 0)  # which would take long for large ones
+    wrong = {}
+    for path in sorted((PROJECT / "conf" / "experiment").glob("*.yaml")):
+        text = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+        found = re.search(r"Expected: ([\d.]+) h on (\d+) A100", text)
+        if found is None or "teacher" in text or path.stem.startswith(("cifar", "deit3_large", "lvvit_l")):
+            continue  # without hours, with work that the plan does not see, or slow to build
+        nodes = int(found[2]) // 8
+        plan = planned(f"experiment={path.stem}", "trainer=ddp_8gpu", f"trainer.num_nodes={nodes}")
+        if plan.hours is not None and plan.hours != pytest.approx(float(found[1]), rel=0.06):
+            wrong[path.stem] = (float(found[1]), round(plan.hours, 2))
+    assert not wrong
+
+
+def test_curve__of_blocks():
+    assert curve([0.0, 1.0, 8.0]) == " ▁█"
+    assert len(curve([1.0] * 310)) == 60
+
+
+def test_program__prints_and_trains_nothing(tmp_path):
+    result = run("train.py", "experiment=lvvit_s", "trainer=ddp_8gpu", "plan=true", logs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "26.2 M parameters, 6.55 G MACs",
+        "128 x 8 devices",
+        "5.8 h, 46 GPU-hours",
+        "still needed: data.root=",
+    ):
+        assert words in result.stdout
+    assert not any((directory / "config.yaml").exists() for directory in run_directories(tmp_path))
