@@ -49,7 +49,7 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline (about 12 minutes on 2 cores)
+demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline (about 13 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 benchmark: $(VENV)/.dev  ## Measure the cost of the framework against a bare PyTorch loop

@@ -181,7 +181,7 @@ def build_annotator(out: Path, data: Path, epochs: int) -> Path:
     console.print(f"annotator: {curve(annotator)[-1]:.2f} % top-1")
     run(
         "annotate.py", "annotator=run", f"annotator.ckpt={annotator}", "data=imagefolder", f"data.root={data}",
-        f"out={maps}", "preview=10", log=log,
+        f"out={maps}", "top_k=10", "preview=10", log=log,
     )  # fmt: skip
     console.print(log.read_text().split("\n", 3)[-1], highlight=False, markup=False)
     return maps
