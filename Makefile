@@ -6,7 +6,7 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training stay together
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-lowest lint format demo benchmark clean
+.PHONY: help setup train test test-slow test-lowest lint format demo recipes benchmark clean
 
 help:  ## Show every target with one line
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 
 demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline (about 13 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+recipes: $(VENV)/.dev  ## Write docs/recipes.md from the heads of the experiments and from results/results.csv
+	$(BIN)/python benchmarks/recipes.py
 
 benchmark: $(VENV)/.dev  ## Measure the cost of the framework against a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
