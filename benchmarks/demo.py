@@ -6,6 +6,9 @@
    30 to 100 % of the image.
 4. EfficientNet-Lite0, with its ImageNet weights, annotates the photographs themselves.
 
+`--compare teacher` does 3. with another pair: DeiT-nano with its distillation token, learning the convnet's answers or
+only the labels.
+
 Everything is done by the programs of `src/`, as a user would; the commands are printed. What is finished is kept, so
 that an interrupted demo goes on where it was. `--scale 0.5` halves images and epochs.
 """
@@ -129,8 +132,8 @@ def curve(folder: Path) -> list[float]:
         return [float(row["val/top1"]) for row in csv.DictReader(file)]
 
 
-def draw_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Accuracy over epochs: every run thin, the mean of the seeds thick."""
+def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> None:
+    """Accuracy over epochs, with and without `what`: every run thin, the mean of the seeds thick."""
     width, height, left, bottom = 720, 420, 60, 40
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
@@ -153,14 +156,14 @@ def draw_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
             draw.line([place(epoch + 1, value) for epoch, value in enumerate(accuracies)], fill=pale, width=1)
         mean = [statistics.mean(values) for values in zip(*runs, strict=True)]
         draw.line([place(epoch + 1, value) for epoch, value in enumerate(mean)], fill=COLOURS[name], width=3)
-        draw.text((left + 20, 24 + 18 * number), f"{name} token labels, mean of {len(runs)}", COLOURS[name], font)
+        draw.text((left + 20, 24 + 18 * number), f"{name} {what}, mean of {len(runs)}", COLOURS[name], font)
     sheet.save(path)
 
 
-def report(curves: dict[str, list[list[float]]]) -> None:
-    """Final accuracy of each seed, the difference, and its spread."""
-    table = Table(title="LV-ViT-nano, top-1 of the held-out digits after the last epoch, %")
-    for name in ("token labels", *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
+def report(curves: dict[str, list[list[float]]], what: str) -> None:
+    """Final accuracy of each seed with and without `what`, the difference, and its spread."""
+    table = Table(title="Top-1 of the held-out digits after the last epoch, %")
+    for name in (what, *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
         table.add_column(name, justify="right")
     final = {name: [accuracies[-1] for accuracies in runs] for name, runs in curves.items()}
     final["difference"] = [a - b for a, b in zip(final["with"], final["without"], strict=True)]
@@ -171,14 +174,19 @@ def report(curves: dict[str, list[list[float]]]) -> None:
 
 
 def build_annotator(out: Path, data: Path, epochs: int) -> Path:
-    """Train a convnet that sees 51 pixels around each place, annotate the digits with it; the label maps."""
+    """Train a convnet that sees 51 pixels around each place; its run directory."""
     network = ("model=timm", "model.name=resnetv2_50", "+model.layers=[2,2]", "+model.channels=[96,192]")
-    maps, log = out / "maps", out / "annotate.log"
     annotator = train(
         out / "annotator", *data_options(data), *network, "seed=0",
         f"epochs={epochs}", "schedule.warmup_epochs=1", "optimizer.lr=4e-3", "augment.scale=[0.5,1.0]",
     )  # fmt: skip
     console.print(f"annotator: {curve(annotator)[-1]:.2f} % top-1")
+    return annotator
+
+
+def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
+    """The label maps of the training digits."""
+    maps, log = out / "maps", out / "annotate.log"
     run(
         "annotate.py", "annotator=run", f"annotator.ckpt={annotator}", "data=imagefolder", f"data.root={data}",
         f"out={maps}", "top_k=10", "preview=10", log=log,
@@ -187,19 +195,17 @@ def build_annotator(out: Path, data: Path, epochs: int) -> Path:
     return maps
 
 
-def compare(out: Path, data: Path, maps: Path, epochs: int, parallel: int) -> dict[str, list[list[float]]]:
-    """Train LV-ViT-nano with and without token labels; top-1 after each epoch, of each seed.
+def compare(
+    out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, parallel: int
+) -> dict[str, list[list[float]]]:
+    """Train `with` and `without`; top-1 after each epoch, of each seed.
 
     Crops may lose the digit, as the published ones lose the object: the image's label is then wrong, its map is not.
     """
     recipe = (
-        *("model=lvvit_nano", f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
+        *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
         *("trainer.gradient_clip_val=1", "augment.scale=[0.3,1.0]"),
     )
-    kinds = {
-        "with": ("model.dense_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
-        "without": ("objective=cross_entropy",),
-    }
     jobs = [(name, seed) for seed in SEEDS for name in kinds]
     with ThreadPoolExecutor(parallel) as pool:
         runs = [
@@ -226,6 +232,7 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="folder of everything it makes")
+    parser.add_argument("--compare", choices=("labels", "teacher"), default="labels", help="what LV-ViT or DeiT gets")
     parser.add_argument("--scale", type=float, default=1.0, help="share of images and epochs")
     parser.add_argument("--parallel", type=int, default=2, help="trainings side by side, one core each")
     options = parser.parse_args()
@@ -239,11 +246,27 @@ def main() -> None:
         write_photographs(pictures)
 
     console.print("[bold]1. A small convnet learns the digits, and annotates them")
-    maps = build_annotator(out, data, max(2, round(5 * options.scale)))
+    annotator = build_annotator(out, data, max(2, round(5 * options.scale)))
+    epochs = max(3, round(8 * options.scale))
+    if options.compare == "teacher":
+        console.print("[bold]2. DeiT-nano with and without the convnet as its teacher")
+        student = ("model=deit_nano_distilled", "model.patch_size=8")
+        learn = ("objective=distillation", "teacher=run", f"teacher.ckpt={annotator}")
+        kinds = {"with": (*student, *learn), "without": (*student, "objective=cross_entropy")}
+        (out / "teacher").mkdir(exist_ok=True)
+        curves = compare(out / "teacher", data, kinds, epochs, options.parallel)
+        report(curves, "teacher")
+        draw_curves(curves, "teacher", out / "teacher" / "curves.png")
+        return
+    maps = annotate_digits(out, data, annotator)
     console.print("[bold]2. LV-ViT-nano with and without token labels")
-    curves = compare(out, data, maps, max(3, round(8 * options.scale)), options.parallel)
-    report(curves)
-    draw_curves(curves, out / "curves.png")
+    kinds = {
+        "with": ("model=lvvit_nano", "model.dense_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
+        "without": ("model=lvvit_nano", "objective=cross_entropy"),
+    }
+    curves = compare(out, data, kinds, epochs, options.parallel)
+    report(curves, "token labels")
+    draw_curves(curves, "token labels", out / "curves.png")
     console.print("[bold]3. EfficientNet-Lite0 looks at the photographs")
     overlays = annotate_photographs(out, pictures)
     for name, path in (

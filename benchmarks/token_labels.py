@@ -11,11 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import get_console
 from rich.table import Table
+from torch import Tensor
 
 from vitrail.data.label_maps import sparse_token_targets, token_targets
 from vitrail.objectives import TokenLabelingLoss
@@ -33,61 +34,100 @@ def read_official(checkout: Path) -> tuple[Callable[..., Any], Any]:
     return names["mixup_target"], names["TokenLabelCrossEntropy"]()
 
 
+class Sides:
+    """The same maps, crops and logits for every side: targets, loss and backward pass of each.
+
+    Args:
+        batch: images.
+        official: the official target function and loss.
+    """
+
+    def __init__(self, batch: int, official: tuple[Callable[..., Any], Any]) -> None:
+        torch.manual_seed(0)
+        self.official_targets, self.official_loss = official
+        self.loss = TokenLabelingLoss()
+        self.scores = (torch.randn(batch, TOP_K, CELLS, CELLS) * 3 + 5).half().float()
+        chosen = [torch.stack([torch.randperm(CLASSES)[:TOP_K] for _ in range(CELLS**2)], 1) for _ in range(batch)]
+        self.classes = torch.stack(chosen).view(batch, TOP_K, CELLS, CELLS)
+        corner, size = torch.rand(batch, 2) * 0.4, 0.3 + torch.rand(batch, 2) * 0.3  # (vertical, horizontal)
+        self.packed = torch.zeros(batch, 3, TOP_K, CELLS, CELLS)
+        self.packed[:, 0], self.packed[:, 1] = self.scores, self.classes
+        self.packed[:, 2, 0, 0, :2], self.packed[:, 2, 0, 0, 2:4] = corner, size
+        self.boxes = torch.cat((corner.flip(1), (corner + size).flip(1)), 1)
+        self.flipped = torch.zeros(batch, dtype=torch.bool)
+        self.cls = torch.randn(batch, CLASSES, requires_grad=True)
+        self.tokens = torch.randn(batch, GRID**2, CLASSES, requires_grad=True)
+
+    def steps(self) -> dict[str, Callable[[], Tensor]]:
+        """What is compared, the reference first."""
+        return {
+            "official": self.official,
+            "sparse": lambda: self.ours(sparse_token_targets),
+            "dense": lambda: self.ours(token_targets),
+        }
+
+    def official(self) -> Tensor:
+        """The official code, which changes its input."""
+        target = self.official_targets(self.packed.clone(), CLASSES, 1.0, 0.1, "cpu", GRID)
+        value = self.official_loss((self.cls, self.tokens, (0, 0, 0, 0)), target)
+        value.backward()
+        return value
+
+    def ours(self, form: Callable[..., Any]) -> Tensor:
+        """Ours, from sparse or dense targets."""
+        grid = (GRID, GRID)
+        with torch.no_grad():
+            made = form(self.scores, self.classes, self.boxes, self.flipped, grid, CLASSES, 0.1, transpose_crops=True)
+        value = self.loss(Heads(self.cls, self.tokens), Targets(made.cls, made.tokens))["loss"]
+        value.backward()
+        return value
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.cls.grad = self.tokens.grad = None
+
+
+class Measured(NamedTuple):
+    """One side's figures."""
+
+    loss: float
+    gradient: Tensor  # of the token logits
+    seconds: list[float]  # of each round
+    megabytes: float  # beyond what it began with
+
+
+def measure(sides: Sides, rounds: int) -> dict[str, Measured]:
+    """Losses and gradients first, then times in turns, then memory."""
+    steps = sides.steps()
+    losses, gradients, seconds = {}, {}, {name: [] for name in steps}  # type: ignore[var-annotated]
+    for name, step in steps.items():
+        sides.forget()
+        losses[name], gradients[name] = step().item(), sides.tokens.grad
+    for number in range(-2, rounds):  # the first two warm up
+        for name, step in steps.items():
+            sides.forget()
+            started = time.perf_counter()
+            step()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    figures = {}
+    for name, step in steps.items():
+        sides.forget()
+        figures[name] = Measured(losses[name], gradients[name], seconds[name], extra_memory(step) / 2**20)
+    return figures
+
+
 def main() -> None:
-    """Print the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="checkout of the official code")
     parser.add_argument("--batch", type=int, default=32, help="images")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each side")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    batch = options.batch
-    scores = (torch.randn(batch, TOP_K, CELLS, CELLS) * 3 + 5).half().float()
-    chosen = [torch.stack([torch.randperm(CLASSES)[:TOP_K] for _ in range(CELLS**2)], 1) for _ in range(batch)]
-    classes = torch.stack(chosen).view(batch, TOP_K, CELLS, CELLS)
-    corner, sides = torch.rand(batch, 2) * 0.4, 0.3 + torch.rand(batch, 2) * 0.3  # (vertical, horizontal)
-    packed = torch.zeros(batch, 3, TOP_K, CELLS, CELLS)
-    packed[:, 0], packed[:, 1] = scores, classes
-    packed[:, 2, 0, 0, :2], packed[:, 2, 0, 0, 2:4] = corner, sides
-    boxes, flipped = torch.cat((corner.flip(1), (corner + sides).flip(1)), 1), torch.zeros(batch, dtype=torch.bool)
-    cls = torch.randn(batch, CLASSES, requires_grad=True)
-    tokens = torch.randn(batch, GRID**2, CLASSES, requires_grad=True)
-    official_targets, official_loss = read_official(options.official)
-    loss = TokenLabelingLoss()
-
-    def official() -> torch.Tensor:
-        target = official_targets(packed.clone(), CLASSES, 1.0, 0.1, "cpu", GRID)  # changes its input
-        value = official_loss((cls, tokens, (0, 0, 0, 0)), target)
-        value.backward()
-        return value
-
-    def ours(form: Callable[..., Any]) -> torch.Tensor:
-        with torch.no_grad():
-            made = form(scores, classes, boxes, flipped, (GRID, GRID), CLASSES, 0.1, transpose_crops=True)
-        value = loss(Heads(cls, tokens), Targets(made.cls, made.tokens))["loss"]
-        value.backward()
-        return value
-
-    sides_ = {"official": official, "sparse": lambda: ours(sparse_token_targets), "dense": lambda: ours(token_targets)}
-    results, gradients = {}, {}
-    for name, step in sides_.items():
-        cls.grad = tokens.grad = None
-        results[name], gradients[name] = step().item(), tokens.grad
-    seconds: dict[str, list[float]] = {name: [] for name in sides_}
-    for round_ in range(-2, options.rounds):  # the first two warm up
-        for name, step in sides_.items():
-            cls.grad = tokens.grad = None
-            started = time.perf_counter()
-            step()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    memory = {}
-    for name, step in sides_.items():
-        cls.grad = tokens.grad = None
-        memory[name] = extra_memory(step) / 2**20
-
-    table = Table(title=f"batch {batch}, {CLASSES} classes, {GRID} x {GRID} tokens, one thread")
+    figures = measure(Sides(options.batch, read_official(options.official)), options.rounds)
+    reference = figures["official"]
+    table = Table(title=f"batch {options.batch}, {CLASSES} classes, {GRID} x {GRID} tokens, one thread")
     for column in (
         "targets + loss + backward",
         "ms",
@@ -98,13 +138,12 @@ def main() -> None:
         "gradient off by",
     ):
         table.add_column(column, justify="right")
-    reference = gradients["official"]
-    for name in sides_:
-        ratio = statistics.median(own / other for own, other in zip(seconds[name], seconds["official"], strict=True))
-        off = float((gradients[name] - reference).abs().max() / reference.abs().max())
+    for name, side in figures.items():
+        ratio = statistics.median(own / other for own, other in zip(side.seconds, reference.seconds, strict=True))
+        off = float((side.gradient - reference.gradient).abs().max() / reference.gradient.abs().max())
         table.add_row(
-            *(name, f"{1e3 * statistics.median(seconds[name]):.0f}", f"{ratio:.3f}", f"{memory[name]:.0f}"),
-            *(f"{memory[name] / memory['official']:.3f}", f"{results[name]:.6f}", f"{off:.1e}"),
+            *(name, f"{1e3 * statistics.median(side.seconds):.0f}", f"{ratio:.3f}", f"{side.megabytes:.0f}"),
+            *(f"{side.megabytes / reference.megabytes:.3f}", f"{side.loss:.6f}", f"{off:.1e}"),
         )
     get_console().print(table)
 
