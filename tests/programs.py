@@ -28,12 +28,25 @@ def environment(logs: Path, **extra: str) -> dict[str, str]:
     }
 
 
-def run(program: str, *args: str, logs: Path, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, *args: str, logs: Path, timeout: float = 240, fresh: bool = False, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run `src/<program>` to its end, in a process of its own.
 
-    It is forked from an interpreter that has already imported PyTorch and Lightning, which else takes most of the time.
+    It is forked from an interpreter that has already imported PyTorch and Lightning, which else takes most of the time;
+    `fresh` starts a new one: for what happens when an interpreter ends, such as W&B closing its files.
     """
     command = [str(PROJECT / "src" / program), *args]
+    if fresh:
+        return subprocess.run(
+            [sys.executable, *command],
+            env=environment(logs, **extra),
+            cwd=logs,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         process = _WARM.Process(target=_execute, args=(command, environment(logs, **extra), str(logs), files))
@@ -65,10 +78,10 @@ def _execute(command: list[str], variables: dict[str, str], folder: str, files: 
     runpy.run_path(command[0], run_name="__main__")
 
 
-def train(*args: str, logs: Path, timeout: float = 240, **extra: str) -> Path:
+def train(*args: str, logs: Path, timeout: float = 240, fresh: bool = False, **extra: str) -> Path:
     """Train, expect success, and return the run directory."""
     before = set(run_directories(logs))
-    result = run("train.py", *args, logs=logs, timeout=timeout, **extra)
+    result = run("train.py", *args, logs=logs, timeout=timeout, fresh=fresh, **extra)
     assert result.returncode == 0, result.stdout + result.stderr
     (directory,) = set(run_directories(logs)) - before
     return directory

@@ -81,7 +81,7 @@ def wandb_history(directory):
 def test_several_loggers__without_key_and_network(tmp_path):
     """W&B offline with one sentence, TensorBoard and MLflow beside it; every one holds the metrics."""
     pytest.importorskip("tensorboard")
-    result = run("train.py", "logger=[wandb,tensorboard,mlflow]", *QUICK, logs=tmp_path, COLUMNS="400")
+    result = run("train.py", "logger=[wandb,tensorboard,mlflow]", *QUICK, logs=tmp_path, fresh=True, COLUMNS="400")
     assert result.returncode == 0, result.stderr
     (directory,) = run_directories(tmp_path)
     assert (result.stdout + result.stderr).count("the run is stored offline") == 1
@@ -107,9 +107,9 @@ def test_several_loggers__without_key_and_network(tmp_path):
 
 
 def test_resume__keeps_the_loggers_runs(tmp_path):
-    directory = train("logger=[wandb,mlflow]", *QUICK, logs=tmp_path, WANDB_MODE="offline")
+    directory = train("logger=[wandb,mlflow]", *QUICK, logs=tmp_path, fresh=True, WANDB_MODE="offline")
     identity = (directory / "wandb_id.txt").read_text()
-    result = run("train.py", f"resume={directory}", "epochs=2", logs=tmp_path, WANDB_MODE="offline")
+    result = run("train.py", f"resume={directory}", "epochs=2", logs=tmp_path, fresh=True, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
     assert (directory / "wandb_id.txt").read_text() == identity
     assert {path.stem for path in directory.glob("wandb/*/run-*.wandb")} == {f"run-{identity}"}
@@ -137,6 +137,7 @@ def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
         result = run(
             *("train.py", "logger=wandb", *QUICK),
             logs=tmp_path,
+            fresh=True,
             COLUMNS="400",
             WANDB_API_KEY="0" * 40,
             WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
