@@ -102,3 +102,24 @@ def test_blocks__take_other_layers_of_timm():
     for name in ("t2t_vit_7", "lvvit_t"):
         model = timm.create_model(name, img_size=32, depth=1, mlp_layer=SwiGLU, qk_norm=True, init_values=1e-4)
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
+
+
+def test_plain_vit__positions_are_computed_for_any_size_and_not_trained():
+    """big_vision's table: a quarter each of sin x, cos x, sin y, cos y; frequencies from 1 to 1 / 10,000."""
+    model = create_model("vit_plain_small_patch16_224", 7, (32, 48))
+    assert "pos_embed" not in dict(model.named_parameters())
+    assert not model.head.weight.any()
+    frequencies = 10_000.0 ** -(torch.arange(96) / 95)
+    for (rows, columns), size in (((2, 3), None), ((4, 2), (64, 32))):
+        if size is not None:
+            model.set_input_size(img_size=size)
+        table = model.pos_embed.unflatten(1, (rows, columns))[0]
+        x, y = columns - 1, rows - 1
+        expected = [
+            torch.sin(x * frequencies),
+            torch.cos(x * frequencies),
+            torch.sin(y * frequencies),
+            torch.cos(y * frequencies),
+        ]
+        torch.testing.assert_close(table[y, x], torch.cat(expected))
+        assert model(torch.randn(1, 3, 16 * rows, 16 * columns)).shape == (1, 7)

@@ -74,16 +74,24 @@ def sine_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 class PlainViT(VisionTransformer):
-    """timm's ViT with positions that are computed and not trained; they follow any image size."""
+    """timm's ViT with a position table that is computed, for any image size, and not trained."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        assert self.pos_embed is not None
-        rows, columns = self.patch_embed.grid_size
-        self.pos_embed.requires_grad_(False).copy_(sine_positions(rows, columns, self.embed_dim))
+        self._fix_positions()
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+
+    def _fix_positions(self) -> None:
+        rows, columns = self.patch_embed.grid_size
+        del self.pos_embed
+        self.register_buffer("pos_embed", sine_positions(rows, columns, self.embed_dim))
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's, with a table made for the new size."""
+        super().set_input_size(*args, **kwargs)
+        self._fix_positions()
 
 
 @register_model
