@@ -29,3 +29,18 @@ def image_tree(tmp_path):
                 box = (20 * number, 10 * number, 20 * number + 300, 10 * number + 260)
                 photograph.crop(box).save(folder / f"{name}_{number}.jpg")
     return tmp_path / "images"
+
+
+@pytest.fixture
+def label_maps(image_tree, tmp_path):
+    """Maps that see the true class everywhere, for the 16 training images."""
+    import numpy as np
+
+    from vitrail.data.label_maps import LabelMapStore
+
+    keys = sorted(str(path.relative_to(image_tree / "train").with_suffix("")) for path in image_tree.glob("train/*/*"))
+    writer = LabelMapStore.create(tmp_path / "maps", len(keys), 1, (4, 4), 2, keys)
+    for index, key in enumerate(keys):
+        writer.write(index, np.full((1, 4, 4), 8.0), np.full((1, 4, 4), int(key.startswith("pagoda"))))
+    writer.finish()
+    return tmp_path / "maps"

@@ -2,13 +2,11 @@
 
 import csv
 
-import numpy as np
 import pytest
 import torch
 
 from programs import error_of, run, train
 from vitrail.data import Augmentation, ImageDataModule, MixToken
-from vitrail.data.label_maps import LabelMapStore
 from vitrail.data.sources import Digits
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
@@ -18,17 +16,6 @@ from vitrail.run.training import check_token_labels
 SMALL = ("model=lvvit_t", "+model.embed_dim=32", "+model.depth=2", "+model.num_heads=2", "model.patch_size=8")
 DATA = ("data=imagefolder", "data.image_size=32", "data.batch_size=8", "data.num_workers=0")
 QUICK = ("trainer=cpu", "callbacks.model_summary=null", "augment=lvvit", "objective=token_labeling")
-
-
-@pytest.fixture
-def label_maps(image_tree, tmp_path):
-    """Maps that see the true class everywhere, for the 16 training images."""
-    keys = sorted(str(path.relative_to(image_tree / "train").with_suffix("")) for path in image_tree.glob("train/*/*"))
-    writer = LabelMapStore.create(tmp_path / "maps", len(keys), 1, (4, 4), 2, keys)
-    for index, key in enumerate(keys):
-        writer.write(index, np.full((1, 4, 4), 8.0), np.full((1, 4, 4), int(key.startswith("pagoda"))))
-    writer.finish()
-    return tmp_path / "maps"
 
 
 def losses(directory):

@@ -12,7 +12,6 @@ from torch import nn
 import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT, metrics
 from vitrail.data import Mixing
-from vitrail.data.label_maps import LabelMapStore
 from vitrail.objectives import CrossEntropy
 from vitrail.run.config import instantiate
 from vitrail.run.directory import RunDirectory
@@ -37,17 +36,6 @@ RECIPES = {
 def hydra():
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         yield
-
-
-@pytest.fixture
-def label_maps(image_tree, tmp_path):
-    """Maps of the 16 training images."""
-    keys = sorted(str(path.relative_to(image_tree / "train").with_suffix("")) for path in image_tree.glob("train/*/*"))
-    writer = LabelMapStore.create(tmp_path / "maps", len(keys), 1, (4, 4), 2, keys)
-    for index, key in enumerate(keys):
-        writer.write(index, np.full((1, 4, 4), 8.0), np.full((1, 4, 4), int(key.startswith("pagoda"))))
-    writer.finish()
-    return tmp_path / "maps"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
