@@ -215,6 +215,8 @@ def plan_table(plan: Plan, config: DictConfig, describe: str) -> Group:
     yardstick = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (A100, bf16) a device"
     table.add_row("time", f"{hours} h, {gpu_hours} GPU-hours, at {yardstick}")
     table.add_row("disk", f"{plan.disk / gib:.1f} GiB for best.ckpt and last.ckpt")
+    if config.teacher is not None:
+        table.add_row("teacher", f"{config.teacher.get('name', 'a run')}: its work and memory come on top, not counted")
     lines = [Text(f"still needed: {key}=...", no_wrap=True, style="bold") for key in plan.missing]
     return Group(table, *lines)
 
