@@ -111,8 +111,9 @@ def run(program: str, *arguments: str, log: Path, threads: int = 2) -> None:
 
 
 def train(folder: Path, *arguments: str, threads: int = 2) -> Path:
-    """Train into `folder`, unless that has been done; the run directory."""
-    if not (folder / "results.json").is_file():
+    """Train into `folder`, unless that has been done by the same command; the run directory."""
+    done, said = folder / "results.json", folder / "overrides.txt"
+    if not done.is_file() or said.read_text().splitlines() != list(arguments):
         shutil.rmtree(folder, ignore_errors=True)
         run("train.py", *arguments, f"hydra.run.dir={folder}", log=folder.with_suffix(".log"), threads=threads)
     return folder
@@ -186,7 +187,7 @@ def build_annotator(out: Path, data: Path, epochs: int) -> Path:
 
 def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
     """The label maps of the training digits."""
-    maps, log = out / "maps", out / "annotate.log"
+    maps, log = annotator / "maps", out / "annotate.log"  # a new annotator takes the old maps away
     run(
         "annotate.py", "annotator=run", f"annotator.ckpt={annotator}", "data=imagefolder", f"data.root={data}",
         f"out={maps}", "top_k=10", "preview=10", log=log,

@@ -91,8 +91,9 @@ def test_annotate__maps_of_the_datas_classes_over_the_whole_image(tree, tmp_path
     before = (tmp_path / "maps" / "maps.bin").stat().st_mtime_ns
     annotate(tree, tmp_path / "maps", "top_k=2")  # finished: shows the summary again
     assert (tmp_path / "maps" / "maps.bin").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match="holds finished label maps of another kind"):
-        annotate(tree, tmp_path / "maps", "top_k=2", "flip=true")
+    for other in (["top_k=2", "flip=true"], ["top_k=1"], ["top_k=2", "grid=[2,2]"]):
+        with pytest.raises(ConfigError, match="holds finished label maps of another kind"):
+            annotate(tree, tmp_path / "maps", *other)
 
 
 def test_annotate__official_crop_grid_and_another_split(tree, tmp_path):

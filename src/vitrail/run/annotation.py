@@ -65,7 +65,8 @@ def annotate(config: DictConfig) -> LabelMapStore:
     about = job.describe(names)
     if (out / "manifest.json").exists():
         store = LabelMapStore.open(out)
-        if store.about != about or len(store) != len(split):
+        asked = (about, len(split), config.top_k, job.grid or store.grid)
+        if (store.about, len(store), store.top_k, store.grid) != asked:
             raise ConfigError(f"out={out}: holds finished label maps of another kind; name another folder.")
         log.info("%s is finished already", out)
     else:
