@@ -49,7 +49,7 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline (about a quarter of an hour on 2 cores)
+demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline (13 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 recipes: $(VENV)/.dev  ## Write docs/recipes.md from the heads of the experiments and from results/results.csv
