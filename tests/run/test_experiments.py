@@ -24,7 +24,7 @@ RECORDED = json.loads((PROJECT / "tests" / "peers" / "lr_schedules.json").read_t
 RECIPES = {
     "deit_bs1024_300ep": [("deit_small", 1024), ("deit_base_distilled", 1024)],
     "deit_bs512_300ep": [("deit_tiny", 512)],
-    "deit_finetune384_bs512_30ep": [("deit_base_384", 512)],
+    "deit_finetune384_bs512_30ep": [("deit_base_384", 512), ("deit_base_distilled_384", 512)],
     "deit3_finetune_lr1e-5_20ep": [("deit3_base_224", 512), ("deit3_small_384", 512)],
     "t2t_lr5e-4_300ep": [("t2t_vit_14", 512), ("t2t_vit_t_24", 512)],
     "t2t_lr1e-3_300ep": [("t2t_vit_7", 512)],
@@ -38,11 +38,13 @@ def hydra():
         yield
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment__two_steps_and_a_validation(name, image_tree, label_maps, tmp_path):
+@pytest.mark.parametrize("recipe", [*EXPERIMENTS, "deit3_small objective=cosub"])
+def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, tmp_path):
     """As it is but for the data, the size of images and batches, and blocks: one where the recipe has many."""
     weights = tmp_path / "teacher.pt"
+    name, *options = recipe.split()
     smaller = [
+        *options,
         *("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4"),
         *("data.num_workers=0", "trainer=cpu", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
         *(

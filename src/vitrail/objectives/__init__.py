@@ -1,7 +1,8 @@
 """Losses: heads and targets in, a dict of scalars out, of which `loss` is minimised; torch only."""
 
 from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
+from vitrail.objectives.cosub import CosubLoss
 from vitrail.objectives.distillation import DistillationLoss
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
-__all__ = ["BinaryCrossEntropy", "CrossEntropy", "DistillationLoss", "TokenLabelingLoss"]
+__all__ = ["BinaryCrossEntropy", "CosubLoss", "CrossEntropy", "DistillationLoss", "TokenLabelingLoss"]

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
@@ -12,7 +13,8 @@ from rich.text import Text
 from torch import Tensor, UntypedStorage, nn
 
 from vitrail.data import Augmentation, MixToken
-from vitrail.models import forward_heads
+from vitrail.errors import ConfigError
+from vitrail.models import create_model, forward_heads
 from vitrail.models.cost import Cost, measure_cost
 from vitrail.run.config import instantiate
 from vitrail.training import CosineSchedule, OptimizerFactory
@@ -34,6 +36,7 @@ class Plan(NamedTuple):
     classes: int
     images: int | None  # of training; None where nobody can know yet
     cost: Cost
+    teacher: Cost | None
     devices: int
     batch: int  # images per optimiser step
     steps: int | None  # optimiser steps of an epoch
@@ -74,17 +77,22 @@ def make_plan(config: DictConfig) -> Plan:
     for group in optimizer.build(model, batch).param_groups:
         amount = float(group["weight_decay"])
         groups[amount] = groups.get(amount, 0) + sum(parameter.numel() for parameter in group["params"])
-    cost = measure_cost(model, sides)
-    saved = activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
+    cost, teacher = measure_cost(model, sides), _teacher_cost(config)
+    passes = getattr(instantiate(config.objective, "objective"), "submodels", 1)  # of each image in a step
+    saved = passes * activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
     states = 4 if optimizer.name in ("sgd", "momentum", "lion") else 8
     averaged = 0 if config.callbacks.get("ema") is None else 4
-    speed = devices * PEAK * UTILISATION / (6 * cost.macs)
+    # Two operations a multiply-accumulate; the backward pass is twice the forward pass, and a teacher has none.
+    work = 6 * cost.macs * passes + (2 * teacher.macs if teacher else 0)
+    speed = devices * PEAK * UTILISATION / work
+    held = cost.parameters * (8 + states + averaged) + (4 * teacher.parameters if teacher else 0)
     epochs = int(trainer.max_epochs)
     return Plan(
         missing=missing,
         classes=classes,
         images=images,
         cost=cost,
+        teacher=teacher,
         devices=devices,
         batch=batch,
         steps=steps,
@@ -92,12 +100,27 @@ def make_plan(config: DictConfig) -> Plan:
         rates=_rates(schedule, optimizer.scaled_lr(batch), epochs),
         groups=groups,
         activations=saved,
-        memory=cost.parameters * (8 + states + averaged) + saved * config.data.batch_size,
+        memory=held + saved * config.data.batch_size,
         images_per_second=speed,
         hours=None if steps is None else steps * batch * epochs / speed / 3600,
         disk=2 * cost.parameters * (4 + states + averaged),
         augmentation=describe_augmentation(augment, config.data.hflip),
     )
+
+
+def _teacher_cost(config: DictConfig) -> Cost | None:
+    """What the teacher costs for one image, at its own size; its weights are not looked for."""
+    if config.teacher is None:
+        return None
+    if "name" not in config.teacher:
+        teacher = instantiate(config.teacher, "teacher")
+        return measure_cost(teacher.model, teacher.image_size)
+    published = timm.get_pretrained_cfg(config.teacher.name)
+    if published is None:
+        raise ConfigError(f"teacher.name={config.teacher.name}: no such backbone; timm.list_models() shows all.")
+    size = config.teacher.image_size or published.input_size[1:]
+    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return measure_cost(create_model(config.teacher.name, published.num_classes, sides), sides)
 
 
 def _take_missing(config: DictConfig) -> list[str]:
@@ -215,8 +238,9 @@ def plan_table(plan: Plan, config: DictConfig, describe: str) -> Group:
     yardstick = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (A100, bf16) a device"
     table.add_row("time", f"{hours} h, {gpu_hours} GPU-hours, at {yardstick}")
     table.add_row("disk", f"{plan.disk / gib:.1f} GiB for best.ckpt and last.ckpt")
-    if config.teacher is not None:
-        table.add_row("teacher", f"{config.teacher.get('name', 'a run')}: its work and memory come on top, not counted")
+    if plan.teacher is not None:
+        size_of = f"{plan.teacher.parameters / 1e6:.1f} M parameters, {plan.teacher.macs / 1e9:.2f} G MACs"
+        table.add_row("teacher", f"{config.teacher.get('name', 'a run')}: {size_of}, counted above")
     lines = [Text(f"still needed: {key}=...", no_wrap=True, style="bold") for key in plan.missing]
     return Group(table, *lines)
 

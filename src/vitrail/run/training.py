@@ -133,6 +133,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, augment.mix pairs the images of a batch.")
     model, objective = build_model(config, data), instantiate(config.objective, "objective")
     check_token_labels(model, objective, data)
+    check_submodels(model, objective)
     if config.ckpt is not None and not config.resume:
         allowed = ["aux_head.*"] if isinstance(model, DenseHead) else []  # a new head may start untrained
         load_checkpoint(model, find_checkpoint(config.ckpt), allow=allowed)
@@ -175,6 +176,17 @@ def check_token_labels(model: nn.Module, objective: Any, data: ImageDataModule) 
         raise ConfigError("data.label_maps: this objective reads none; set objective=token_labeling.")
     if isinstance(mixing, MixToken) and not wants_tokens:
         raise ConfigError("augment.mix: MixToken needs targets of tokens; set objective=token_labeling.")
+
+
+def check_submodels(model: nn.Module, objective: Any) -> None:
+    """Refuse to compare a network with itself.
+
+    Raises:
+        ConfigError: the objective compares submodels, and nothing makes them differ.
+    """
+    drawn = any(getattr(module, "drop_prob", 0) or getattr(module, "p", 0) for module in model.modules())
+    if getattr(objective, "submodels", 1) > 1 and not drawn:
+        raise ConfigError("model.drop_path_rate: 0, so that the submodels of objective=cosub are all the same one.")
 
 
 def build_teacher(config: DictConfig, objective: Any, data: ImageDataModule) -> Teacher | None:

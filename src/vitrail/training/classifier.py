@@ -98,7 +98,9 @@ class ImageClassifier(L.LightningModule):
         if isinstance(self.mixing, MixToken):
             box, share = self.mixing.box(token_grid(self.model, batch.image), self._batch_key())
             box = box.to(batch.image.device)
-        heads = self.heads(self.model, batch.image, box)
+        submodels = getattr(self.objective, "submodels", 1)
+        images = batch.image if submodels == 1 else batch.image.repeat(submodels, 1, 1, 1)
+        heads = self.heads(self.model, images, box)
         losses = self.objective(heads, self._targets(batch)._replace(share=share))
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},

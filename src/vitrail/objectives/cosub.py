@@ -1,0 +1,54 @@
+"""Co-training of two submodels (Touvron et al., "Co-training 2L Submodels", arXiv:2212.04884)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.objectives.classification import BinaryCrossEntropy
+from vitrail.types import Heads, Targets
+
+
+class CosubLoss(nn.Module):
+    """Each image goes twice through the network, with other blocks dropped each time; both learn from each other.
+
+    (1 - weight) * loss of both with the label + weight * sigmoid cross-entropy of each with what the other says, which
+    gets no gradient from it. With the defaults equal to the official code (github.com/facebookresearch/deit,
+    `engine.py`, `--cosub --bce-loss`).
+
+    Args:
+        weight: of what the other submodel says, in [0, 1].
+        base: loss with the label; None for the sigmoid cross-entropy of DeiT-III, targets binarised at 0.
+
+    Raises:
+        ValueError: a weight out of range.
+    """
+
+    submodels = 2
+
+    def __init__(self, weight: float = 0.5, base: nn.Module | None = None) -> None:
+        super().__init__()
+        if not 0 <= weight <= 1:
+            raise ValueError(f"objective.weight={weight}: must lie in [0, 1].")
+        self.weight = weight
+        self.base = base or BinaryCrossEntropy(threshold=0.0)
+
+    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
+        """`loss` and its parts `label_loss` and `cosub_loss`.
+
+        Args:
+            heads: of the images twice, one pass after the other: (2 B, C), (2 B, N, C).
+            targets: of the B images.
+        """
+        halves = [(None, None) if logits is None else logits.chunk(2) for logits in heads]
+        passes = [Heads(*half) for half in zip(*halves, strict=True)]
+        label_loss = torch.stack([self.base(each, targets)["loss"] for each in passes]).mean()
+        cosub_loss = torch.stack(
+            [
+                F.binary_cross_entropy_with_logits(own, other.detach().sigmoid())
+                for mine, others in (passes, passes[::-1])
+                for own, other in zip(mine, others, strict=True)
+                if own is not None and other is not None
+            ]
+        ).mean()
+        loss = (1 - self.weight) * label_loss + self.weight * cosub_loss
+        return {"loss": loss, "label_loss": label_loss, "cosub_loss": cosub_loss}
