@@ -3,7 +3,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from timm.data import create_transform
 
 from vitrail.data import Augmentation, DigitsDataModule, ImageFolderDataModule, ImageNetDataModule, Mixing
 from vitrail.data.randomness import seeded
@@ -40,26 +39,6 @@ def test_views__function_of_seed_epoch_and_index():
     assert torch.equal(view, second.train[Draw(5, 0, False)].image)
     assert not torch.equal(view, first.train[Draw(5, 1, False)].image)
     assert not torch.equal(view, digits(seed=1).train[Draw(5, 0, False)].image)
-
-
-def test_views__equal_timms_pipeline_with_the_same_draws(image_tree):
-    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel", "interpolation": "bicubic"}
-    augment = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5)
-    data = ImageFolderDataModule(str(image_tree), augment=augment, image_size=64, hflip=0.5, seed=4)
-    data.setup()
-    timms = create_transform(64, is_training=True, hflip=0.5, color_jitter=None, **options)
-    for index in range(len(data.train)):
-        with seeded(4, 2, index):
-            expected = timms(data.train.split[index].image)
-        assert torch.equal(data.train[Draw(index, 2, False)].image, expected)
-
-
-def test_evaluation__equals_timms_pipeline(image_tree):
-    data = ImageFolderDataModule(str(image_tree), image_size=64, augment=Augmentation(crop_pct=0.9))
-    data.setup()
-    timms = create_transform(64, is_training=False, crop_pct=0.9, interpolation="bicubic")
-    for index in range(len(data.val)):
-        assert torch.equal(data.val[Draw(index, 0, False)].image, timms(data.val.split[index].image))
 
 
 def test_padding__is_not_counted():
