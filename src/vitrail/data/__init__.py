@@ -6,6 +6,8 @@ from vitrail.data.datamodule import (
     ImageDataModule,
     ImageFolderDataModule,
     ImageNetDataModule,
+    ImageNetRealDataModule,
+    ImageNetVariantDataModule,
     TorchvisionDataModule,
 )
 from vitrail.data.images import load_image
@@ -17,6 +19,8 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
+    "ImageNetRealDataModule",
+    "ImageNetVariantDataModule",
     "MixToken",
     "Mixing",
     "TorchvisionDataModule",

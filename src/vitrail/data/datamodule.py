@@ -10,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data.augment import Augmentation, Pixels, Transform, ViewedTransform
+from vitrail.data.imagenet import ImageNet, ImageNetReal, ImageNetVariant
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler
-from vitrail.data.sources import Digits, ImageFolder, ImageNet, Source, Split, TorchvisionDataset
+from vitrail.data.sources import Digits, ImageFolder, Source, Split, TorchvisionDataset
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, Sample
 
@@ -107,7 +108,7 @@ class ImageDataModule(L.LightningDataModule):
         self,
         source: Source,
         augment: Augmentation,
-        image_size: int | Sequence[int] = 224,
+        image_size: int | Sequence[int] | None = 224,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         hflip: float = 0.5,
@@ -131,6 +132,8 @@ class ImageDataModule(L.LightningDataModule):
             raise ConfigError(f"data.repeats={repeats}: must be at least 1.")
         if on_corrupt == "skip" and skipped_file is None:
             raise ConfigError("data.skipped_file: not set, but data.on_corrupt=skip has to list what it skips.")
+        if image_size is None:
+            raise ConfigError("data.image_size: not set; only src/eval.py can take it from a checkpoint.")
         self.source, self.augment, self.hflip, self.seed = source, augment, hflip, seed
         size = image_size if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         self.pixels = Pixels(size, tuple(mean), tuple(std))
@@ -251,7 +254,7 @@ class ImageFolderDataModule(ImageDataModule):
     def __init__(
         self,
         root: str | None,
-        train_dir: str = "train",
+        train_dir: str | None = "train",
         val_dir: str = "val",
         augment: Augmentation | None = None,
         **kwargs: Any,
@@ -263,3 +266,26 @@ class ImageNetDataModule(ImageFolderDataModule):
     """ImageNet-1k from `root`, a folder that holds `train/` and `val/` with the 1000 class folders."""
 
     folder_type = ImageNet
+
+
+class ImageNetRealDataModule(ImageDataModule):
+    """ImageNet's validation images under their ReaL labels; arguments as of `ImageNetReal` and `ImageDataModule`."""
+
+    def __init__(
+        self, root: str | None, val_dir: str = "val", augment: Augmentation | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(ImageNetReal(root, val_dir), augment or Augmentation(), **kwargs)
+
+
+class ImageNetVariantDataModule(ImageDataModule):
+    """ImageNetV2, -A, -R, -Sketch to evaluate on; arguments as of `ImageNetVariant` and `ImageDataModule`."""
+
+    def __init__(
+        self,
+        root: str | None,
+        classes: str = "imagenet-1k",
+        images: int | None = None,
+        augment: Augmentation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ImageNetVariant(root, classes, images), augment or Augmentation(), **kwargs)

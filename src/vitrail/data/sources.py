@@ -169,7 +169,8 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def _class_folders(folder: Path) -> Iterator[str]:
+def class_folders(folder: Path) -> Iterator[str]:
+    """Names of the folders in `folder`, but for hidden ones."""
     return (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -178,7 +179,7 @@ class ImageFolder:
 
     Args:
         root: folder that holds `train_dir` and `val_dir`.
-        train_dir: name of the training folder.
+        train_dir: name of the training folder; None where there is only something to evaluate on.
         val_dir: name of the validation folder.
 
     Raises:
@@ -186,14 +187,14 @@ class ImageFolder:
             accuracy while the loss falls.
     """
 
-    def __init__(self, root: str | None, train_dir: str = "train", val_dir: str = "val") -> None:
+    def __init__(self, root: str | None, train_dir: str | None = "train", val_dir: str = "val") -> None:
         if not root:
             raise ConfigError("data.root: not set; give the folder that holds train/ and val/, data.root=/path/to/it.")
         self.root = Path(root).expanduser().absolute()
-        self.folders = {"train": self.root / train_dir, "val": self.root / val_dir}
+        self.folders = {"val": self.root / val_dir} | ({"train": self.root / train_dir} if train_dir else {})
         if not self.root.is_dir():
             raise ConfigError(f"data.root={self.root}: no such folder.")
-        self.classes = self._find_classes("train")
+        self.classes = self._find_classes("train" if train_dir else "val")
         self._check_same_classes(self._find_classes("val"))
 
     def prepare(self) -> None:
@@ -203,8 +204,10 @@ class ImageFolder:
         """List the files of a split.
 
         Raises:
-            ConfigError: a class folder of it holds no image.
+            ConfigError: a class folder of it holds no image, or there is no such split.
         """
+        if split not in self.folders:
+            raise ConfigError("data.train_dir: not set, so that there is nothing to train on.")
         folder = FolderSplit(self.folders[split], self.classes)
         counts = np.bincount(folder.labels, minlength=len(self.classes))
         if not counts.all():
@@ -216,7 +219,7 @@ class ImageFolder:
         folder = self.folders[split]
         if not folder.is_dir():
             raise ConfigError(f"data.root={self.root}: holds no folder {folder.name}/ of class folders.")
-        classes = sorted(_class_folders(folder))
+        classes = sorted(class_folders(folder))
         if not classes:
             flat = any(_is_image(path.name) for path in folder.iterdir())
             what = "images but no class folders; sort them into one folder a class" if flat else "no class folders"
@@ -233,29 +236,3 @@ class ImageFolder:
             if names
         ]
         raise ConfigError(f"data.root={self.root}: train and val hold different classes: {' and '.join(only)}.")
-
-
-class ImageNet(ImageFolder):
-    """ImageNet-1k as an image folder, class folders named by WordNet id (Russakovsky et al., arXiv:1409.0575).
-
-    Raises:
-        ConfigError: as `ImageFolder`; or the class folders are not the 1000 of ImageNet-1k, in whose order the
-            published checkpoints count.
-    """
-
-    def __init__(self, root: str | None, train_dir: str = "train", val_dir: str = "val") -> None:
-        from timm.data import ImageNetInfo
-
-        super().__init__(root, train_dir, val_dir)
-        info = ImageNetInfo("imagenet-1k")
-        expected = info.label_names()
-        if self.classes != expected:
-            missing = sorted(set(expected) - set(self.classes))
-            extra = sorted(set(self.classes) - set(expected))
-            raise ConfigError(
-                f"data.root={self.root}: {len(self.classes)} class folders are not the 1000 of ImageNet-1k"
-                f" ({len(missing)} missing{f', first {missing[0]}' if missing else ''};"
-                f" {len(extra)} unknown{f', first {extra[0]}' if extra else ''});"
-                " use data=imagefolder for other classes."
-            )
-        self.descriptions = [info.label_name_to_description(name) for name in expected]

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from vitrail.data import Augmentation, MixToken
@@ -26,6 +25,7 @@ from vitrail.data.sampling import Draw
 from vitrail.data.sources import Split
 from vitrail.errors import ImageError
 from vitrail.insight.pictures import denormalise, log_picture
+from vitrail.insight.tables import describe
 from vitrail.objectives import TokenLabelingLoss
 from vitrail.training import ImageClassifier
 from vitrail.training.classifier import token_grid
@@ -267,13 +267,6 @@ def _legend(
         draw.rectangle((x, y + 22 * number + 3, x + 12, y + 22 * number + 15), fill=colour)
         share = f"{cells.mean():.0%}, p {grid.probability[cells].mean():.2f}" if cells.any() else "elsewhere"
         draw.text((x + 18, y + 22 * number + 2), f"{describe(names[index])[:20]}  {share}", "black", font)
-
-
-def describe(name: str) -> str:
-    """A class in words: WordNet ids of ImageNet by their first lemma, other names as they are."""
-    if len(name) == 9 and name[0] == "n" and name[1:].isdigit():
-        return ImageNetInfo("imagenet-22k").label_name_to_description(name).split(",")[0]
-    return name
 
 
 def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes: Sequence[str]) -> Group:

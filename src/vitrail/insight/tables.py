@@ -1,14 +1,16 @@
-"""Tables that end a training or an evaluation."""
+"""Tables that end a training or an examination, and classes in words."""
 
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from timm.data import ImageNetInfo
 
 from vitrail.data.label_maps.checks import Finding
 
@@ -22,7 +24,7 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s")
     if results.get("skipped_images"):
         table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
-    run, scripts = _near(directory), _near(Path(sys.argv[0]).resolve().parent)
+    run, scripts = near(directory), near(Path(sys.argv[0]).resolve().parent)
     program = f"{_interpreter()} {scripts}"
     # Lines of their own rather than table cells: paths and commands must not be broken when copied.
     lines = [
@@ -35,22 +37,6 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
         ("your images", f"{program}/train.py data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
     ]
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
-
-
-def evaluation_table(results: Mapping[str, Mapping[str, float]], what: str) -> Table:
-    """Loss and accuracies of each set of weights."""
-    table = Table(title=what, title_style="bold")
-    for name in ("weights", "images", "loss", "top-1 %", "top-5 %"):
-        table.add_column(name, justify="left" if name == "weights" else "right")
-    for weights, values in results.items():
-        table.add_row(
-            weights,
-            f"{values['images']:.0f}",
-            f"{values['loss']:.4f}",
-            f"{values['top1']:.2f}",
-            f"{values['top5']:.2f}",
-        )
-    return table
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
@@ -72,7 +58,7 @@ def _both(results: Mapping[str, Any], metric: str) -> str:
     return text
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
     """Relative to the working directory where that is shorter."""
     try:
         return str(path.relative_to(Path.cwd()))
@@ -82,4 +68,16 @@ def _near(path: Path) -> str:
 
 def _interpreter() -> str:
     """How to call this Python from the working directory: `python` only where that is the same one."""
-    return "python" if shutil.which("python") == sys.executable else _near(Path(sys.executable))
+    return "python" if shutil.which("python") == sys.executable else near(Path(sys.executable))
+
+
+def describe(name: str) -> str:
+    """A class in words: WordNet ids of ImageNet by their first lemma, other names as they are."""
+    if len(name) == 9 and name[0] == "n" and name[1:].isdigit():
+        return _wordnet().label_name_to_description(name).split(",")[0]
+    return name
+
+
+@cache
+def _wordnet() -> ImageNetInfo:
+    return ImageNetInfo("imagenet-22k")

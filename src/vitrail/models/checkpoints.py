@@ -73,8 +73,21 @@ def backbone_weights(checkpoint: dict[str, Any], ema: bool | None = None) -> dic
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
+def weight_sets(checkpoint: dict[str, Any]) -> list[str]:
+    """Which weights a checkpoint holds: `raw`, `ema` or both, in this order."""
+    if "pytorch-lightning_version" in checkpoint:
+        return ["raw", "ema"] if "current_model_state" in checkpoint else ["raw"]
+    averaged = any(checkpoint.get(key) is not None for key in _AVERAGE_KEYS)
+    raw = any(isinstance(checkpoint.get(key), dict) for key in _RAW_KEYS)
+    return ["raw"] * (raw or not averaged) + ["ema"] * averaged
+
+
 def load_checkpoint(
-    model: nn.Module, path: str | Path, ema: bool | None = None, allow: Sequence[str] = ()
+    model: nn.Module,
+    path: str | Path,
+    ema: bool | None = None,
+    allow: Sequence[str] = (),
+    same_classes: bool = False,
 ) -> list[str]:
     """Load the weights at `path` into the backbone `model`, fitted to it: see `fit_weights`.
 
@@ -84,6 +97,7 @@ def load_checkpoint(
             Google's for a ViT.
         ema: see `backbone_weights`.
         allow: patterns of keys (`aux_head.*`) that may be missing or unexpected.
+        same_classes: refuse a classifier of another number of classes, rather than keep the model's own, untrained.
 
     Returns:
         What was changed on the way, one sentence each; also logged.
@@ -97,7 +111,7 @@ def load_checkpoint(
         reader: Any = model
         reader.load_pretrained(str(path))  # timm's reader of the JAX releases, which resizes positions its own way
         return []
-    weights, notes = fit_weights(backbone_weights(read_checkpoint(path), ema), model, source=str(path))
+    weights, notes = fit_weights(backbone_weights(read_checkpoint(path), ema), model, str(path), same_classes)
     load_weights(model, weights, source=str(path), allow=allow)
     missing = sorted(model.state_dict().keys() - weights.keys())
     if missing:
@@ -107,7 +121,9 @@ def load_checkpoint(
     return notes
 
 
-def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str) -> tuple[dict[str, Tensor], list[str]]:
+def fit_weights(
+    weights: dict[str, Tensor], model: nn.Module, source: str, same_classes: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
     """Fit weights of the same architecture to `model`'s names, image size, channels and classes.
 
     LayerScale of the official DeiT III is renamed; position embeddings are resized with the papers' kernel; classifiers
@@ -118,7 +134,8 @@ def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str) -> tu
         The weights, and what was done to them, one sentence each.
 
     Raises:
-        ConfigError: the position embeddings are of no square grid, so that nothing tells how to resize them.
+        ConfigError: the position embeddings are of no square grid, so that nothing tells how to resize them; another
+            number of classes where `same_classes` are asked for.
     """
     own = model.state_dict()
     notes = []
@@ -141,6 +158,8 @@ def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str) -> tu
     heads = [key for key in fitted if key.rpartition(".")[0] in _head_names(model) and key in own]
     if any(fitted[key].shape[0] != own[key].shape[0] for key in heads):
         classes = {fitted[key].shape[0] for key in heads}, {own[key].shape[0] for key in heads}
+        if same_classes:
+            raise ConfigError(f"ckpt={source}: knows {max(classes[0])} classes, not {max(classes[1])}.")
         notes.append(
             f"{max(classes[0])} classes in the checkpoint, {max(classes[1])} in the model: "
             f"{', '.join(sorted({key.rpartition('.')[0] for key in heads}))} not loaded."

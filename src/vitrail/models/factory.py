@@ -42,7 +42,7 @@ def create_model(
     try:
         model = timm.create_model(name, num_classes=num_classes, img_size=img_size if fixed_size else None, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"model.name={name}: {error or type(error).__name__}") from error
+        raise ConfigError(f"model.name={name}: {str(error) or type(error).__name__}") from error
     patch = getattr(model, "patch_embed", None)
     if fixed_size and img_size is not None and not isinstance(patch, TokensToToken):  # which pads, and takes any size
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
