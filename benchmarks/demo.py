@@ -7,7 +7,7 @@
 4. EfficientNet-Lite0, with its ImageNet weights, annotates the photographs themselves.
 
 `--compare teacher` does 3. with another pair: DeiT-nano with its distillation token, learning the convnet's answers or
-only the labels.
+only the labels, from crops of 60 % and more.
 
 Everything is done by the programs of `src/`, as a user would; the commands are printed. What is finished is kept, so
 that an interrupted demo goes on where it was. `--scale 0.5` halves images and epochs.
@@ -197,15 +197,12 @@ def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
 
 
 def compare(
-    out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, parallel: int
+    out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, smallest: float, parallel: int
 ) -> dict[str, list[list[float]]]:
-    """Train `with` and `without`; top-1 after each epoch, of each seed.
-
-    Crops may lose the digit, as the published ones lose the object: the image's label is then wrong, its map is not.
-    """
+    """Train `with` and `without`, from crops of `smallest` to 1 of the image; top-1 after each epoch, of each seed."""
     recipe = (
         *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
-        *("trainer.gradient_clip_val=1", "augment.scale=[0.3,1.0]"),
+        *("trainer.gradient_clip_val=1", f"augment.scale=[{smallest},1.0]"),
     )
     jobs = [(name, seed) for seed in SEEDS for name in kinds]
     with ThreadPoolExecutor(parallel) as pool:
@@ -248,14 +245,13 @@ def main() -> None:
 
     console.print("[bold]1. A small convnet learns the digits, and annotates them")
     annotator = build_annotator(out, data, max(2, round(5 * options.scale)))
-    epochs = max(3, round(8 * options.scale))
     if options.compare == "teacher":
         console.print("[bold]2. DeiT-nano with and without the convnet as its teacher")
         student = ("model=deit_nano_distilled", "model.patch_size=8")
         learn = ("objective=distillation", "teacher=run", f"teacher.ckpt={annotator}")
         kinds = {"with": (*student, *learn), "without": (*student, "objective=cross_entropy")}
         (out / "teacher").mkdir(exist_ok=True)
-        curves = compare(out / "teacher", data, kinds, epochs, options.parallel)
+        curves = compare(out / "teacher", data, kinds, max(3, round(10 * options.scale)), 0.6, options.parallel)
         report(curves, "teacher")
         draw_curves(curves, "teacher", out / "teacher" / "curves.png")
         return
@@ -265,7 +261,8 @@ def main() -> None:
         "with": ("model=lvvit_nano", "model.dense_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
         "without": ("model=lvvit_nano", "objective=cross_entropy"),
     }
-    curves = compare(out, data, kinds, epochs, options.parallel)
+    # Crops may lose the digit, as the published ones lose the object: the image's label is then wrong, its map is not.
+    curves = compare(out, data, kinds, max(3, round(8 * options.scale)), 0.3, options.parallel)
     report(curves, "token labels")
     draw_curves(curves, "token labels", out / "curves.png")
     console.print("[bold]3. EfficientNet-Lite0 looks at the photographs")

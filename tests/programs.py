@@ -49,14 +49,24 @@ def run(
         )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _WARM.Process(target=_execute, args=(command, environment(logs, **extra), str(logs), files))
-        process.start()
+        process = start(program, *args, logs=logs, files=files, **extra)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(command, timeout, *(file.read_text() for file in files))
         return subprocess.CompletedProcess(command, process.exitcode, *(file.read_text() for file in files))
+
+
+def start(
+    program: str, *args: str, logs: Path, files: list[Path] | None = None, **extra: str
+) -> multiprocessing.process.BaseProcess:
+    """Run `src/<program>` beside the test, which may kill it; output goes to stdout.txt and stderr.txt in `logs`."""
+    files = files or [logs / "stdout.txt", logs / "stderr.txt"]
+    command = [str(PROJECT / "src" / program), *args]
+    process = _WARM.Process(target=_execute, args=(command, environment(logs, **extra), str(logs), files))
+    process.start()
+    return process
 
 
 _WARM = multiprocessing.get_context("forkserver")

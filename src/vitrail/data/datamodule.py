@@ -1,6 +1,7 @@
 """The LightningDataModules: a source, its augmentation and its loaders."""
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +207,7 @@ class ImageDataModule(L.LightningDataModule):
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # keeps the loader off the global random stream
+            worker_init_fn=_ignore_interrupt,
         )
 
     def _workers(self) -> int:
@@ -214,6 +216,11 @@ class ImageDataModule(L.LightningDataModule):
         devices = self.trainer.num_devices if self.trainer else 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, min(8, cores // devices))
+
+
+def _ignore_interrupt(_: int) -> None:
+    """Let a worker leave Ctrl-C, which the terminal sends to every process, to the one that it loads for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DigitsDataModule(ImageDataModule):

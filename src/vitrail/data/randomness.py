@@ -25,3 +25,8 @@ def seeded(*key: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def reseed(*key: int) -> None:
+    """Make PyTorch's draws from here on, on every device, a function of `key`."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

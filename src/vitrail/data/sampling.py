@@ -50,12 +50,17 @@ class EpochSampler(Sampler[Draw]):
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.epoch = 0
+        self._done = (-1, 0)  # an epoch, and how many of its draws came before
         together = batch_size * world_size if shuffle else world_size
         self.total = length // together * together if shuffle else -(-length // together) * together
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of `epoch`; Lightning calls it before each epoch."""
         self.epoch = epoch
+
+    def go_on(self, epoch: int, done: int) -> None:
+        """Begin in `epoch`, with the first `done` draws of this process left out in it."""
+        self.epoch, self._done = epoch, (epoch, done)
 
     def __len__(self) -> int:
         return self.total // self.world_size
@@ -66,7 +71,8 @@ class EpochSampler(Sampler[Draw]):
             order = torch.randperm(self.length, generator=generator)
         else:
             order = torch.arange(self.length)
-        for position in range(self.rank, self.total, self.world_size):
+        done = self._done[1] if self.epoch == self._done[0] else 0
+        for position in range(self.rank + done * self.world_size, self.total, self.world_size):
             padding = position >= self.length
             image, repeat = divmod(position % self.length, self.repeats)
             yield Draw(int(order[image]), self.epoch, padding, repeat)

@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from vitrail.models.teacher import Teacher
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory, find_checkpoint, is_rank_zero
 from vitrail.run.loggers import MetricsCSV
+from vitrail.run.preservation import AtomicCheckpointIO, NextBatch, Stopped, check_space
 from vitrail.training import ImageClassifier
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     data: ImageDataModule = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
     module = build_module(config, data)
+    check_space(run.checkpoints, module.model, averaged=bool((config.callbacks or {}).get("ema")))
     csv_log = MetricsCSV(run.path / "metrics.csv")
     trainer = build_trainer(config, run, data, csv_log)
     if is_rank_zero():
@@ -67,13 +70,13 @@ def train(config: DictConfig) -> dict[str, Any]:
     checkpoint = checkpoint_to_resume(config, run, module.model)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # how Lightning ends after Ctrl-C
-        if not trainer.interrupted:
-            raise
-        log.info(
-            "interrupted in epoch %d; resume=%s goes on after the last whole one", trainer.current_epoch + 1, run.path
-        )
-        raise KeyboardInterrupt from None
+    except Stopped as stopped:
+        log.info("%s in epoch %d, saved; resume=%s goes on", stopped, trainer.current_epoch + 1, run.path)
+        sys.exit(128 + stopped.signum)
+    except SystemExit:  # how Lightning ends after a Ctrl-C that comes before the first step
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     results = summarise(csv_log, trainer, time.monotonic() - started, run)
     if trainer.is_global_zero:
         run.write_results(results)
@@ -225,7 +228,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     """Lightning's Trainer with the callbacks and loggers that the config names."""
     named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
     callbacks = [callback for callback in named.values() if callback is not None]
-    callbacks.append(_KeepConfig(plain(config), data.classes))
+    callbacks += [_KeepConfig(plain(config), data.classes), NextBatch()]
     loggers = [csv_log]
     for name, node in (config.logger or {}).items():
         if node is not None:
@@ -236,6 +239,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
         strategy=instantiate(config.strategy, "strategy"),
         callbacks=callbacks,
         logger=loggers,
+        plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.path),
     )
     for logger in loggers:
@@ -257,7 +261,7 @@ def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module
         return None
     checkpoint = read_checkpoint(run.last)
     load_weights(model, backbone_weights(checkpoint, ema=False), source=str(run.last))
-    epochs = checkpoint["epoch"] + 1
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if epochs >= config.trainer.max_epochs:
         raise ConfigError(
             f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on."

@@ -17,6 +17,10 @@ class SpeedMonitor(L.Callback):
     share of that time, in %, that the first device waited for the loader; `speed/gpu_memory` is the peak in GiB.
     """
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock; a resumed training may begin within an epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.images = 0

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vitrail.data import Mixing, MixToken
 from vitrail.data.label_maps import pooled_scores, sparse_token_targets
+from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.objectives import TokenLabelingLoss
@@ -61,6 +62,7 @@ class ImageClassifier(L.LightningModule):
         if checkpointing:
             _set_grad_checkpointing(model)
         self.val_metrics = validation_metrics(num_classes)
+        self._epoch_began: int | None = None  # step; None: not yet, nor when a resumed training begins within an epoch
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images; of backbones with several heads merged as published."""
@@ -73,10 +75,16 @@ class ImageClassifier(L.LightningModule):
         for teacher in self._teacher:
             teacher.to(self.device)
 
-    def on_train_start(self) -> None:
-        """Give every rank dropout masks of its own; up to here all ranks draw the same, for equal weights."""
-        if self.trainer.global_step == 0:
-            torch.manual_seed(self.seed * 1_000_003 + self.global_rank)
+    def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
+        """Let dropout and drop path draw what this batch is due on this rank, whatever was drawn before.
+
+        A training that is resumed draws as one that was not interrupted.
+        """
+        reseed(*self._batch_key())
+        if self._epoch_began is None:
+            self._epoch_began = self.global_step
+            lr = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+            self.log("train/lr", lr, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Mix a training batch on its device, so that callbacks see what the network sees."""
@@ -154,7 +162,7 @@ class ImageClassifier(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
-        if (self.global_step - self._epoch_began) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (self.global_step - (self._epoch_began or 0)) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             self.log(
                 "train/grad_norm",
@@ -166,12 +174,8 @@ class ImageClassifier(L.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Log the epoch's learning rate (at its first step, of the group that is not scaled down by layer decay)."""
-        self._epoch_began = self.global_step
-        groups = self.trainer.optimizers[0].param_groups
-        self.log(
-            "train/lr", max(group["lr"] for group in groups), on_step=False, on_epoch=True, sync_dist=True, batch_size=1
-        )
+        """Log the learning rate of the epoch's first step (of the group that is not scaled down by layer decay)."""
+        self._epoch_began = None
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]  # Lightning knows no timm scheduler
         """Optimiser and schedule for the effective batch of this run.

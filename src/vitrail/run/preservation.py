@@ -1,0 +1,199 @@
+"""Nothing is lost: checkpoints are written whole or not at all, at intervals and when the process is asked to stop."""
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+
+from vitrail.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its target, to the disk, and only then in its place.
+
+    Whatever happens, the target is the old checkpoint or the new one. Lightning's own goes through a temporary folder,
+    which may lie on another file system, so that a process killed while it copies leaves half a file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            ConfigError: the disk is full, or not to be written to; what was there before is still there.
+        """
+        target = Path(path)
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed while it wrote
+                left.unlink()
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in one of its own
+            unfinished.unlink(missing_ok=True)
+            raise ConfigError(
+                f"{target}: cannot be written ({_reason(error)}); the last good checkpoint is still there, and resume="
+                f"{target.parent.parent} goes on from it."
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name of a file to the disk, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
+    """Refuse to start where two checkpoints, and one that is being written, have no room.
+
+    Raises:
+        ConfigError: names the folder, and what is missing.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    needed = 3 * parameters * (4 + 8 + (4 if averaged else 0))  # weights, Adam's two moments, average; float32
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        gib = 2**30
+        raise ConfigError(
+            f"paths.logs: {folder} has {free / gib:.2f} GiB left, checkpoints need {needed / gib:.2f}; make room, or"
+            " set paths.logs (VITRAIL_LOGS) to another disk."
+        )
+
+
+class NextBatch(L.Callback):
+    """Let a resumed training begin with the batch that comes next, of the epoch that it is in.
+
+    Lightning opens the loader before it knows where the training was, and counts on it from there.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the loader again where the checkpoint says."""
+        if trainer.ckpt_path is None:
+            return
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        loader: Any = trainer.train_dataloader
+        within = epochs.processed < epochs.ready
+        if within and not batches.is_last_batch:
+            loader.sampler.go_on(epochs.processed, batches.current.ready * loader.batch_size)
+        else:
+            loader.sampler.go_on(epochs.processed + within, 0)
+        iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+class Stopped(Exception):  # noqa: N818  # nothing went wrong
+    """The process was asked to stop, and everything is saved; `signum` says by which signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class KeepWork(Checkpoint):
+    """Write a checkpoint after every epoch, every so often within, and when asked to stop.
+
+    A training that is resumed from it goes on as if nothing had been.
+
+    SIGTERM, SIGUSR1 and Ctrl-C let the running optimiser step end (the last one of an epoch: its validation), on all
+    processes, whichever of them was asked; then all save and raise `Stopped`. A second Ctrl-C ends at once.
+
+    Args:
+        path: the checkpoint.
+        minutes: between two of them within an epoch; None for none.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, path: str | Path, minutes: float | None = 15) -> None:
+        self.path, self.minutes = Path(path), minutes
+        self._asked = 0
+        self._before: Mapping[int, Any] = {}
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen; in place of Lightning's handler, which talks to the other processes from within the signal."""
+        self._saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._ask) for signum in self.signals}
+
+    def _ask(self, signum: int, _: Any) -> None:
+        if signum == signal.SIGINT and self._asked == signal.SIGINT:
+            os._exit(128 + signum)
+        self._asked = signum
+        name = signal.Signals(signum).name
+        # Not by logging or print, in the midst of which the signal may have come.
+        os.write(2, f"\n{name}: saving after this step{', again: at once' * (signum == signal.SIGINT)}\n".encode())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save between two optimiser steps; after an epoch's last one, validation saves."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or loop._should_accumulate():
+            return
+        asked, due = self._agree(trainer)
+        if asked or due:
+            self._save(trainer)
+        if asked:
+            raise Stopped(asked)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after every epoch and its validation; Lightning's `save_last` does only where the best improved."""
+        asked, _ = self._agree(trainer)
+        self._save(trainer)
+        if asked:
+            raise Stopped(asked)
+
+    def _agree(self, trainer: L.Trainer) -> tuple[int, bool]:
+        """By which signal any process was asked to stop (0: none), and whether the first one's clock says to save."""
+        due = self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
+        if trainer.world_size == 1:
+            return self._asked, due
+        wishes = torch.tensor([self._asked, int(due and trainer.is_global_zero)], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
+        asked, together = wishes.tolist()
+        return int(asked), bool(together)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}

@@ -1,0 +1,257 @@
+"""Killed at any moment and resumed, a training gives the weights of one that nothing happened to."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT, error_of, metrics, run, run_directories, start, train
+from vitrail.errors import ConfigError
+from vitrail.models import create_model
+from vitrail.run.config import instantiate
+from vitrail.run.directory import RunDirectory
+from vitrail.run.loggers import MetricsCSV
+from vitrail.run.preservation import AtomicCheckpointIO, check_space
+from vitrail.run.training import build_module, build_trainer
+
+# Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
+LIVELY = (
+    *("trainer=cpu", "model=deit_nano", "model.drop_path_rate=0.2", "model.drop_rate=0.1", "augment=deit"),
+    *("data=imagefolder", "data.image_size=32", "data.batch_size=2", "model.patch_size=8", "epochs=3"),
+    *("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1", "callbacks.ema.decay=0.9"),
+    *("schedule.warmup_epochs=1", "callbacks.model_summary=null", "callbacks.progress=null"),
+)
+
+
+STATE = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
+
+
+def weights(directory):
+    """Everything that the last checkpoint knows: raw and averaged weights, moments, counters."""
+    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(one, other, path=""):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}/{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), f"{path}: {(one - other).abs().max()}"
+    else:
+        assert one == other or one is other, f"{path}: {one} and {other}"
+
+
+def kill_after(process, logs, saves, signum=signal.SIGKILL):
+    """Wait for `saves` checkpoints, then send the signal; the run directory."""
+    seen, deadline = set(), time.monotonic() + 120
+    while len(seen) < saves and time.monotonic() < deadline and process.exitcode is None:
+        for path in logs.glob("train/runs/*/checkpoints/last.ckpt"):
+            seen.add(path.stat().st_mtime_ns)
+        time.sleep(0.001)
+    assert len(seen) == saves, (logs / "stderr.txt").read_text()
+    os.kill(process.pid, signum)
+    process.join(60)
+    (directory,) = run_directories(logs)
+    return directory
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def hydra():
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        yield
+
+
+def fit(folder, root, ckpt=None, keep=None):
+    """Train in this process; `keep` gets a copy of each last.ckpt. The last one."""
+    minutes = "null" if keep is None else "0"
+    quiet = ("callbacks.report=null", "trainer.enable_progress_bar=false", f"callbacks.keep.minutes={minutes}")
+    overrides = [*LIVELY, *quiet, f"data.root={root}", "data.num_workers=0", f"paths.run={folder}"]
+    config = compose("train", overrides)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+    module = build_module(config, data)
+    trainer = build_trainer(config, RunDirectory(folder), data, MetricsCSV(folder / "metrics.csv"))
+    if keep is not None:
+        copy_every_save(trainer.strategy.checkpoint_io, keep)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    return weights(folder)
+
+
+def copy_every_save(writer, keep):
+    save = writer.save_checkpoint
+
+    def copying(checkpoint, path, storage_options=None):
+        save(checkpoint, path)
+        if Path(path).name == "last.ckpt":
+            shutil.copy(path, keep / f"{len(list(keep.iterdir())) + 1:02d}.ckpt")
+
+    writer.save_checkpoint = copying
+
+
+def test_every_checkpoint__gives_the_same_weights(image_tree, folder, hydra):
+    """After each of the 4 steps of 3 epochs; the last of an epoch is saved after its validation."""
+    keep = folder("kept")
+    expected = fit(folder("whole"), image_tree, keep=keep)
+    checkpoints = sorted(keep.iterdir())
+    assert [torch.load(path, weights_only=True)["global_step"] for path in checkpoints] == list(range(1, 13))
+    for path in checkpoints[:-1]:
+        found = fit(folder(path.stem), image_tree, ckpt=path)
+        for part in STATE:
+            assert_same(found[part], expected[part], f"{path.stem}: {part}")
+
+
+def test_killed_twice__bit_for_bit_as_if_not(image_tree, folder):
+    """With two loader workers; within the first epoch and within a later one, by SIGKILL."""
+    arguments = (*LIVELY, f"data.root={image_tree}", "data.num_workers=2", "callbacks.keep.minutes=0")
+    expected = weights(train(*arguments, logs=folder("whole")))
+    logs = folder("killed")
+    directory = kill_after(start("train.py", *arguments, logs=logs), logs, saves=2)
+    assert 0 < weights(directory)["global_step"] < 4
+    assert kill_after(start("train.py", f"resume={directory}", logs=logs), logs, saves=5) == directory
+    assert 4 < weights(directory)["global_step"] < 12
+    result = run("train.py", f"resume={directory}", logs=logs)
+    assert result.returncode == 0, result.stderr
+    for part in STATE:
+        assert_same(weights(directory)[part], expected[part], part)
+    assert [row["epoch"] for row in metrics(directory)] == [0, 1, 2]
+    assert all("train/lr" in row and "val/top1" in row for row in metrics(directory)[1:])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop__saves_and_says_how_to_go_on(signum, image_tree, folder):
+    """The status is 128 + the number of the signal."""
+    logs = folder("asked")
+    arguments = (*LIVELY, f"data.root={image_tree}", "data.num_workers=1", "callbacks.keep.minutes=0")
+    process = start("train.py", *arguments, logs=logs, COLUMNS="400")
+    directory = kill_after(process, logs, saves=2, signum=signum)
+    assert process.exitcode == 128 + signum
+    assert f"resume={directory} goes on" in (logs / "stdout.txt").read_text()
+    assert "Traceback" not in (logs / "stderr.txt").read_text()
+    assert 2 <= weights(directory)["global_step"] < 12
+
+
+def test_two_processes__one_is_asked_both_save_and_go_on(image_tree, folder):
+    """SIGTERM to the second process only; resumed, the weights are those of an uninterrupted run to 1e-6."""
+    arguments = (*LIVELY, "trainer=ddp_cpu_2", f"data.root={image_tree}", "data.num_workers=1")
+    expected = weights(train(*arguments, logs=folder("whole")))
+    assert expected["global_step"] == 6
+    logs = folder("asked")
+    process = start("train.py", *arguments, "callbacks.keep.minutes=0", logs=logs)
+    deadline = time.monotonic() + 120
+    while not list(logs.glob("train/runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    (second,) = (pid for pid in children(process.pid) if "LOCAL_RANK=1" in environ(pid))
+    os.kill(second, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM, (logs / "stderr.txt").read_text()
+    (directory,) = run_directories(logs)
+    assert weights(directory)["global_step"] < 6
+    result = run("train.py", f"resume={directory}", logs=logs)
+    assert result.returncode == 0, result.stderr
+    for key, value in weights(directory)["current_model_state"].items():
+        torch.testing.assert_close(value, expected["current_model_state"][key], rtol=0, atol=1e-6)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environ(pid):
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def save_for_ever(path):
+    """What a training does to last.ckpt: 8 MB whose numbers all say which save they are of."""
+    writer = AtomicCheckpointIO()
+    for number in range(1, 1_000_000):
+        writer.save_checkpoint({"number": number, "weights": torch.full((2_000_000,), float(number))}, path)
+
+
+def kill_while_saving(path, kills):
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    random.seed(0)
+    numbers = []
+    for _ in range(kills):
+        process = context.Process(target=save_for_ever, args=(path,))
+        process.start()
+        while not path.is_file():
+            time.sleep(0.001)
+        time.sleep(random.uniform(0.1, 0.4))
+        process.kill()
+        process.join()
+        checkpoint = torch.load(path, weights_only=True)
+        assert (checkpoint["weights"] == checkpoint["number"]).all()
+        numbers.append(checkpoint["number"])
+    AtomicCheckpointIO().save_checkpoint({"number": 0}, path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing unfinished is left
+    return numbers
+
+
+def test_last__survives_10_kills_while_it_is_written(tmp_path):
+    assert max(kill_while_saving(tmp_path / "last.ckpt", 10)) > 1
+
+
+@pytest.mark.slow
+def test_last__survives_50_kills_while_it_is_written(tmp_path):
+    assert max(kill_while_saving(tmp_path / "last.ckpt", 50)) > 1
+
+
+def save_with_little_room(folder):
+    import resource
+
+    writer, path = AtomicCheckpointIO(), folder / "checkpoints" / "last.ckpt"
+    writer.save_checkpoint({"epoch": 1}, path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # files end here, as on a full disk
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(ConfigError, match=r"last.ckpt: cannot be written \(File too large\); the last good checkpoint"):
+        writer.save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
+    (folder / "passed").touch()
+
+
+def test_full_disk__one_sentence_and_the_old_checkpoint_stays(tmp_path):
+    import multiprocessing
+
+    process = multiprocessing.get_context("forkserver").Process(target=save_with_little_room, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert (tmp_path / "passed").exists()
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True) == {"epoch": 1}
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_space__is_checked_before_the_training(tmp_path, monkeypatch):
+    model = create_model("vit_nano", 10, 32)
+    check_space(tmp_path / "not" / "there", model, averaged=True)
+    usage = type("Usage", (), {"free": 10_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match=r"paths.logs: .* has 0.00 GiB left, checkpoints need 0.01; make room"):
+        check_space(tmp_path, model, averaged=True)
+
+
+def test_unwritable_folder__is_named(tmp_path):
+    (tmp_path / "train").write_text("in the way")
+    assert "train" in error_of(run("train.py", "trainer=cpu", logs=tmp_path))
