@@ -19,6 +19,8 @@ from omegaconf import DictConfig
 PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("vitrail")
 
+_TOLD = ("ConfigError", "ImageError", "TrainingError")  # whose message is written for the user
+
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Turn `function(config)` into a program that composes conf/<config_name>.yaml from the command line.
@@ -78,8 +80,8 @@ def sentence(error: BaseException) -> str:
     if "Original Traceback (most recent call last)" in text:  # raised in a loader's worker, traceback and all
         last = text.splitlines()[-1]
         name, _, message = last.partition(": ")
-        return message if name.rsplit(".", 1)[-1] in ("ConfigError", "ImageError") else last
-    if type(error).__name__ in ("ConfigError", "ImageError"):
+        return message if name.rsplit(".", 1)[-1] in _TOLD else last
+    if type(error).__name__ in _TOLD:
         return text
     if type(error).__module__.startswith(("hydra.", "omegaconf.")):
         return _composition(error, text)

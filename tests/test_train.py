@@ -104,6 +104,8 @@ def test_resume__finished_run_goes_on_with_more_epochs(finished):
     rows = metrics(directory)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["drop_path_rate"] == 0.1
+    # The third epoch begins at two thirds of a cosine over three, not at the end of one over two.
+    assert rows[2]["train/lr"] == pytest.approx(1e-5 + (1e-3 - 1e-5) / 4, rel=1e-4)
     assert json.loads((directory / "results.json").read_text())["epochs"] == 3
 
 

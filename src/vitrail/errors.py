@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class ImageError(ValueError):
     """An image file cannot be read. The message names the file."""
+
+
+class TrainingError(RuntimeError):
+    """A training cannot go on. The message says where it was and why."""

@@ -3,7 +3,8 @@
 from vitrail.training.callbacks import EpochReport, SpeedMonitor
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
+from vitrail.training.numbers import NumberGuard
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
 
-__all__ = ["EMA", "CosineSchedule", "EpochReport", "ImageClassifier", "OptimizerFactory", "SpeedMonitor"]
+__all__ = ["EMA", "CosineSchedule", "EpochReport", "ImageClassifier", "NumberGuard", "OptimizerFactory", "SpeedMonitor"]

@@ -75,12 +75,22 @@ class ImageClassifier(L.LightningModule):
         for teacher in self._teacher:
             teacher.to(self.device)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the schedule follow from the config, which may ask for more epochs than the checkpoint's did."""
+        checkpoint["lr_schedulers"] = [{} for _ in checkpoint["lr_schedulers"]]
+
+    def on_train_start(self) -> None:
+        """Set the rate of the step that comes next."""
+        if self.schedule is not None and self.trainer.lr_scheduler_configs:
+            scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+            self.schedule.advance(scheduler, self.current_epoch, self.global_step)
+
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         """Let dropout and drop path draw what this batch is due on this rank, whatever was drawn before.
 
         A training that is resumed draws as one that was not interrupted.
         """
-        reseed(*self._batch_key())
+        reseed(*self.batch_key())
         if self._epoch_began is None:
             self._epoch_began = self.global_step
             lr = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
@@ -90,13 +100,13 @@ class ImageClassifier(L.LightningModule):
         """Mix a training batch on its device, so that callbacks see what the network sees."""
         if not self.training or not isinstance(self.mixing, Mixing) or not isinstance(batch, Sample):
             return batch  # the summary sends its example through here, a bare tensor
-        key = self._batch_key()
+        key = self.batch_key()
         share = self.mixing.shares(batch.image, key) if batch.label_map else ()
         image, label = self.mixing(batch.image, batch.label, self.num_classes, key)
         return batch._replace(image=image, label=label, share=share)
 
-    def _batch_key(self) -> tuple[int, int, int]:
-        """What the draws for a batch are a function of."""
+    def batch_key(self) -> tuple[int, int, int]:
+        """What the draws for the batch at hand are a function of."""
         batches_seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return self.seed, batches_seen, self.global_rank
 
@@ -104,7 +114,7 @@ class ImageClassifier(L.LightningModule):
         """Scalar loss of one batch."""
         box = share = None
         if isinstance(self.mixing, MixToken):
-            box, share = self.mixing.box(token_grid(self.model, batch.image), self._batch_key())
+            box, share = self.mixing.box(token_grid(self.model, batch.image), self.batch_key())
             box = box.to(batch.image.device)
         submodels = getattr(self.objective, "submodels", 1)
         images = batch.image if submodels == 1 else batch.image.repeat(submodels, 1, 1, 1)

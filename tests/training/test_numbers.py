@@ -1,0 +1,149 @@
+"""Steps whose numbers went bad, in real trainings of the digits: found, named, kept, and dealt with as asked."""
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT
+from vitrail.errors import ConfigError, TrainingError
+from vitrail.run.config import instantiate
+from vitrail.run.directory import RunDirectory
+from vitrail.run.loggers import MetricsCSV
+from vitrail.run.training import build_module, build_trainer
+from vitrail.training import NumberGuard
+
+POISON = "digits/train/000007"
+
+
+class Poison(L.Callback):
+    """Makes `part` give NaN whenever its batch holds a certain image; notes weights and rates after each step."""
+
+    def __init__(self, part, always=False):
+        self.part, self.always, self.holds = part, always, False
+        self.weights, self.rates, self.bad = [], [], []
+
+    def on_fit_start(self, trainer, module):
+        def spoil(_, __, output):
+            return output * float("nan") if module.training and (self.holds or self.always) else output
+
+        module.model.get_submodule(self.part).register_forward_hook(spoil)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.holds = POISON in batch.key
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.weights.append(torch.cat([weight.detach().flatten().clone() for weight in module.model.parameters()]))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.bad.append(self.holds)
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        yield
+
+
+def fit(folder, poison, *overrides, ckpt=None):
+    overrides = [
+        *("trainer=cpu", "callbacks.progress=null", "callbacks.model_summary=null", "callbacks.first_batch=null"),
+        *("data.batch_size=32", "trainer.limit_val_batches=1", "epochs=2", "trainer.enable_progress_bar=false"),
+        *("model=deit_nano", "data.image_size=16", f"paths.run={folder}", *overrides),
+    ]
+    config = compose("train", overrides)
+    L.seed_everything(config.seed, verbose=False)
+    data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+    module = build_module(config, data)
+    trainer = build_trainer(config, RunDirectory(folder), data, MetricsCSV(folder / "metrics.csv"))
+    trainer.callbacks.append(poison)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, NumberGuard))
+    return trainer, guard
+
+
+def test_stop__names_the_module_and_keeps_the_step(tmp_path):
+    poison = Poison("blocks.1.attn.proj")
+    with pytest.raises(
+        TrainingError, match=r"epoch 1, step \d+: a loss of nan, first in the output of blocks.1.attn.proj"
+    ):
+        fit(tmp_path, poison)
+    kept = torch.load(tmp_path / "bad_step.pt", weights_only=True)
+    (batch,) = kept["batches"]
+    assert POISON in batch["key"]
+    assert batch["image"].shape == (32, 3, 16, 16)
+    assert kept["step"] == len(poison.weights)
+    torch.testing.assert_close(torch.cat([weight.flatten() for weight in kept["weights"].values()]), poison.weights[-1])
+
+
+def test_skip__leaves_the_step_out(tmp_path):
+    poison = Poison("blocks.1.attn.proj")
+    trainer, guard = fit(tmp_path, poison, "callbacks.numbers.on_bad=skip")
+    assert guard.skipped == sum(poison.bad) == 2  # once an epoch
+    assert trainer.global_step == 2 * 44
+    for step in range(1, 88):
+        same = torch.equal(poison.weights[step], poison.weights[step - 1])
+        assert same == poison.bad[step]
+    assert poison.weights[-1].isfinite().all()
+
+
+def test_skip__statistics_of_batchnorm_too(tmp_path):
+    poison = Poison("conv1")
+    overrides = (
+        "model=timm",
+        "model.name=resnet10t",
+        "data.image_size=32",
+        "epochs=1",
+        "trainer.limit_train_batches=10",
+    )
+    trainer, _ = fit(tmp_path, poison, *overrides, "callbacks.numbers.on_bad=skip", "data.batch_size=128")
+    assert any(poison.bad)
+    assert all(buffer.isfinite().all() for buffer in trainer.lightning_module.model.buffers())
+
+
+def test_skip__not_for_ever(tmp_path):
+    with pytest.raises(TrainingError, match=r"first in the output of head.*3 steps in a row were left out before"):
+        fit(tmp_path, Poison("head", always=True), "callbacks.numbers.on_bad=skip")
+
+
+def test_rollback__returns_to_the_checkpoint_with_a_lower_rate(tmp_path):
+    """The poisoned image comes in the first epoch, too; so the first checkpoint is of an earlier step."""
+    poison = Poison("norm")
+    overrides = ("callbacks.numbers.on_bad=rollback", "callbacks.keep.minutes=0", "schedule.warmup_epochs=0")
+    _, guard = fit(tmp_path, poison, *overrides)
+    assert guard.returns == 2
+    assert guard.lr_scale == 0.25
+    for step in torch.tensor(poison.bad).nonzero().flatten().tolist():
+        torch.testing.assert_close(poison.weights[step], poison.weights[step - 1], rtol=0, atol=0)
+        assert poison.rates[step] == pytest.approx(poison.rates[step - 1] / 2, rel=0.2)
+    assert poison.weights[-1].isfinite().all()
+    end = poison.rates[-1]
+    assert end < 3e-6  # a quarter of the schedule's 1e-5
+    _, again = fit(tmp_path, L.Callback(), "epochs=3", ckpt=tmp_path / "checkpoints" / "last.ckpt")
+    assert (again.returns, again.lr_scale) == (2, 0.25)
+
+
+def test_rollback__without_a_checkpoint(tmp_path):
+    with pytest.raises(TrainingError, match="There is no checkpoint yet to return to"):
+        fit(tmp_path, Poison("norm", always=True), "callbacks.numbers.on_bad=rollback")
+
+
+class BadGradient(L.Callback):
+    """One weight's gradient becomes infinite in the third step; the loss knows nothing of it."""
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 2:
+            module.model.blocks[2].mlp.fc1.weight.grad[0, 0] = float("inf")
+
+
+def test_gradient__alone_is_named(tmp_path):
+    sentence = "step 3: a gradient that is not finite, first in the gradient of blocks.2.mlp.fc1.weight"
+    with pytest.raises(TrainingError, match=sentence):
+        fit(tmp_path, BadGradient())
+
+
+def test_values__are_checked(tmp_path):
+    with pytest.raises(ConfigError, match=r"callbacks.numbers.on_bad=hope: choose stop, skip or rollback"):
+        NumberGuard(tmp_path, tmp_path, on_bad="hope")
+    with pytest.raises(ConfigError, match=r"callbacks.numbers.factor=2: must lie in \(0, 1\]"):
+        NumberGuard(tmp_path, tmp_path, factor=2)
