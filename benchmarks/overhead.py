@@ -1,8 +1,8 @@
 """What the framework costs: seconds a step of the whole Lightning loop over those of a bare PyTorch loop.
 
 Both train the same backbone on the same batches, in turns within one process, so that the machine's mood cancels out.
-The framework's side is what `python src/train.py` runs: LightningModule, EMA, speed monitor, logging, progress bar,
-metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for` loop.
+The framework's side is what `python src/train.py` runs: LightningModule, EMA, a look at every gradient, speed monitor,
+logging, progress bar, metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for` loop.
 
 Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 64]
 """
@@ -26,7 +26,7 @@ from vitrail.data import Augmentation, DigitsDataModule
 from vitrail.models import create_model
 from vitrail.objectives import CrossEntropy
 from vitrail.run.loggers import MetricsCSV
-from vitrail.training import EMA, CosineSchedule, ImageClassifier, OptimizerFactory, SpeedMonitor
+from vitrail.training import EMA, CosineSchedule, ImageClassifier, NumberGuard, OptimizerFactory, SpeedMonitor
 
 
 class Fixed(DigitsDataModule):
@@ -57,7 +57,7 @@ class Clock(L.Callback):
 def framework(model: torch.nn.Module, data: Fixed, folder: str) -> float:
     """Seconds for one epoch of the Trainer."""
     module = ImageClassifier(model, CrossEntropy(0.1), 10, OptimizerFactory(), CosineSchedule(per_step=True))
-    clock = Clock()
+    clock, guard = Clock(), NumberGuard(Path(folder) / "bad_step.pt", Path(folder) / "last.ckpt")
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -68,7 +68,7 @@ def framework(model: torch.nn.Module, data: Fixed, folder: str) -> float:
         use_distributed_sampler=False,
         log_every_n_steps=20,
         logger=[MetricsCSV(Path(folder) / "metrics.csv")],
-        callbacks=[EMA(0.999), SpeedMonitor(), RichProgressBar(), clock],
+        callbacks=[EMA(0.999), guard, SpeedMonitor(), RichProgressBar(), clock],
         default_root_dir=folder,
     )
     trainer.fit(module, datamodule=data)

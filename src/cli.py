@@ -16,6 +16,8 @@ import hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
+from hydra_plugins.vitrail_secrets import redacted
+
 PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("vitrail")
 
@@ -67,7 +69,7 @@ def _is_debugging() -> bool:
 def _fail(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    print(f"{prefix}: {sentence(error)}", file=sys.stderr, flush=True)
+    print(f"{prefix}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if rank == "0" or "WORLD_SIZE" not in os.environ:
         sys.exit(1)

@@ -77,6 +77,7 @@ def _execute(command: list[str], variables: dict[str, str], folder: str, files: 
     """Become the program: its arguments, environment, working directory and output files."""
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    multiprocessing.set_start_method("fork", force=True)  # Python's own, for loader workers; not the one it came by
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

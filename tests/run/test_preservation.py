@@ -255,3 +255,69 @@ def test_space__is_checked_before_the_training(tmp_path, monkeypatch):
 def test_unwritable_folder__is_named(tmp_path):
     (tmp_path / "train").write_text("in the way")
     assert "train" in error_of(run("train.py", "trainer=cpu", logs=tmp_path))
+
+
+def running(logs, root, *arguments):
+    """A training that goes on until it is killed; the process and the run directory, once there is a checkpoint."""
+    endless = ("epochs=1000", "callbacks.keep.minutes=0", "data.num_workers=1", f"data.root={root}")
+    process = start("train.py", *LIVELY, *endless, *arguments, logs=logs, COLUMNS="400")
+    deadline = time.monotonic() + 120
+    while not list(logs.glob("train/runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process, run_directories(logs)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_is_killed__the_others_end_and_say_so(rank, image_tree, tmp_path):
+    process, directory = running(tmp_path, image_tree, "trainer=ddp_cpu_2")
+    (second,) = (pid for pid in children(process.pid) if "LOCAL_RANK=1" in environ(pid))
+    killed = time.monotonic()
+    os.kill([process.pid, second][rank], signal.SIGKILL)
+    process.join(60)
+    while Path(f"/proc/{second}").exists() and state(second) != "Z" and time.monotonic() < killed + 60:
+        time.sleep(0.05)
+    assert time.monotonic() < killed + 60
+    said = (tmp_path / "stdout.txt").read_text() + (tmp_path / "stderr.txt").read_text()
+    assert "process" in said
+    assert f"resume={directory} goes on from the last checkpoint" in said
+    assert weights(directory)["global_step"] >= 1
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_a_loader_process_is_killed__and_named(image_tree, tmp_path):
+    process, directory = running(tmp_path, image_tree)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 1
+    said = (tmp_path / "stderr.txt").read_text()
+    assert "data.num_workers: a loader process was killed" in said
+    assert f"resume={directory} goes on" in said
+
+
+def test_images_vanish__and_are_named_or_left_out(image_tree, folder):
+    logs = folder("stopping")
+    process, _ = running(logs, image_tree)
+    for path in (image_tree / "train" / "pagoda").iterdir():
+        path.unlink()
+    process.join(60)
+    assert process.exitcode == 1
+    assert "not a readable image (no such file)" in (logs / "stderr.txt").read_text()
+    skipping, directory = running(
+        folder("skipping"), image_tree, "data.on_corrupt=skip", "data.train_dir=val", "data.val_dir=val"
+    )
+    (image_tree / "val" / "pagoda" / "pagoda_0.jpg").unlink()
+    step, deadline = weights(directory)["global_step"], time.monotonic() + 60
+    while not (directory / "skipped.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    assert skipping.is_alive()
+    assert weights(directory)["global_step"] > step
+    skipping.kill()
+    skipping.join()
+    assert "pagoda_0.jpg: not a readable image (no such file)" in (directory / "skipped.txt").read_text()

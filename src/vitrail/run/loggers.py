@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from hydra_plugins.vitrail_secrets import redacted_arguments
 from vitrail.errors import ConfigError
 from vitrail.run.directory import is_rank_zero
 
@@ -116,14 +117,19 @@ def wandb(run_dir: str, project: str | None = None, entity: str | None = None, *
     if mode == "online" and is_rank_zero():
         try:
             online = logger("online")
-            _ = online.experiment  # connects
+            with redacted_arguments():
+                _ = online.experiment  # connects, and sends the command line
             return online
         except Exception as error:  # wandb raises its own errors, requests' and plain ones
             package.teardown()  # or the id would count as in use
             mode, why = "offline", f"the server refuses or does not answer ({str(error).splitlines()[0]})"
     if why:
         log.warning("logger=wandb: %s; the run is stored offline, `wandb sync %s/wandb/*` uploads it.", why, run_dir)
-    return logger(mode)
+    offline = logger(mode)
+    if is_rank_zero():
+        with redacted_arguments():
+            _ = offline.experiment
+    return offline
 
 
 def _wandb_mode() -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import threading
@@ -17,7 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,37 @@ def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
             f"paths.logs: {folder} has {free / gib:.2f} GiB left, checkpoints need {needed / gib:.2f}; make room, or"
             " set paths.logs (VITRAIL_LOGS) to another disk."
         )
+
+
+def lost_process(error: RuntimeError, run: Path) -> TrainingError | None:
+    """What PyTorch's error means when a process that this one works with is gone; None for other errors."""
+    text, on = str(error), f"resume={run} goes on from the last checkpoint"
+    if "DataLoader worker" in text:
+        return TrainingError(
+            "data.num_workers: a loader process was killed, as for lack of memory; fewer of them or a smaller"
+            f" data.batch_size need less. {on}."
+        )
+    if re.search(r"gloo|nccl|DistBackendError|connection (reset|closed)|timed out", text + repr(error), re.IGNORECASE):
+        return TrainingError(f"another process of this training is gone ({text.splitlines()[0][:160]}); {on}.")
+    return None
+
+
+def tell_of_lost_children(run: Path) -> None:
+    """Let Lightning's word of a process that ended before the others through, in ours; it then ends all of them."""
+
+    def reword(record: logging.LogRecord) -> bool:
+        found = re.search(r"Child process with PID (\d+) terminated with code (-?\d+)", record.getMessage())
+        if found:
+            record.levelno, record.levelname, record.args = logging.ERROR, "ERROR", ()
+            record.msg = (
+                f"process {found[1]} of this training ended with status {found[2]}, so all do; resume={run} goes on"
+                " from the last checkpoint"
+            )
+        return found is not None or record.levelno >= logging.WARNING
+
+    logger = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(reword)
 
 
 class NextBatch(L.Callback):

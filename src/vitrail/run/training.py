@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rich import get_console
 from torch import nn
 
+from hydra_plugins.vitrail_secrets import redact_logs, redacted
 from vitrail.data import ImageDataModule, MixToken
 from vitrail.errors import ConfigError
 from vitrail.insight import training_report
@@ -27,7 +28,14 @@ from vitrail.models.teacher import Teacher
 from vitrail.run.config import check_keys, instantiate, plain, restore
 from vitrail.run.directory import RunDirectory, find_checkpoint, is_rank_zero
 from vitrail.run.loggers import MetricsCSV
-from vitrail.run.preservation import AtomicCheckpointIO, NextBatch, Stopped, check_space
+from vitrail.run.preservation import (
+    AtomicCheckpointIO,
+    NextBatch,
+    Stopped,
+    check_space,
+    lost_process,
+    tell_of_lost_children,
+)
 from vitrail.training import ImageClassifier
 
 log = logging.getLogger(__name__)
@@ -63,9 +71,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     csv_log = MetricsCSV(run.path / "metrics.csv")
     trainer = build_trainer(config, run, data, csv_log)
     if is_rank_zero():
-        run.record(plain(config), list(HydraConfig.get().overrides.task))
+        run.record(redacted(plain(config)), redacted(list(HydraConfig.get().overrides.task)))
     log_settings(config, module, data, trainer, run)
 
+    tell_of_lost_children(run.path)
     started = time.monotonic()
     checkpoint = checkpoint_to_resume(config, run, module.model)
     try:
@@ -73,6 +82,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     except Stopped as stopped:
         log.info("%s in epoch %d, saved; resume=%s goes on", stopped, trainer.current_epoch + 1, run.path)
         sys.exit(128 + stopped.signum)
+    except RuntimeError as error:
+        raise lost_process(error, run.path) or error from error
     except SystemExit:  # how Lightning ends after a Ctrl-C that comes before the first step
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -85,7 +96,11 @@ def train(config: DictConfig) -> dict[str, Any]:
 
 
 def set_up_logging() -> None:
-    """Let Lightning's messages go where ours go (terminal and log file), and keep ranks other than 0 quiet."""
+    """Let Lightning's messages go where ours go (terminal and log file), and keep ranks other than 0 quiet.
+
+    Secrets go nowhere.
+    """
+    redact_logs()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -228,7 +243,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     """Lightning's Trainer with the callbacks and loggers that the config names."""
     named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
     callbacks = [callback for callback in named.values() if callback is not None]
-    callbacks += [_KeepConfig(plain(config), data.classes), NextBatch()]
+    callbacks += [_KeepConfig(redacted(plain(config)), data.classes), NextBatch()]
     loggers = [csv_log]
     for name, node in (config.logger or {}).items():
         if node is not None:
@@ -244,7 +259,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     )
     for logger in loggers:
         if not (config.resume and isinstance(logger, MLFlowLogger)):  # MLflow refuses a run whose parameters change
-            logger.log_hyperparams(plain(config))
+            logger.log_hyperparams(redacted(plain(config)))
     return trainer
 
 

@@ -1,0 +1,122 @@
+"""Configs and checkpoints of others are data; secrets stay in the environment."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import hydra_plugins.vitrail_targets  # noqa: F401  # the guard
+from hydra_plugins.vitrail_secrets import redacted
+from programs import PROJECT, QUICK, environment, error_of, run, run_directories
+
+SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef", "CLUSTER_TOKEN": "s3cr3t-of-the-cluster"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("os.system", "subprocess.Popen", "builtins.eval", "torch.load", "torch.hub.load", "timm.create_model"),
+        *("vitrail.run.directory.subprocess.run", "torch.optim.lr_scheduler.warnings.warn", "hydra.utils.get_method"),
+        *("lightning.fabric.utilities.cloud_io._load", "torch.nn.functional.relu", "vitrail.run.benchmark.benchmark"),
+    ],
+)
+def test_target__of_foreign_code_is_refused(target):
+    with pytest.raises((InstantiationException, ValueError), match="_target_: "):
+        instantiate(OmegaConf.create({"_target_": target, "_partial_": True}))
+
+
+def test_target__in_a_shared_experiment_runs_nothing(tmp_path):
+    """In vitrail's own config, and in Hydra's callbacks, which run before any program of vitrail does."""
+    proof = tmp_path / "proof"
+    evil = f"{{_target_: pathlib.Path.touch, _args_: [{proof}]}}"
+    result = run("train.py", *QUICK, f"+callbacks.evil={evil}", logs=tmp_path)
+    assert "_target_: pathlib.Path.touch is none of the packages that a config may build from" in error_of(result)
+    result = run("train.py", *QUICK, f"+hydra.callbacks.evil={evil}", logs=tmp_path)
+    assert "_target_: pathlib.Path.touch is none of the packages" in error_of(result)
+    assert not proof.exists()
+
+
+def test_target__more_is_allowed_by_the_environment_alone(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import lightning as L\nclass Hello(L.Callback):\n"
+        "    def on_train_start(self, trainer, module):\n        print('hello from outside')\n"
+    )
+    arguments = (*QUICK, "+callbacks.mine={_target_: mine.Hello}", "callbacks.progress=null")
+    refused = run("train.py", *arguments, logs=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "VITRAIL_TARGETS=mine" in error_of(refused)
+    allowed = subprocess.run(
+        [sys.executable, str(PROJECT / "src/train.py"), *arguments],
+        env=environment(tmp_path, PYTHONPATH=str(tmp_path), VITRAIL_TARGETS="mine"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert allowed.returncode == 0, allowed.stderr
+    assert "hello from outside" in allowed.stdout
+
+
+def test_checkpoint__with_code_in_it_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/proof",)
+
+    torch.save({"state_dict": {}, "evil": Evil()}, tmp_path / "evil.ckpt")
+    for program in ("train.py", "eval.py"):
+        result = run(program, f"ckpt={tmp_path}/evil.ckpt", "trainer=cpu", logs=tmp_path)
+        assert "not a checkpoint that can be loaded safely" in error_of(result)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_secrets__are_in_no_file_of_a_run(tmp_path):
+    """Not in configs, overrides, logs, checkpoints, W&B's and TensorBoard's files, nor on the terminal."""
+    token = SECRETS["CLUSTER_TOKEN"]
+    result = run(
+        *("train.py", *QUICK, "logger=[wandb,tensorboard]", "+logger.wandb.notes=${oc.env:CLUSTER_TOKEN}"),
+        *(f"+logger.wandb.job_type={token}", "callbacks.progress=null"),
+        logs=tmp_path,
+        fresh=True,
+        WANDB_MODE="offline",
+        **SECRETS,
+    )
+    assert result.returncode == 0, result.stderr
+    (directory,) = run_directories(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "overrides.txt", "train.log", "last.ckpt"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any(path.name.startswith("events.out") for path in files)
+    wandb_own = [path for path in files if path.suffix == ".wandb"]
+    for path in files:
+        content = path.read_bytes()
+        assert SECRETS["WANDB_API_KEY"].encode() not in content, path
+        if path not in wandb_own:  # the user gave W&B this one as a note
+            assert token.encode() not in content, path
+    for value in SECRETS.values():
+        assert value not in result.stdout + result.stderr
+    assert "notes: ${oc.env:CLUSTER_TOKEN}" in (directory / "config.yaml").read_text()
+
+
+def test_secrets__in_an_error(tmp_path):
+    result = run(
+        "train.py", *QUICK, f"data.root={SECRETS['CLUSTER_TOKEN']}", "data=imagefolder", logs=tmp_path, **SECRETS
+    )
+    assert "data.root=" in error_of(result)
+    assert SECRETS["CLUSTER_TOKEN"] not in result.stdout + result.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRETS["CLUSTER_TOKEN"].encode() not in path.read_bytes()
+
+
+def test_redacted__whole_values_and_parts(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", "correct horse")
+    monkeypatch.setenv("SHORT_KEY", "train")  # a word that stands everywhere
+    tree = {"uri": "http://me:correct horse@host", "list": ["correct horse", 3, None], "train": "train"}
+    assert redacted(tree) == {
+        "uri": "http://me:${oc.env:DB_PASSWORD}@host",
+        "list": ["${oc.env:DB_PASSWORD}", 3, None],
+        "train": "train",
+    }
