@@ -2,7 +2,8 @@
 
 Both train the same backbone on the same batches, in turns within one process, so that the machine's mood cancels out.
 The framework's side is what `python src/train.py` runs: LightningModule, EMA, a look at every gradient, speed monitor,
-logging, progress bar, metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for` loop.
+logging, progress bar, metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for`
+loop.
 
 Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 64]
 """
