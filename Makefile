@@ -6,7 +6,7 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training stay together
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-lowest lint format demo recipes benchmark clean
+.PHONY: help setup train test test-slow test-lowest lint format demo recipes reproduce benchmark clean
 
 help:  ## Show every target with one line
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ demo: $(VENV)/.dev  ## Show whether token labels help, on real pictures, offline
 
 recipes: $(VENV)/.dev  ## Write docs/recipes.md from the heads of the experiments and from results/results.csv
 	$(BIN)/python benchmarks/recipes.py
+
+reproduce: $(VENV)/.installed  ## Repeat a finished run and compare its metrics: make reproduce run=logs/train/runs/...
+	@$(BIN)/python src/train.py reproduce=$(run) $(ARGS)
 
 benchmark: $(VENV)/.dev  ## Measure the cost of the framework against a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

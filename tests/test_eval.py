@@ -30,6 +30,8 @@ def renditions(tmp_path):
     """An image for each class of ImageNet-R, cut out of eight photographs; of espresso it is the cup."""
     files = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
     photographs = [Image.open(str(importlib.resources.files("skimage.data") / name)).convert("RGB") for name in files]
+    for photograph in photographs:
+        photograph.thumbnail((240, 240))
     random = np.random.default_rng(0)
     for number, name in enumerate(synsets("imagenet-r")):
         photograph = photographs[2 if name == "n07920052" else number % len(photographs)]
@@ -55,14 +57,16 @@ def test_timms_weights_on_imagenet_r__as_a_plain_loop(renditions, lite0, tmp_pat
     model, path = lite0
     result = run(
         *("eval.py", "model=timm", "model.name=tf_efficientnet_lite0", f"ckpt={path}", "data=imagenet_r"),
-        *(f"data.root={renditions}", "data.num_workers=0", "data.batch_size=64", "trainer=cpu"),
+        *(f"data.root={renditions}", "data.num_workers=0", "data.batch_size=64", "data.image_size=160", "trainer=cpu"),
         logs=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert "200 images; the published set has 30000" in result.stdout
     directory, results = results_of(tmp_path)
     # The same by hand: the transform that timm's configuration of the model asks for, logits of the 200 classes alone.
-    transform = create_transform(**resolve_model_data_config(model, use_test_size=True))
+    transform = create_transform(
+        **{**resolve_model_data_config(model, use_test_size=True), "input_size": (3, 160, 160)}
+    )
     names, everything = synsets("imagenet-r"), synsets("imagenet-1k")
     columns = [everything.index(name) for name in names]
     with torch.inference_mode():
@@ -89,7 +93,7 @@ def test_timms_weights_on_imagenet_r__as_a_plain_loop(renditions, lite0, tmp_pat
     # Among all 1000 classes the right ones are less likely.
     run(
         *("eval.py", "model=timm", "model.name=tf_efficientnet_lite0", f"ckpt={path}", "data=imagenet_r", "among=all"),
-        *(f"data.root={renditions}", "data.num_workers=0", "trainer=cpu"),
+        *(f"data.root={renditions}", "data.num_workers=0", "data.image_size=160", "trainer=cpu"),
         logs=tmp_path,
     )
     directory, results = results_of(tmp_path)

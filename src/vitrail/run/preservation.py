@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -207,7 +208,7 @@ class KeepWork(Checkpoint):
         """Save after every epoch and its validation; Lightning's `save_last` does only where the best improved."""
         asked, _ = self._agree(trainer)
         self._save(trainer)
-        if asked:
+        if asked and trainer.current_epoch + 1 < (trainer.max_epochs or math.inf):  # else it ends by itself
             raise Stopped(asked)
 
     def _agree(self, trainer: L.Trainer) -> tuple[int, bool]:

@@ -36,6 +36,7 @@ from vitrail.run.preservation import (
     lost_process,
     tell_of_lost_children,
 )
+from vitrail.run.reproduction import comparison, recorded_config
 from vitrail.training import ImageClassifier
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",
     "The number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    "You're resuming from a checkpoint that ended before the epoch ended.*",  # NextBatch sees to that
 )
 
 
@@ -60,8 +62,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     set_up_logging()
     defaults = compose("train")
     check_keys(config, defaults)
+    if config.resume and config.reproduce:
+        raise ConfigError("reproduce: begins anew; leave resume=... away.")
     if config.resume:
         config = restore(config, defaults, run.path)
+    if config.get("reproduce"):
+        config = recorded_config(config, defaults, run.path)
     check_devices(config.trainer)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -83,7 +89,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         log.info("%s in epoch %d, saved; resume=%s goes on", stopped, trainer.current_epoch + 1, run.path)
         sys.exit(128 + stopped.signum)
     except RuntimeError as error:
-        raise lost_process(error, run.path) or error from error
+        if lost := lost_process(error, run.path):
+            raise lost from error
+        raise
     except SystemExit:  # how Lightning ends after a Ctrl-C that comes before the first step
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -92,6 +100,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         run.write_results(results)
         get_console().print(training_report(results, run.path), soft_wrap=True)
+        if config.get("reproduce"):
+            table, same = comparison(Path(config.reproduce), run.path)
+            get_console().print(table)
+            run.write_results({**results, "reproduced": same})
     return results
 
 

@@ -1,0 +1,114 @@
+"""`python src/export.py`: what comes out gives the run's logits in programs that know nothing of the run."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from programs import QUICK, environment, error_of, run, train
+from vitrail.models.checkpoints import backbone_weights, read_checkpoint
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A DeiT-nano of two steps, and its averaged and raw logits."""
+    logs = tmp_path_factory.mktemp("logs")
+    directory = train(*QUICK, "model=deit_nano", "data.image_size=32", "callbacks.ema.decay=0.5", logs=logs)
+    checkpoint = read_checkpoint(directory / "checkpoints" / "best.ckpt")
+    logits = {}
+    for ema in (True, False):
+        model = timm.create_model("deit_nano", num_classes=10, img_size=32).eval()
+        model.load_state_dict(backbone_weights(checkpoint, ema=ema))
+        with torch.no_grad():
+            logits[ema] = model(IMAGES)
+    assert not torch.allclose(logits[True], logits[False])
+    return directory, logits, logs
+
+
+def exported(trained, to, *arguments):
+    directory, logits, logs = trained
+    result = run("export.py", f"ckpt={directory}", f"to={to}", *arguments, logs=logs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "logits differ by" in result.stdout
+    return directory / "export" / to, logits
+
+
+def close(found, expected):
+    torch.testing.assert_close(torch.as_tensor(np.asarray(found)), expected, rtol=0, atol=1e-4)
+
+
+def test_safetensors__averaged_weights_and_all_that_is_needed(trained):
+    folder, logits = exported(trained, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"]).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        close(model(IMAGES), logits[True])
+    card = (folder / "README.md").read_text()
+    assert "for 1 epochs, 10 classes; ema weights" in card
+    assert "Top-1 of its own validation images: " in card
+
+
+def test_timm__raw_weights(trained):
+    folder, logits = exported(trained, "timm", "weights=raw")
+    weights = torch.load(folder / "deit_nano.pth", weights_only=True)
+    model = timm.create_model("deit_nano", num_classes=10, img_size=32).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        close(model(IMAGES), logits[False])
+
+
+def test_hub__a_folder_that_timm_loads(trained):
+    folder, logits = exported(trained, "hub")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert model.pretrained_cfg["crop_pct"] == 1.0
+    with torch.no_grad():
+        close(model(IMAGES), logits[True])
+
+
+def test_onnx__in_onnx_runtime_with_any_batch(trained):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder, logits = exported(trained, "onnx")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    close(session.run(None, {"images": IMAGES.numpy()})[0], logits[True])
+    close(session.run(None, {"images": IMAGES[:1].numpy()})[0], logits[True][:1])
+    properties = session.get_modelmeta().custom_metadata_map
+    assert json.loads(properties["classes"]) == [str(digit) for digit in range(10)]
+    assert properties["mean"] == "[0.5, 0.5, 0.5]"
+
+
+def test_torch_export__without_vitrail_or_timm(trained, tmp_path):
+    folder, logits = exported(trained, "torch_export")
+    torch.save(IMAGES, tmp_path / "images.pt")
+    code = (
+        "import sys, torch\n"
+        f"model = torch.export.load({str(folder / 'model.pt2')!r}).module()\n"
+        f"torch.save(model(torch.load({str(tmp_path / 'images.pt')!r})).detach(), {str(tmp_path / 'logits.pt')!r})\n"
+        "assert 'timm' not in sys.modules and 'vitrail' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(tmp_path), cwd=tmp_path, timeout=120)
+    close(torch.load(tmp_path / "logits.pt"), logits[True])
+
+
+def test_errors(trained, tmp_path):
+    directory, _, logs = trained
+    assert "to=word: choose safetensors, timm" in error_of(run("export.py", f"ckpt={directory}", "to=word", logs=logs))
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "holds no config" in error_of(run("export.py", f"ckpt={tmp_path}/other.ckpt", logs=logs))
+    labelled = train(*QUICK, "model=deit_nano", "model.dense_head=true", logs=tmp_path)
+    assert "to=onnx and to=torch_export keep any network" in error_of(
+        run("export.py", f"ckpt={labelled}", logs=tmp_path)
+    )
+    result = run("export.py", f"ckpt={labelled}", "to=torch_export", logs=tmp_path)
+    assert result.returncode == 0, result.stderr
