@@ -2,17 +2,14 @@
 
 import json
 import re
-import signal
 import subprocess
-import sys
-import time
 from importlib import metadata
 
 import pytest
 import torch
 import yaml
 
-from programs import PROJECT, QUICK, environment, error_of, metrics, run, run_directories, train
+from programs import PROJECT, QUICK, error_of, metrics, run, run_directories, train
 
 
 @pytest.fixture(scope="module")
@@ -107,55 +104,6 @@ def test_resume__finished_run_goes_on_with_more_epochs(finished):
     # The third epoch begins at two thirds of a cosine over three, not at the end of one over two.
     assert rows[2]["train/lr"] == pytest.approx(1e-5 + (1e-3 - 1e-5) / 4, rel=1e-4)
     assert json.loads((directory / "results.json").read_text())["epochs"] == 3
-
-
-def test_resume__after_kill(tmp_path):
-    """Killed between two epochs, the run goes on where it was and gives what an uninterrupted run gives."""
-    arguments = ("trainer=cpu", "epochs=4", "trainer.limit_train_batches=6")
-    whole = train(*arguments, logs=tmp_path / "whole" if (tmp_path / "whole").mkdir() is None else tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT / "src/train.py"), *arguments],
-        env=environment(tmp_path),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        found = run_directories(tmp_path)
-        if found and (found[0] / "metrics.csv").is_file() and len(metrics(found[0])) >= 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (killed,) = run_directories(tmp_path)
-    assert not (killed / "results.json").exists()
-    result = run("train.py", f"resume={killed}", logs=tmp_path)
-    assert result.returncode == 0, result.stderr
-    resumed, expected = metrics(killed), metrics(whole)
-    assert [row["epoch"] for row in resumed] == [0, 1, 2, 3]
-    for row, other in zip(resumed, expected, strict=True):
-        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
-        assert row["val/top1_ema"] == pytest.approx(other["val/top1_ema"], abs=1e-3)
-
-
-def test_interrupt__says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT / "src/train.py"), "trainer=cpu", "callbacks.progress=null"],
-        env=environment(tmp_path, COLUMNS="400"),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in process.stdout:
-        if "epoch 1/30" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"resume={run_directories(tmp_path)[0]} goes on" in output
-    assert "Traceback" not in output
 
 
 def test_own_images__with_everything_on(image_tree, tmp_path):
