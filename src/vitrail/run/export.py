@@ -172,7 +172,8 @@ def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
     fixed = timm.get_pretrained_cfg_value(exported.name, "fixed_input_size")
     arguments = exported.arguments | ({"img_size": list(exported.size)} if fixed else {})
     more = {"num_classes": len(exported.classes), "label_names": exported.classes, "pretrained_cfg": exported.input}
-    save_for_hf(exported.model, str(out), model_config=more, model_args=arguments, safe_serialization=True)
+    # Both formats, as on timm's own hub: older versions of timm cannot read safetensors from a folder.
+    save_for_hf(exported.model, str(out), model_config=more, model_args=arguments, safe_serialization="both")
 
     def load() -> nn.Module:
         try:
