@@ -19,7 +19,7 @@ from vitrail.models import create_model
 from vitrail.run.config import instantiate
 from vitrail.run.directory import RunDirectory
 from vitrail.run.loggers import MetricsCSV
-from vitrail.run.preservation import AtomicCheckpointIO, check_space
+from vitrail.run.preservation import AtomicCheckpointIO, KeepWork, check_space
 from vitrail.run.training import build_module, build_trainer
 
 # Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
@@ -321,3 +321,14 @@ def test_images_vanish__and_are_named_or_left_out(image_tree, folder):
     skipping.kill()
     skipping.join()
     assert "pagoda_0.jpg: not a readable image (no such file)" in (directory / "skipped.txt").read_text()
+
+
+def test_interrupt__the_second_one_ends_at_once(monkeypatch, tmp_path, capfd):
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    keep = KeepWork(tmp_path / "last.ckpt")
+    keep._ask(signal.SIGINT, None)
+    assert statuses == []
+    assert "SIGINT: saving after this step, again: at once" in capfd.readouterr().err
+    keep._ask(signal.SIGINT, None)
+    assert statuses == [130]
