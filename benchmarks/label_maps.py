@@ -1,0 +1,105 @@
+"""What a store of label maps costs to read and to import, against the published files.
+
+- A map by key and by index, of ten thousand and of 1.28 million images, against `torch.load` of the published file of
+  one. Before each hundred reads 64 MB of other memory are walked through, as decoding images does between two maps in
+  a training: else the small store would answer from the processor's cache.
+- Files of the published format imported a second; time to open a store of 14 million images and read one map.
+
+Synthetic stores, in turns within one process. Command: python benchmarks/label_maps.py [--rounds 40]
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitrail.data.label_maps import LabelMapStore
+
+SIZES = (10_000, 1_280_000)
+READS = 100
+OTHER = np.zeros(64 * 2**20, np.uint8)
+
+
+def key_of(index: int) -> str:
+    """As ImageNet's are."""
+    return f"n{index % 1000:08d}/n{index % 1000:08d}_{index}"
+
+
+def synthetic(path: Path, images: int, top_k: int, grid: tuple[int, int]) -> LabelMapStore:
+    """A store whose maps are holes in a sparse file."""
+    writer = LabelMapStore.create(path, images, top_k, grid, 1000, [key_of(index) for index in range(images)])
+    writer.done[:] = True
+    return writer.finish()
+
+
+def microseconds(read: Callable[[Any], Any], wanted: list[Any]) -> float:
+    """Of one read, with cold caches."""
+    OTHER.sum()
+    started = time.perf_counter()
+    for item in wanted:
+        read(item)
+    return (time.perf_counter() - started) / len(wanted) * 1e6
+
+
+def measure_reads(folder: Path, published: Path, rounds: int) -> None:
+    """Print the median time of a read, and how many times faster than the published file's it is."""
+    stores = {images: synthetic(folder / str(images), images, 5, (14, 14)) for images in SIZES}
+    random.seed(0)
+    times: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        found = {"torch.load of a published file": microseconds(lambda path: torch.load(path), [published] * READS)}
+        for images, store in stores.items():
+            indices = [random.randrange(images) for _ in range(READS)]
+            found[f"{images:,} images, by index"] = microseconds(store.__getitem__, indices)
+            found[f"{images:,} images, by key"] = microseconds(store.__getitem__, [key_of(index) for index in indices])
+        for name, value in found.items() if number else ():
+            times.setdefault(name, []).append(value)
+    slowest = statistics.median(times["torch.load of a published file"])
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name:<32} {median:7.1f} us  {slowest / median:5.1f} times faster")
+
+
+def measure_import(folder: Path, published: Path, files: int = 10_000) -> None:
+    """Print the files imported in a second of one core."""
+    content = published.read_bytes()
+    for index in range(files):
+        path = folder / "published" / f"{key_of(index)}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    started = time.process_time()
+    LabelMapStore.import_official(folder / "published", folder / "imported")
+    print(f"imported: {files / (time.process_time() - started):,.0f} files a second of processor time")
+
+
+def measure_open(folder: Path, images: int = 14_000_000) -> None:
+    """Print how long a large store takes to open."""
+    synthetic(folder / "large", images, 1, (2, 2))
+    started = time.perf_counter()
+    LabelMapStore.open(folder / "large")[key_of(7)]
+    print(f"{images:,} images: opened, and one map read, in {1000 * (time.perf_counter() - started):.1f} ms")
+
+
+def main() -> None:
+    """Measure all three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="rounds; one more is thrown away first")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scores, classes = torch.randn(5, 14, 14), torch.randint(0, 1000, (5, 14, 14))
+        torch.save(torch.stack((scores, classes)).half(), folder / "map.pt")
+        measure_reads(folder, folder / "map.pt", rounds)
+        measure_import(folder, folder / "map.pt")
+        measure_open(folder)
+
+
+if __name__ == "__main__":
+    main()
