@@ -7,20 +7,14 @@ import signal
 import time
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
-from programs import PROJECT, error_of, metrics, run, run_directories, start, train
+from assembly import assemble
+from programs import error_of, metrics, run, run_directories, start, train
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
-from vitrail.run.config import instantiate
-from vitrail.run.directory import RunDirectory
-from vitrail.run.loggers import MetricsCSV
 from vitrail.run.preservation import AtomicCheckpointIO, KeepWork, check_space
-from vitrail.run.training import build_module, build_trainer
 
 # Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
 LIVELY = (
@@ -77,22 +71,11 @@ def folder(tmp_path):
     return make
 
 
-@pytest.fixture
-def hydra():
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        yield
-
-
 def fit(folder, root, ckpt=None, keep=None):
     """Train in this process; `keep` gets a copy of each last.ckpt. The last one."""
     minutes = "null" if keep is None else "0"
-    quiet = ("callbacks.report=null", "trainer.enable_progress_bar=false", f"callbacks.keep.minutes={minutes}")
-    overrides = [*LIVELY, *quiet, f"data.root={root}", "data.num_workers=0", f"paths.run={folder}"]
-    config = compose("train", overrides)
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
-    module = build_module(config, data)
-    trainer = build_trainer(config, RunDirectory(folder), data, MetricsCSV(folder / "metrics.csv"))
+    options = (f"callbacks.keep.minutes={minutes}", f"data.root={root}", "data.num_workers=0")
+    trainer, module, data = assemble(folder, *LIVELY, *options)
     if keep is not None:
         copy_every_save(trainer.strategy.checkpoint_io, keep)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
@@ -110,7 +93,7 @@ def copy_every_save(writer, keep):
     writer.save_checkpoint = copying
 
 
-def test_every_checkpoint__gives_the_same_weights(image_tree, folder, hydra):
+def test_every_checkpoint__gives_the_same_weights(image_tree, folder):
     """After each of the 4 steps of 3 epochs; the last of an epoch is saved after its validation."""
     keep = folder("kept")
     expected = fit(folder("whole"), image_tree, keep=keep)

@@ -3,15 +3,9 @@
 import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
-from programs import PROJECT
+from assembly import assemble
 from vitrail.errors import ConfigError, TrainingError
-from vitrail.run.config import instantiate
-from vitrail.run.directory import RunDirectory
-from vitrail.run.loggers import MetricsCSV
-from vitrail.run.training import build_module, build_trainer
 from vitrail.training import NumberGuard
 
 POISON = "digits/train/000007"
@@ -39,23 +33,12 @@ class Poison(L.Callback):
         self.bad.append(self.holds)
 
 
-@pytest.fixture(autouse=True)
-def hydra():
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        yield
-
-
 def fit(folder, poison, *overrides, ckpt=None):
-    overrides = [
-        *("trainer=cpu", "callbacks.progress=null", "callbacks.model_summary=null", "callbacks.first_batch=null"),
-        *("data.batch_size=32", "trainer.limit_val_batches=1", "epochs=2", "trainer.enable_progress_bar=false"),
-        *("model=deit_nano", "data.image_size=16", f"paths.run={folder}", *overrides),
-    ]
-    config = compose("train", overrides)
-    L.seed_everything(config.seed, verbose=False)
-    data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
-    module = build_module(config, data)
-    trainer = build_trainer(config, RunDirectory(folder), data, MetricsCSV(folder / "metrics.csv"))
+    common = (
+        *("trainer=cpu", "callbacks.first_batch=null", "data.batch_size=32", "trainer.limit_val_batches=1", "epochs=2"),
+        *("model=deit_nano", "data.image_size=16"),
+    )
+    trainer, module, data = assemble(folder, *common, *overrides)
     trainer.callbacks.append(poison)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, NumberGuard))

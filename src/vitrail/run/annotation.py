@@ -29,7 +29,7 @@ from vitrail.errors import ConfigError
 from vitrail.insight.label_maps import annotation_report, preview
 from vitrail.models.annotator import Annotator
 from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint
-from vitrail.run.config import check_keys, instantiate, plain
+from vitrail.run.config import check_choices, check_keys, instantiate, plain
 from vitrail.run.directory import find_checkpoint
 from vitrail.run.training import set_up_logging
 from vitrail.types import IGNORE
@@ -87,17 +87,6 @@ def annotate(config: DictConfig) -> LabelMapStore:
         picture.save(out / "preview.png")
         log.info("preview: %s", out / "preview.png")
     return store
-
-
-def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:
-    """Refuse a value that is none of a key's.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    for key, allowed in choices.items():
-        if config[key] not in allowed:
-            raise ConfigError(f"{key}={config[key]}: choose {', '.join(allowed)}.")
 
 
 def run_annotator(

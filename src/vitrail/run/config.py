@@ -23,6 +23,17 @@ def check_keys(config: DictConfig, known: Iterable[str]) -> None:
         raise ConfigError(f"{unknown[0]}: no such config key; nothing would read it.")
 
 
+def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:
+    """Refuse a value that is none of a key's.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, allowed in choices.items():
+        if config[key] not in allowed:
+            raise ConfigError(f"{key}={config[key]}: choose {', '.join(allowed)}.")
+
+
 def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
     """Build the object that `config` describes; None for null.
 

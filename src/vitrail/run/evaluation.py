@@ -18,8 +18,7 @@ from vitrail.errors import ConfigError
 from vitrail.insight import Evaluation, evaluation_picture, evaluation_report
 from vitrail.insight.tables import near
 from vitrail.models.checkpoints import load_checkpoint, read_checkpoint, weight_sets
-from vitrail.run.annotation import check_choices
-from vitrail.run.config import check_keys, instantiate, plain
+from vitrail.run.config import check_choices, check_keys, instantiate, plain
 from vitrail.run.directory import RunDirectory, find_checkpoint
 from vitrail.run.training import check_devices, set_up_logging
 from vitrail.training.predictions import Predictions, Predictor

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
 from vitrail.models.checkpoints import backbone_weights, load_weights, read_checkpoint, weight_sets
-from vitrail.run.annotation import check_choices
-from vitrail.run.config import check_keys, instantiate
+from vitrail.run.config import check_choices, check_keys, instantiate
 from vitrail.run.directory import find_checkpoint
 from vitrail.run.training import set_up_logging
 

@@ -1,0 +1,27 @@
+"""Assemble a training in the test's own process, as `src/train.py` does from the same overrides."""
+
+from pathlib import Path
+
+import lightning as L
+from hydra import compose, initialize_config_dir
+
+import hydra_plugins.vitrail  # noqa: F401  # resolvers
+from programs import PROJECT
+from vitrail.data import ImageDataModule
+from vitrail.run.config import instantiate
+from vitrail.run.directory import RunDirectory
+from vitrail.run.loggers import MetricsCSV
+from vitrail.run.training import build_module, build_trainer
+from vitrail.training import ImageClassifier
+
+
+def assemble(folder: Path, *overrides: str) -> tuple[L.Trainer, ImageClassifier, ImageDataModule]:
+    """Trainer, module and data of a run in `folder`, with nothing on the terminal."""
+    quiet = ("callbacks.report=null", "callbacks.progress=null", "trainer.enable_progress_bar=false")
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        config = compose("train", [*quiet, "callbacks.model_summary=null", *overrides, f"paths.run={folder}"])
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+        module = build_module(config, data)
+        trainer = build_trainer(config, RunDirectory(folder), data, MetricsCSV(folder / "metrics.csv"))
+    return trainer, module, data
