@@ -26,6 +26,7 @@ from vitrail.training.predictions import Predictions, Predictor
 log = logging.getLogger(__name__)
 
 _CHOICES = {"weights": ("both", "raw", "ema"), "among": ("data", "all")}
+_WORDS = {"raw": "raw", "ema": "averaged"}
 _INPUT = ("image_size", "mean", "std")  # keys of `data` that belong to the network: its own unless the user says else
 
 
@@ -79,9 +80,6 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         get_console().print(evaluation_report(evaluations, classes, title))
         log.info("classes, confusions and images as CSV, and a picture, in %s", run.path)
     return results
-
-
-_WORDS = {"raw": "raw", "ema": "averaged"}
 
 
 def open_run(config: DictConfig, path: Path | None) -> Subject | None:
