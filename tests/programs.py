@@ -7,7 +7,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -69,6 +71,57 @@ def start(
     return process
 
 
+def start_ranks(
+    program: str, *args: str, logs: Path, ranks: int = 2, **extra: str
+) -> list[multiprocessing.process.BaseProcess]:
+    """`start` for so many processes that work together, as torchrun would start them, but warm.
+
+    Process number r writes to stdout<r>.txt and stderr<r>.txt in `logs`.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun keeps for its processes
+    _STORES.append(store)
+    shared = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **extra,
+    }
+    variables = {name: str(value) for name, value in shared.items()}
+    return [
+        start(program, *args, logs=logs, files=_outputs(logs, rank), RANK=str(rank), LOCAL_RANK=str(rank), **variables)
+        for rank in range(ranks)
+    ]
+
+
+def run_ranks(
+    program: str, *args: str, logs: Path, ranks: int = 2, timeout: float = 240, **extra: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """`start_ranks`, to the end of all."""
+    processes = start_ranks(program, *args, logs=logs, ranks=ranks, **extra)
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+    return [
+        subprocess.CompletedProcess(
+            [program, *args], process.exitcode, *(file.read_text() for file in _outputs(logs, rank))
+        )
+        for rank, process in enumerate(processes)
+    ]
+
+
+def _outputs(logs: Path, rank: int) -> list[Path]:
+    return [logs / f"stdout{rank}.txt", logs / f"stderr{rank}.txt"]
+
+
+_STORES: list[Any] = []
 _WARM = multiprocessing.get_context("forkserver")
 _WARM.set_forkserver_preload([f"vitrail.run.{name}" for name in ("training", "evaluation", "annotation", "diagnosis")])
 
@@ -76,7 +129,7 @@ _WARM.set_forkserver_preload([f"vitrail.run.{name}" for name in ("training", "ev
 def _execute(command: list[str], variables: dict[str, str], folder: str, files: list[Path]) -> None:
     """Become the program: its arguments, environment, working directory and output files."""
     for number, path in enumerate(files, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     multiprocessing.set_start_method("fork", force=True)  # Python's own, for loader workers; not the one it came by
     os.environ.clear()
     os.environ.update(variables)

@@ -17,6 +17,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.models.shards import put_back
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,12 @@ _RAW_KEYS = ("state_dict", "model")
 _HEADS = ("head", "head_dist", "aux_head")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, values: bool = True) -> dict[str, Any]:
     """Load a checkpoint file to the CPU; it is data, so nothing in it is executed (`weights_only=True`).
+
+    Args:
+        path: the file.
+        values: False leaves tensors that are cut over several files without values, on the device `meta`.
 
     Raises:
         ConfigError: the file is missing, broken, or holds more than plain containers and tensors.
@@ -46,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"ckpt={path}: not a checkpoint that can be loaded safely ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise ConfigError(f"ckpt={path}: holds a {type(checkpoint).__name__}, not a checkpoint.")
-    return checkpoint
+    return put_back(checkpoint, path) if values else checkpoint
 
 
 def backbone_weights(checkpoint: dict[str, Any], ema: bool | None = None) -> dict[str, Tensor]:
@@ -216,6 +221,16 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allo
     Raises:
         ConfigError: as `load_checkpoint`; `source` is named in the message.
     """
+    some_may_lack = check_weights(model, weights, source, allow)
+    model.load_state_dict(weights, strict=not some_may_lack)
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow: Sequence[str] = ()) -> bool:
+    """Compare names and shapes of `weights` with those of `model`; whether `allow` names any.
+
+    Raises:
+        ConfigError: as `load_checkpoint`; `source` is named in the message.
+    """
     own = model.state_dict()
     shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
     allowed = {key for pattern in allow for key in fnmatch.filter({*own, *weights}, pattern)}
@@ -230,4 +245,4 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allo
     ]
     if problems:
         raise ConfigError(f"ckpt={source} does not fit {type(model).__name__}: {', '.join(problems)}.")
-    model.load_state_dict(weights, strict=not allowed)
+    return bool(allowed)

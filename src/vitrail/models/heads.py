@@ -1,6 +1,6 @@
 """Class, token and distillation logits of a backbone, and MixToken."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -129,6 +129,13 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
         raise ConfigError(f"MixToken needs token logits, which {type(model).__name__} lacks: model.dense_head=true.")
     if not isinstance(model, _SEVERAL_HEADS):
         return Heads(cls=model(images))
+    # A sharded backbone gathers its weights in methods of its own.
+    apart: Any = getattr(model, "several_heads", partial(several_heads, model))
+    return apart(images, token_box)
+
+
+def several_heads(model: Any, images: Tensor, token_box: Tensor | None = None) -> Heads:
+    """`forward_heads` of a backbone with more than a class token's head."""
     grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     if token_box is not None:
         features = _mixed_features(model, images, token_box, grid)

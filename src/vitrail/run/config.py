@@ -88,12 +88,11 @@ def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictCo
         defaults: as composed without it; what differs follows from the command line, through interpolations too.
         directory: the run.
     """
-    saved = OmegaConf.load(directory / "config.yaml")
-    assert isinstance(saved, DictConfig)
+    saved = OmegaConf.create(moved(plain(OmegaConf.load(directory / "config.yaml")), directory))
     before, now = _leaves(plain(defaults)), _leaves(plain(config))
     with open_dict(saved):
-        for override in HydraConfig.get().overrides.task:
-            key = override.partition("=")[0].lstrip("+~")
+        named = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
+        for key in [*named, *(["strategy"] if "trainer" in named else [])]:  # a trainer chooses its strategy
             if OmegaConf.select(config, key) is not None:  # a group replaces the run's whole group
                 value = OmegaConf.select(config, key)
                 OmegaConf.update(saved, key, plain(value) if OmegaConf.is_config(value) else value, merge=False)
@@ -101,6 +100,20 @@ def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictCo
             if key not in before or before[key] != value:
                 OmegaConf.update(saved, key, value)
     return saved
+
+
+def moved(saved: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The config of a run with `run` in place of the directory that it ran in."""
+    before = str(saved["paths"]["run"])
+
+    def replaced(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: replaced(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [replaced(value) for value in tree]
+        return tree.replace(before, str(run)) if isinstance(tree, str) else tree
+
+    return replaced(saved)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

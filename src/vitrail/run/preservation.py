@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from vitrail.errors import ConfigError, TrainingError
+from vitrail.models.checkpoints import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{target}: cannot be written ({_reason(error)}); the last good checkpoint is still there, and resume="
                 f"{target.parent.parent} goes on from it."
             ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint to the CPU, put together where several processes wrote it; nothing in it is executed.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return read_checkpoint(path)
 
 
 def _reason(error: BaseException) -> str:

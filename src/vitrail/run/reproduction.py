@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.errors import ConfigError
-from vitrail.run.config import plain, restore
+from vitrail.run.config import moved, plain, restore
 from vitrail.run.directory import versions
 
 log = logging.getLogger(__name__)
@@ -33,16 +33,7 @@ def recorded_config(config: DictConfig, defaults: DictConfig, run: Path) -> Dict
     saved = plain(restore(config, defaults, source))
     for change in changes(OmegaConf.to_container(OmegaConf.load(source / "versions.yaml")), versions()):
         log.warning("since that run: %s", change)
-    moved = _replace(saved, str(saved["paths"]["run"]), str(run))
-    return OmegaConf.create({**moved, "resume": None, "reproduce": str(source)})
-
-
-def _replace(tree: Any, old: str, new: str) -> Any:
-    if isinstance(tree, dict):
-        return {key: _replace(value, old, new) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_replace(value, old, new) for value in tree]
-    return tree.replace(old, new) if isinstance(tree, str) else tree
+    return OmegaConf.create({**moved(saved, run), "resume": None, "reproduce": str(source)})
 
 
 def changes(before: Any, now: dict[str, Any]) -> list[str]:

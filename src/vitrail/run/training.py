@@ -22,7 +22,7 @@ from hydra_plugins.vitrail_secrets import redact_logs, redacted
 from vitrail.data import ImageDataModule, MixToken
 from vitrail.errors import ConfigError
 from vitrail.insight import training_report
-from vitrail.models.checkpoints import backbone_weights, load_checkpoint, load_weights, read_checkpoint
+from vitrail.models.checkpoints import backbone_weights, check_weights, load_checkpoint, read_checkpoint
 from vitrail.models.heads import DenseHead
 from vitrail.models.teacher import Teacher
 from vitrail.run.config import check_keys, instantiate, plain, restore
@@ -286,8 +286,8 @@ def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module
     if not run.last.is_file():
         log.warning("resume=%s: no checkpoint yet, starting at the beginning.", config.resume)
         return None
-    checkpoint = read_checkpoint(run.last)
-    load_weights(model, backbone_weights(checkpoint, ema=False), source=str(run.last))
+    checkpoint = read_checkpoint(run.last, values=False)
+    check_weights(model, backbone_weights(checkpoint, ema=False), source=str(run.last))
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if epochs >= config.trainer.max_epochs:
         raise ConfigError(

@@ -15,6 +15,7 @@ from vitrail.data.label_maps import pooled_scores, sparse_token_targets
 from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
+from vitrail.models.shards import gathered
 from vitrail.objectives import TokenLabelingLoss
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
@@ -58,6 +59,7 @@ class ImageClassifier(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.mixing, self.seed = mixing, seed
         self._teacher = () if teacher is None else (teacher,)  # a tuple hides it from state dict and optimiser
+        self.compile_mode = compile_mode
         self.heads = torch.compile(forward_heads, mode=compile_mode) if compile_mode else forward_heads
         if checkpointing:
             _set_grad_checkpointing(model)
@@ -69,6 +71,12 @@ class ImageClassifier(L.LightningModule):
         return self.heads(self.model, images).merged()
 
     # Training
+
+    def configure_model(self) -> None:
+        """Let a strategy that shards the backbone do so, before its optimiser is built."""
+        if shard := getattr(self.trainer.strategy, "shard", None):
+            shard(self.model, self.compile_mode)
+            self.heads = forward_heads  # the blocks are compiled instead
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the student's device."""
@@ -176,7 +184,7 @@ class ImageClassifier(L.LightningModule):
             grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             self.log(
                 "train/grad_norm",
-                nn.utils.get_total_norm(grads),
+                gathered(nn.utils.get_total_norm(grads)),
                 on_step=False,
                 on_epoch=True,
                 sync_dist=True,
@@ -232,9 +240,7 @@ class ImageClassifier(L.LightningModule):
 
     def compute_metrics(self, prefix: str) -> dict[str, Tensor]:
         """Loss and top-1 and top-5 in %, over all processes since the last call."""
-        values = self.val_metrics.compute()
-        self.val_metrics.reset()
-        return {f"{prefix}{name}": value if name == "loss" else 100 * value for name, value in values.items()}
+        return computed(self.val_metrics, prefix)
 
 
 def token_grid(model: Any, images: Tensor) -> tuple[int, int]:
@@ -252,6 +258,13 @@ def validation_metrics(num_classes: int) -> MetricCollection:
     return MetricCollection(
         {"loss": MeanCrossEntropy(), "top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False
     )
+
+
+def computed(metrics: MetricCollection, prefix: str) -> dict[str, Tensor]:
+    """Loss and accuracies, these in %, over all processes since the last call."""
+    values = metrics.compute()
+    metrics.reset()
+    return {f"{prefix}{name}": value if name == "loss" else 100 * value for name, value in values.items()}
 
 
 class MeanCrossEntropy(Metric):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.models import forward_heads
+from vitrail.models.shards import gathered, local
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 
@@ -91,7 +92,7 @@ class NumberGuard(L.Callback):
         loss, self._loss = torch.as_tensor(self._loss, dtype=torch.float32), 0.0
         grads = [parameter.grad for parameter in pl_module.model.parameters() if parameter.grad is not None]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        norm = torch.zeros(()) if scaled else nn.utils.get_total_norm(grads).float()
+        norm = torch.zeros(()) if scaled else gathered(nn.utils.get_total_norm(grads)).float()
         worst = loss.to(pl_module.device) + norm.to(pl_module.device)  # NaN or infinite if either is
         if trainer.world_size > 1:
             worst = torch.nan_to_num(worst, math.inf, math.inf, math.inf).abs()
@@ -107,6 +108,7 @@ class NumberGuard(L.Callback):
         """What happened where; keeps it in the file."""
         what = f"a loss of {loss}" if not math.isfinite(loss) else "a gradient that is not finite"
         where = first_bad(pl_module, batches, trainer.precision_plugin.forward_context)
+        weights = {name: gathered(tensor) for name, tensor in pl_module.model.state_dict().items()}
         path = self.path
         if trainer.global_rank:
             path = path.with_stem(f"{path.stem}_rank{trainer.global_rank}")
@@ -115,7 +117,7 @@ class NumberGuard(L.Callback):
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
                 "batches": [{**_plain(batch), "random_key": list(key)} for batch, key in batches],
-                "weights": pl_module.model.state_dict(),
+                "weights": weights,
             }
             torch.save(kept, path)
         return f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}: {what}, first in {where}"
@@ -145,7 +147,7 @@ class NumberGuard(L.Callback):
     def _return(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:
         """Take weights, average and moments out of the last checkpoint, and lower the learning rate."""
         trainer.strategy.barrier("rollback")  # the first process may be writing
-        checkpoint = torch.load(self.last, map_location=pl_module.device, weights_only=True)
+        checkpoint = trainer.strategy.load_checkpoint(self.last, weights_only=True)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         if averages and "averaging_state" in checkpoint:
             averages[0].on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -181,40 +183,43 @@ def _plain(batch: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]], context: Any) -> str:
-    """Where the first number that is not finite comes from: a weight, the images, a module, the loss or a gradient."""
-    for name, parameter in module.model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the weight {name}, which was so before this step"
-    found: list[str] = []
+    """Where the first number that is not finite comes from: a weight, the images, a module, the loss or a gradient.
+
+    Every process computes every batch, whatever it has found: a sharded model needs them all.
+    """
+    found = [
+        f"the weight {name}, which was so before this step"
+        for name, parameter in module.model.named_parameters()
+        if _is_bad(parameter)
+    ]
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple | list) else (output,)
-            if not found and any(isinstance(part, Tensor) and not part.isfinite().all() for part in outputs):
-                found.append(name)
+            if any(isinstance(part, Tensor) and not part.isfinite().all() for part in outputs):
+                found.append(f"the output of {name}")
 
         return hook
 
+    grads = {name: _is_bad(parameter.grad) for name, parameter in module.model.named_parameters()}
     buffers = [buffer.clone() for buffer in module.model.buffers()]
     for batch, key in batches:
         if not batch.image.isfinite().all():
             bad = [name for name, image in zip(batch.key, batch.image, strict=True) if not image.isfinite().all()]
-            return f"the images {', '.join(bad[:3])}"
+            found.append(f"the images {', '.join(bad[:3])}")
         handles = [part.register_forward_hook(look(name)) for name, part in module.model.named_modules() if name]
         reseed(*key)  # the same dropout and drop path
         with context():
             forward_heads(module.model, batch.image)
         for handle in handles:
             handle.remove()
-        if found:
-            break
     for buffer, before in zip(module.model.buffers(), buffers, strict=True):
         buffer.copy_(before)
     if found:
-        return f"the output of {found[0]}"
-    named = [name for name, parameter in module.model.named_parameters() if _is_bad(parameter.grad)]
+        return found[0]
+    named = [name for name, bad in grads.items() if bad]
     return f"the gradient of {named[-1]}" if named else "the loss"
 
 
-def _is_bad(grad: Tensor | None) -> bool:
-    return grad is not None and not bool(grad.isfinite().all())
+def _is_bad(tensor: Tensor | None) -> bool:
+    return tensor is not None and not bool(local(tensor).isfinite().all())

@@ -1,0 +1,176 @@
+"""Two and three real processes with gloo that share one model: the same curve and weights as one process."""
+
+import random
+import shutil
+import time
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from programs import error_of, metrics, run, run_directories, run_ranks, start_ranks, train
+from vitrail.models.checkpoints import read_checkpoint
+from vitrail.models.shards import put_back, rows_of
+
+COMMON = ("epochs=2", "trainer.limit_train_batches=4", "callbacks.model_summary=null", "callbacks.progress=null")
+
+
+def shared(*args, logs, ranks=2, **kwargs):
+    """Train on so many processes, expect success, and return the run directory."""
+    before = set(run_directories(logs))
+    for result in run_ranks("train.py", *args, logs=logs, ranks=ranks, **kwargs):
+        assert result.returncode == 0, result.stdout + result.stderr
+    new = set(run_directories(logs)) - before
+    return new.pop() if new else None
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        ("cpu", ("model=deit_nano_distilled", "trainer.gradient_clip_val=0.5", "callbacks.ema.decay=0.9")),
+        (
+            "ddp_cpu_2",
+            ("model=lvvit_nano", "checkpointing=true", "trainer.accumulate_grad_batches=2", "optimizer=lamb"),
+        ),
+        ("ddp_cpu_2", ("model=t2t_vit_7", "+model.depth=2", "data.image_size=16", "strategy.offload=true")),
+    ],
+    ids=("distilled, clipped, averaged", "recomputed, accumulated, LAMB", "offloaded"),
+)
+def test_curve__equals_that_of_whole_models(trainer, options, tmp_path):
+    """BatchNorm (LV-ViT) and dropout (T2T-ViT) are each process's own, so that these equal DDP's."""
+    own = tuple(option for option in options if not option.startswith("strategy"))
+    ranks = 1 if trainer == "cpu" else 2
+    batch = f"data.batch_size={32 // ranks}"
+    one = shared(f"trainer={trainer}", batch, *COMMON, *own, logs=tmp_path, ranks=ranks)
+    two = shared("trainer=fsdp_cpu_2", "data.batch_size=16", *COMMON, *options, logs=tmp_path)
+    for whole, cut in zip(metrics(one), metrics(two), strict=True):
+        assert {name for name in whole if "ema" in name} == {"val/loss_ema", "val/top1_ema", "val/top5_ema"}
+        for name, value in whole.items():
+            if not name.startswith("speed/"):
+                assert cut[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+
+
+def test_checkpoints__go_from_any_number_of_processes_to_any(tmp_path):
+    """One epoch shared by two and one on a single process; a second one on one, two and three, shared or not."""
+    options = ("model=deit_nano", *COMMON, "epochs=1", "callbacks.ema.decay=0.9", "trainer.gradient_clip_val=1")
+    start = {
+        "shared": shared("trainer=fsdp_cpu_2", "data.batch_size=12", *options, logs=tmp_path),
+        "single": train("trainer=cpu", "data.batch_size=24", *options, logs=tmp_path),
+    }
+    after = {}
+    for begun, trainer, ranks in (
+        ("single", "cpu", 1),
+        ("single", "fsdp_cpu_2", 2),
+        ("shared", "cpu", 1),
+        ("shared", "ddp_cpu_2", 2),
+        ("shared", "fsdp_cpu_2", 3),
+    ):
+        directory = tmp_path / f"{begun}_{trainer}"
+        shutil.copytree(start[begun], directory)
+        shared(
+            *(f"resume={directory}", f"trainer={trainer}", f"trainer.devices={ranks}", "epochs=2"),
+            *("trainer.limit_train_batches=4", f"data.batch_size={24 // ranks}", "trainer.gradient_clip_val=1"),
+            logs=tmp_path,
+            ranks=ranks,
+        )
+        assert len(metrics(directory)) == 2
+        after[directory.name] = read_checkpoint(directory / "checkpoints" / "last.ckpt")
+    expected = after["single_cpu"]
+    assert expected["global_step"] == 8
+    for name, found in after.items():
+        assert found["global_step"] == 8, name
+        for part in ("state_dict", "current_model_state"):
+            for key, value in expected[part].items():
+                torch.testing.assert_close(found[part][key], value, rtol=1e-4, atol=2e-5, msg=f"{name}: {part} {key}")
+        for number, state in expected["optimizer_states"][0]["state"].items():
+            moments = found["optimizer_states"][0]["state"][number]
+            torch.testing.assert_close(moments["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_checkpoint__is_exported_and_evaluated_as_any_other(tmp_path):
+    directory = shared("trainer=fsdp_cpu_2", "data.batch_size=16", "model=vit_nano", *COMMON, "epochs=1", logs=tmp_path)
+    file = directory / "checkpoints" / "best.ckpt"
+    assert len(list(file.parent.glob("best.ckpt.shards-*/*.safetensors"))) == 2
+    assert file.stat().st_size < 100_000
+    result = run("export.py", f"ckpt={directory}", "to=safetensors", logs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    weights = load_file(directory / "export" / "safetensors" / "model.safetensors")
+    model = timm.create_model("vit_nano", img_size=32, num_classes=10).eval()
+    model.load_state_dict(weights)
+    for name, tensor in read_checkpoint(file)["state_dict"].items():
+        assert torch.equal(weights[name.removeprefix("model.")], tensor)
+    result = run("eval.py", f"ckpt={directory}", "trainer=cpu", logs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(next(file.parent.glob("best.ckpt.shards-*")))
+    assert "00000.safetensors is not there" in error_of(run("eval.py", f"ckpt={directory}", logs=tmp_path))
+
+
+def test_rows__cover_each_tensor_once():
+    for world_size in (1, 2, 3, 8):
+        for count in (0, 1, 2, 5, 8, 9, 100):
+            bounds = [rows_of(rank, world_size)(count) for rank in range(world_size)]
+            assert [row for first, end in bounds for row in range(first, end)] == list(range(count))
+            parts = torch.arange(count).tensor_split([end for _, end in bounds[:-1]])
+            theirs = [len(part) for part in torch.arange(count).chunk(world_size)] if count else []
+            assert [len(part) for part in parts if len(part)] == [length for length in theirs if length]
+
+
+def test_shards__stay_beside_their_file(tmp_path):
+    """A checkpoint from somebody else cannot point elsewhere."""
+    checkpoint = {"shards": {"folder": "../../etc", "count": 1}, "state_dict": {"x": torch.empty(2, device="meta")}}
+    with pytest.raises(ValueError, match=rf"{tmp_path}/etc/00000.safetensors is not there"):
+        put_back(checkpoint, tmp_path / "last.ckpt")
+
+
+def test_bad_numbers__end_all_processes_with_one_sentence(tmp_path):
+    """The weights explode at once; every return to the last checkpoint finds them so."""
+    results = run_ranks(
+        *("train.py", "trainer=fsdp_cpu_2", "data.batch_size=16", *COMMON, "optimizer.lr=1e30", "epochs=5"),
+        *("trainer.limit_train_batches=1", "schedule.warmup_epochs=0", "callbacks.numbers.on_bad=rollback"),
+        logs=tmp_path,
+    )
+    assert [result.returncode for result in results] == [1, 1], results
+    assert "The training had returned 3 times before" in results[0].stderr or "no checkpoint yet" in results[0].stderr
+    kept = torch.load(run_directories(tmp_path)[0] / "bad_step.pt", weights_only=True)
+    assert kept["weights"]["head.weight"].shape == (10, 64)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_last__survives_kills_while_it_is_written(kills, tmp_path):
+    """Both processes are killed at random moments of a training that saves after every step."""
+    arguments = (
+        "train.py",
+        "trainer=fsdp_cpu_2",
+        "data.batch_size=16",
+        *COMMON,
+        "callbacks.keep.minutes=0",
+        "epochs=50",
+    )
+    draw = random.Random(kills)
+    steps, resumed = [], ()
+    for _ in range(kills):
+        before = steps[-1] if steps else -1
+        processes = start_ranks(*arguments, *resumed, logs=tmp_path, ranks=2)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            (directory,) = run_directories(tmp_path) or [None]
+            last = directory and directory / "checkpoints" / "last.ckpt"
+            if last and last.is_file() and read_checkpoint(last, values=False)["global_step"] > before:
+                break
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.1))
+        for process in processes:
+            process.kill()
+            process.join()
+        steps.append(read_checkpoint(last)["global_step"])
+        assert steps[-1] > before
+        resumed = (f"resume={directory}",)
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_compiled__block_by_block(tmp_path):
+    options = ("model=vit_nano", *COMMON, "epochs=1", "model.depth=2")
+    one = train("trainer=cpu", "data.batch_size=32", *options, logs=tmp_path)
+    two = shared("trainer=fsdp_cpu_2", "data.batch_size=16", "compile=default", *options, logs=tmp_path, timeout=400)
+    assert metrics(two)[0]["train/loss"] == pytest.approx(metrics(one)[0]["train/loss"], abs=1e-4)
