@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import Digits, ImageFolder, Source, Split, TorchvisionDataset
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, Sample
+
+_GRACE_SECONDS = 60
 
 
 class ViewDataset(Dataset[Sample]):
@@ -207,7 +210,7 @@ class ImageDataModule(L.LightningDataModule):
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # keeps the loader off the global random stream
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_leave_signals,
         )
 
     def _workers(self) -> int:
@@ -218,9 +221,20 @@ class ImageDataModule(L.LightningDataModule):
         return max(1, min(8, cores // devices))
 
 
-def _ignore_interrupt(_: int) -> None:
-    """Let a worker leave Ctrl-C, which the terminal sends to every process, to the one that it loads for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(_: int) -> None:
+    """Let a worker leave signals, which a terminal or SLURM sends to every process, to the one that it loads for.
+
+    That one has a minute to save after SIGTERM; it ends its workers itself, but for one that hangs.
+    """
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+    def end_later(*_: Any) -> None:
+        timer = threading.Timer(_GRACE_SECONDS, os._exit, (128 + signal.SIGTERM,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, end_later)
 
 
 class DigitsDataModule(ImageDataModule):
@@ -252,6 +266,7 @@ class ImageFolderDataModule(ImageDataModule):
         root: as in `ImageFolder`.
         train_dir: likewise.
         val_dir: likewise.
+        index: likewise.
         augment: as in `ImageDataModule`, as all further arguments; Inception's crop and flip by default.
         kwargs: further arguments of `ImageDataModule`.
     """
@@ -263,10 +278,11 @@ class ImageFolderDataModule(ImageDataModule):
         root: str | None,
         train_dir: str | None = "train",
         val_dir: str = "val",
+        index: str | Path | None = None,
         augment: Augmentation | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(self.folder_type(root, train_dir, val_dir), augment or Augmentation(), **kwargs)
+        super().__init__(self.folder_type(root, train_dir, val_dir, index), augment or Augmentation(), **kwargs)
 
 
 class ImageNetDataModule(ImageFolderDataModule):

@@ -45,8 +45,14 @@ class ImageNet(ImageFolder):
             published checkpoints count.
     """
 
-    def __init__(self, root: str | None, train_dir: str | None = "train", val_dir: str = "val") -> None:
-        super().__init__(root, train_dir, val_dir)
+    def __init__(
+        self,
+        root: str | None,
+        train_dir: str | None = "train",
+        val_dir: str = "val",
+        index: str | Path | None = None,
+    ) -> None:
+        super().__init__(root, train_dir, val_dir, index)
         if problem := _difference(self.classes, synsets("imagenet-1k")):
             raise ConfigError(
                 f"data.root={self.root}: {len(self.classes)} class folders are not the 1000 of ImageNet-1k ({problem});"

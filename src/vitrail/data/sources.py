@@ -7,7 +7,6 @@ index, key)` by index. Nothing is decoded before it is asked for.
 import csv
 import gzip
 import importlib.resources
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitrail.data.images import IMAGE_EXTENSIONS, load_image
+from vitrail.data.images import load_image
+from vitrail.data.index import FileIndex, is_image
 from vitrail.errors import ConfigError
 from vitrail.types import Sample
 
@@ -24,9 +24,12 @@ SplitName = Literal["train", "val"]
 
 
 class Split(Protocol):
-    """One split: a sequence of samples, and the classes of all of them as an array (N,)."""
+    """One split: a sequence of samples."""
 
-    labels: NDArray[np.int64]
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) classes of all samples."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -130,43 +133,32 @@ class TorchvisionDataset:
 
 
 class FolderSplit:
-    """Image files below one folder of class folders, sorted; paths are kept as one array, cheap to share with workers.
+    """Image files below one folder of class folders, sorted.
 
     Args:
         root: the split's folder.
         classes: names of its class folders.
+        cache: see `FileIndex`.
     """
 
-    def __init__(self, root: Path, classes: list[str]) -> None:
-        self.root = root
-        files = [(f"{name}/{file}", label) for label, name in enumerate(classes) for file in _images(root / name)]
-        self.paths = np.array([path.encode() for path, _ in files], dtype=np.bytes_)
-        self.labels = np.array([label for _, label in files], dtype=np.int64)
+    def __init__(self, root: Path, classes: list[str], cache: Path | None = None) -> None:
+        self.root, self.files = root, FileIndex(root, classes, cache)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) classes of all samples."""
+        return self.files.labels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.paths[index].decode()
-        return Sample(load_image(self.root / path), int(self.labels[index]), path.rpartition(".")[0])
+        path = self.files.path(index)
+        return Sample(load_image(self.root / path), self.files.label(index), path.rpartition(".")[0])
 
     def keys(self) -> list[str]:
         """The keys of all samples, in order: paths without their extension."""
-        return [path.decode().rpartition(".")[0] for path in self.paths]
-
-
-def _images(folder: Path) -> list[str]:
-    """Names of the image files below `folder`, at any depth, relative to it."""
-    found = []
-    for parent, _, names in os.walk(folder, followlinks=True):  # several times faster than pathlib on ImageNet
-        inside = os.path.relpath(parent, folder)
-        prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in names if _is_image(name)]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+        return [path.rpartition(".")[0] for path in self.files.paths()]
 
 
 def class_folders(folder: Path) -> Iterator[str]:
@@ -181,16 +173,23 @@ class ImageFolder:
         root: folder that holds `train_dir` and `val_dir`.
         train_dir: name of the training folder; None where there is only something to evaluate on.
         val_dir: name of the validation folder.
+        index: folder that keeps the lists of files from one start to the next; None lists them every time.
 
     Raises:
         ConfigError: a folder is missing or empty, or both do not hold the same classes: the mistake that gives 0 %
             accuracy while the loss falls.
     """
 
-    def __init__(self, root: str | None, train_dir: str | None = "train", val_dir: str = "val") -> None:
+    def __init__(
+        self,
+        root: str | None,
+        train_dir: str | None = "train",
+        val_dir: str = "val",
+        index: str | Path | None = None,
+    ) -> None:
         if not root:
             raise ConfigError("data.root: not set; give the folder that holds train/ and val/, data.root=/path/to/it.")
-        self.root = Path(root).expanduser().absolute()
+        self.root, self.index = Path(root).expanduser().absolute(), Path(index).expanduser() if index else None
         self.folders = {"val": self.root / val_dir} | ({"train": self.root / train_dir} if train_dir else {})
         if not self.root.is_dir():
             raise ConfigError(f"data.root={self.root}: no such folder.")
@@ -198,7 +197,10 @@ class ImageFolder:
         self._check_same_classes(self._find_classes("val"))
 
     def prepare(self) -> None:
-        """Nothing to do: the files are the user's."""
+        """List the files, where the lists are kept for the other processes."""
+        if self.index:
+            for folder in self.folders.values():
+                FileIndex(folder, self.classes, self.index)
 
     def open(self, split: SplitName) -> FolderSplit:
         """List the files of a split.
@@ -208,10 +210,9 @@ class ImageFolder:
         """
         if split not in self.folders:
             raise ConfigError("data.train_dir: not set, so that there is nothing to train on.")
-        folder = FolderSplit(self.folders[split], self.classes)
-        counts = np.bincount(folder.labels, minlength=len(self.classes))
-        if not counts.all():
-            empty = self.classes[int(np.argmin(counts))]
+        folder = FolderSplit(self.folders[split], self.classes, self.index)
+        if not folder.files.counts.all():
+            empty = self.classes[int(np.argmin(folder.files.counts))]
             raise ConfigError(f"data.root: class folder {self.folders[split] / empty} holds no image.")
         return folder
 
@@ -221,7 +222,7 @@ class ImageFolder:
             raise ConfigError(f"data.root={self.root}: holds no folder {folder.name}/ of class folders.")
         classes = sorted(class_folders(folder))
         if not classes:
-            flat = any(_is_image(path.name) for path in folder.iterdir())
+            flat = any(is_image(path.name) for path in folder.iterdir())
             what = "images but no class folders; sort them into one folder a class" if flat else "no class folders"
             raise ConfigError(f"data.root: {folder} holds {what}.")
         return classes

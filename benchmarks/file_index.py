@@ -1,0 +1,101 @@
+"""What the list of a large data set's files costs: to make, to open, to hold in a loader's process.
+
+- A tree of empty files (100,000 in 100 folders unless told otherwise), listed, and opened again from the kept list.
+- A kept list of 14 million files in ImageNet-21k's 21,841 folders, which are there and are looked at: the time to open
+  it, to find one path, and the memory that a process which read 100,000 paths at random has to itself.
+
+Command: python benchmarks/file_index.py [--files 1280000]
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vitrail.data.index import FileIndex
+
+FILES, FOLDERS = 14_197_122, 21_841  # of ImageNet-21k
+
+
+def own_memory() -> int:
+    """KiB that this process has changed, and so shares with nobody."""
+    with Path("/proc/self/smaps_rollup").open() as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
+
+
+def settle(root: Path) -> None:
+    """Let every folder's last change be a while ago, as of a data set that was unpacked yesterday."""
+    then = time.time() - 3600
+    for entry in os.scandir(root):
+        os.utime(entry.path, (then, then))
+
+
+def measure_tree(folder: Path, files: int) -> None:
+    """List a real tree, and open the list again."""
+    classes = [f"n{number:08d}" for number in range(100)]
+    for name in classes:
+        (folder / "tree" / name).mkdir(parents=True)
+        for number in range(files // 100):
+            (folder / "tree" / name / f"{name}_{number}.JPEG").touch()
+    settle(folder / "tree")
+    started = time.perf_counter()
+    FileIndex(folder / "tree", classes, folder / "cache")
+    listed = time.perf_counter() - started
+    started = time.perf_counter()
+    index = FileIndex(folder / "tree", classes, folder / "cache")
+    opened = time.perf_counter() - started
+    print(f"{len(index):,} files: listed and kept in {listed:.2f} s, opened in {1e3 * opened:.1f} ms")
+
+
+def measure_list(folder: Path) -> None:
+    """Open and use a list of 14 million files."""
+    classes = [f"n{number:08d}" for number in range(FOLDERS)]
+    for name in classes:
+        (folder / "large" / name).mkdir(parents=True)
+    settle(folder / "large")
+    index = FileIndex(folder / "large", classes)
+    index.counts = np.diff(np.linspace(0, FILES, FOLDERS + 1).astype(np.int64))
+    names = [
+        f"n{number:08d}_{count}.JPEG".encode() for number, size in enumerate(index.counts) for count in range(size)
+    ]
+    index.names = np.frombuffer(b"".join(names), np.uint8)
+    index.ends = np.cumsum([len(name) for name in names])
+    index._keep(index._folder(folder / "cache"))
+    del index, names
+    process = multiprocessing.get_context("spawn").Process(target=_use, args=(folder, classes))
+    process.start()
+    process.join()
+
+
+def _use(folder: Path, classes: list[str]) -> None:
+    wanted = [random.randrange(FILES) for _ in range(100_000)]
+    before, started = own_memory(), time.perf_counter()
+    index = FileIndex(folder / "large", classes, folder / "cache")
+    opened = time.perf_counter() - started
+    started = time.perf_counter()
+    for number in wanted:
+        index.path(number)
+    each = (time.perf_counter() - started) / len(wanted)
+    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
+    print(
+        f"{len(index):,} files in {len(classes):,} folders: {size / 2**20:.0f} MiB on disk, opened in {opened:.2f} s,"
+        f" a path in {1e6 * each:.1f} us, {(own_memory() - before) / 1024:.1f} MiB of the process's own"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=100_000, help="in the tree")
+    with tempfile.TemporaryDirectory() as folder:
+        measure_tree(Path(folder), parser.parse_args().files)
+        measure_list(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
