@@ -6,7 +6,7 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training stay together
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-lowest lint format demo recipes reproduce benchmark clean
+.PHONY: help setup train test test-slow test-slurm test-lowest lint format demo recipes reproduce benchmark clean
 
 help:  ## Show every target with one line
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,7 +31,10 @@ test: $(VENV)/.dev  ## Run the whole test suite (9 to 10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the tests that take longer, too
-	$(BIN)/python -m pytest $(PYTEST) -m 'slow or not slow' $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) -m 'not slurm' $(ARGS)
+
+test-slurm: $(VENV)/.dev  ## Start a SLURM here and test on it (root; slurmctld slurmd slurmdbd slurm-client munge mariadb-server)
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)
 
 test-lowest:  ## Run the suite with the lowest versions that pyproject.toml allows, in .venv-lowest
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

@@ -45,6 +45,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             _load_dotenv(PROJECT / ".env")
             debugging = _is_debugging()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; the sentence is written here
+            _check_sweep()
             Plugins.instance()  # registers the resolvers of hydra_plugins before anything is composed
             program = hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name=config_name)(job)
             try:
@@ -59,6 +60,15 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+def _check_sweep() -> None:
+    """Refuse a launcher that Hydra would not use: jobs are handed to it in a sweep only, be it of one job."""
+    chosen = [arg for arg in sys.argv[1:] if arg.startswith("launcher=") and arg != "launcher=local"]
+    multirun = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv[1:]}
+    if chosen and not multirun:
+        print(f"error: {chosen[0]}: add -m; a launcher starts the jobs of a sweep, be it one.", file=sys.stderr)
+        sys.exit(1)
 
 
 def _is_debugging() -> bool:

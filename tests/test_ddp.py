@@ -3,10 +3,23 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
-from programs import PROJECT, QUICK, environment, metrics, run, run_directories, train
+from programs import (
+    PROJECT,
+    QUICK,
+    environment,
+    error_of,
+    metrics,
+    run,
+    run_directories,
+    run_ranks,
+    start_ranks,
+    train,
+)
+from vitrail.models.checkpoints import read_checkpoint
 
 
 def test_ddp__same_loss_curve_as_one_process(tmp_path):
@@ -50,6 +63,33 @@ def test_torchrun__one_run_directory_for_all_ranks(tmp_path):
     (directory,) = run_directories(tmp_path)
     assert len(metrics(directory)) == 1
     assert result.stdout.count("Training finished") == 1
+
+
+def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_path):
+    """Four, killed within an epoch, and then one, as after the loss of machines: after the same images."""
+    options = ("trainer=ddp_cpu_2", "data.batch_size=8", "epochs=2", "schedule.per_step=true", *QUICK[3:])
+    id_ = {"TORCHELASTIC_RUN_ID": "mine"}
+    processes = start_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=4, **id_)
+    directory = tmp_path / "train" / "runs" / "torchrun_mine"
+    last = directory / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not last.is_file() or read_checkpoint(last)["global_step"] < 11:
+        assert time.monotonic() < deadline, (tmp_path / "stderr0.txt").read_text()
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    before = read_checkpoint(last)
+    (result,) = run_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=1, **id_)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "started again in" in result.stdout
+    after = read_checkpoint(last)
+    images = before["global_step"] * 32
+    assert after["global_step"] == before["global_step"] + (179 - images // 8) + 179  # of 1438 images, by 8
+    rates = [group["lr"] for group in after["optimizer_states"][0]["param_groups"]]
+    assert rates == pytest.approx([1e-5, 1e-5], rel=0.1)  # the end of the cosine, although there were fewer steps
+    changed = run_ranks("train.py", *options, "optimizer.lr=1", logs=tmp_path, ranks=1, **id_)
+    assert "holds another training; give this one another (or --rdzv-id)" in error_of(changed[0])
 
 
 @pytest.fixture

@@ -1,17 +1,51 @@
-"""Multiruns in real processes."""
+"""Multiruns in real processes: of real trainings, and of a program that only pretends to train, which is quick."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
+from PIL import Image
 
-from programs import QUICK, metrics, run
+from programs import PROJECT, QUICK, environment, metrics, run
+
+TOY = str(PROJECT / "tests" / "toy_training.py")
 
 
 def sweep_directory(logs: Path) -> Path:
     (directory,) = (logs / "train" / "multiruns").glob("*")
     return directory
+
+
+def toy(*args, logs, **variables):
+    return subprocess.run(
+        [sys.executable, TOY, "-m", *args],
+        env=environment(logs, **variables),
+        cwd=logs,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def jobs_of(directory: Path):
+    return json.loads((directory / "jobs.json").read_text())
+
+
+def starts(directory: Path, number: int) -> list[list[str]]:
+    """GPUs and resumed directory of every start of a job."""
+    return [line.split() for line in (directory / str(number) / "starts.txt").read_text().splitlines()]
+
+
+def study_of(directory: Path):
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{directory / 'study.db'}")
 
 
 def test_grid__fresh_process_a_job_also_with_ddp(tmp_path):
@@ -23,7 +57,7 @@ def test_grid__fresh_process_a_job_also_with_ddp(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     directory = sweep_directory(tmp_path)
-    assert sorted(path.name for path in directory.iterdir()) == ["0", "1", "jobs.json", "multirun.yaml"]
+    assert sorted(path.name for path in directory.iterdir()) == ["0", "1", "jobs.json", "multirun.yaml", "sweep.png"]
     assert not (tmp_path / "train" / "runs").exists()
     for number, model in enumerate(("vit_nano", "deit_nano")):
         job = directory / str(number)
@@ -34,17 +68,14 @@ def test_grid__fresh_process_a_job_also_with_ddp(tmp_path):
     assert "deit_nano" in result.stdout.split("2 jobs in")[1]
 
 
-def test_grid__a_failing_job_does_not_stop_the_others(tmp_path):
-    result = run(
-        *("train.py", "-m", "data.batch_size=16,17,18", "augment=deit", *QUICK, "hydra.launcher.parallel=2"),
-        logs=tmp_path,
-    )
+def test_grid__a_failing_or_killed_job_does_not_stop_the_others(tmp_path):
+    result = toy("seed=12,13,14,15", "hydra.launcher.parallel=2", logs=tmp_path)
     assert result.returncode == 1
-    assert "1 of 3 jobs failed: job 1" in result.stderr
-    jobs = json.loads((sweep_directory(tmp_path) / "jobs.json").read_text())
-    assert [job["status"] for job in jobs] == [0, 1, 0]
-    assert "data.batch_size=17: must be even" in (sweep_directory(tmp_path) / "1" / "console.log").read_text()
-    assert "failed (1)" in result.stdout
+    assert "2 of 4 jobs failed: job 1 (seed=13), job 2 (seed=14)" in result.stderr
+    directory = sweep_directory(tmp_path)
+    assert [job["status"] for job in jobs_of(directory)] == [0, 1, -9, 0]
+    assert "seed=13: brings bad luck" in (directory / "1" / "console.log").read_text()
+    assert "failed (-9)" in result.stdout
 
 
 def test_grid__misspelt_group_before_any_job(tmp_path):
@@ -54,25 +85,120 @@ def test_grid__misspelt_group_before_any_job(tmp_path):
     assert not list((tmp_path / "train" / "multiruns").glob("*/0"))
 
 
-def test_optuna__samples_in_the_parent(tmp_path):
-    pytest.importorskip("optuna")
-    result = run(
-        *("train.py", "-m", "sweep=lr_wd", "hydra.sweeper.trials=3", "hydra.launcher.parallel=2", *QUICK), logs=tmp_path
-    )
+def test_grid__goes_on_in_its_directory(tmp_path):
+    """What is finished stays, what had begun goes on from its checkpoint, what changed is done anew."""
+    arguments = ("optimizer.lr=1e-3,2e-3", "epochs=2", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert toy(*arguments, logs=tmp_path).returncode == 0
+    (tmp_path / "sweep" / "1" / "results.json").unlink()
+    assert toy(*arguments, logs=tmp_path).returncode == 0
+    assert starts(tmp_path / "sweep", 0) == [["None", "None"]]
+    assert starts(tmp_path / "sweep", 1) == [["None", "None"], ["None", str(tmp_path / "sweep" / "1")]]
+    assert [job["results"]["epochs"] for job in jobs_of(tmp_path / "sweep")] == [2, 2]
+    assert toy("optimizer.lr=1e-3,3e-3", *arguments[1:], logs=tmp_path).returncode == 0
+    assert len(starts(tmp_path / "sweep", 0)) == 1
+    assert jobs_of(tmp_path / "sweep")[1]["overrides"] == ["optimizer.lr=0.003", "epochs=2"]
+
+
+def test_grid__gpus_are_handed_out(tmp_path):
+    """Four GPUs, two for each job, two jobs at a time: no two that run together see the same one."""
+    options = ("hydra.launcher.gpus=2", "hydra.launcher.parallel=null", f"hydra.sweep.dir={tmp_path}/sweep")
+    result = toy("seed=1,2,3,4", *options, logs=tmp_path, CUDA_VISIBLE_DEVICES="4,5,6,7", TOY_SECONDS="0.02")
+    assert result.returncode == 0, result.stderr
+    seen = [starts(tmp_path / "sweep", number)[0][0] for number in range(4)]
+    assert set(seen) == {"4,5", "6,7"}
+    result = toy("seed=1,2", *options, logs=tmp_path, CUDA_VISIBLE_DEVICES="0")
+    assert "launcher.gpus=2: only 1 GPUs are visible here" in result.stderr
+
+
+SEARCH = ("sweep=lr_wd", "epochs=6")
+
+
+def test_search__ends_bad_trials_early(tmp_path):
+    options = ("hydra.sweeper.trials=9", "hydra.sweeper.prune=median", "hydra.sweeper.prune_after=1")
+    result = toy(*SEARCH, *options, "hydra.launcher.parallel=3", logs=tmp_path, TOY_SECONDS="0.7")
     assert result.returncode == 0, result.stdout + result.stderr
     directory = sweep_directory(tmp_path)
-    jobs = json.loads((directory / "jobs.json").read_text())
-    assert [job["number"] for job in jobs] == [0, 1, 2]
-    rates = []
-    for job in jobs:
+    trials = study_of(directory).trials
+    pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
+    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    assert len(trials) == 9 == len(pruned) + len(done)
+    assert pruned
+    for trial, job in zip(trials, jobs_of(directory), strict=True):
+        assert f"optimizer.lr={trial.params['optimizer.lr']}" in job["overrides"]
+        assert job["status"] == ("pruned" if trial in pruned else 0)
+        assert len(trial.intermediate_values) < 6 or trial in done
+        if trial in done:
+            assert trial.value == job["results"]["val/top1"]
+    assert result.stdout.count("ended early") == len(pruned)
+    worst_done = min(trial.value for trial in done[3:]) if len(done) > 3 else min(trial.value for trial in done)
+    assert max(max(trial.intermediate_values.values()) for trial in pruned) < max(trial.value for trial in done)
+    assert worst_done <= max(trial.value for trial in done)
+    width, height = Image.open(directory / "sweep.png").size
+    assert width > 500
+    assert height > 500 or len(done) < 5
+
+
+def test_search__stopped_and_continued(tmp_path):
+    """Killed with its first trials under way: these go on, and the search ends with as many trials as asked for."""
+    arguments = (*SEARCH, "hydra.sweeper.trials=5", "hydra.launcher.parallel=2", f"hydra.sweep.dir={tmp_path}/sweep")
+    process = subprocess.Popen(
+        [sys.executable, TOY, "-m", *arguments], env=environment(tmp_path, TOY_SECONDS="5"), start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [trial.state.name for trial in study_of(tmp_path / "sweep").trials] == ["RUNNING", "RUNNING"]
+    before = [trial.params for trial in study_of(tmp_path / "sweep").trials]
+    result = toy(*arguments, logs=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = study_of(tmp_path / "sweep").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5
+    assert [trial.params for trial in trials[:2]] == before
+    assert len({trial.params["optimizer.lr"] for trial in trials}) == 5
+    for number in range(2):
+        assert starts(tmp_path / "sweep", number)[1][1] == str(tmp_path / "sweep" / str(number))
+    assert len(jobs_of(tmp_path / "sweep")) == 5
+
+
+def test_search__refuses(tmp_path):
+    for options, sentence in (
+        (("optimizer.lr=1,2",), "put the key into the sweep's space"),
+        (("hydra.sweeper.prune=mean",), "choose median, halving or null"),
+        (
+            ("hydra.sweeper.metric=val/f1", "hydra.sweeper.trials=1", "epochs=1"),
+            "a job's results hold val/top1, epochs",
+        ),
+    ):
+        result = run("train.py", "-m", "sweep=lr_wd", *options, logs=tmp_path) if len(options) == 1 else None
+        text = result.stderr if result else toy(*SEARCH, *options, logs=tmp_path).stderr
+        assert sentence in text, text
+
+
+def test_launcher__without_a_sweep(tmp_path):
+    result = run("train.py", "launcher=slurm", logs=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: launcher=slurm: add -m; a launcher starts the jobs of a sweep, be it one.\n"
+
+
+@pytest.mark.slow
+def test_search__of_real_trainings(tmp_path):
+    options = ("hydra.sweeper.trials=3", "hydra.launcher.parallel=2", *QUICK)
+    result = run("train.py", "-m", "sweep=lr_wd", *options, logs=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    directory = sweep_directory(tmp_path)
+    for trial, job in zip(study_of(directory).trials, jobs_of(directory), strict=True):
         config = yaml.safe_load((directory / str(job["number"]) / "config.yaml").read_text())
-        rates.append(config["optimizer"]["lr"])
-        assert f"optimizer.lr={config['optimizer']['lr']}" in job["overrides"]
-    assert len(set(rates)) == 3
-    assert all(1e-4 <= rate <= 4e-3 for rate in rates)
+        assert config["optimizer"]["lr"] == pytest.approx(trial.params["optimizer.lr"])
+        assert 1e-4 <= config["optimizer"]["lr"] <= 4e-3
+        assert trial.value == job["results"]["val/top1"]
 
-    import optuna
 
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{directory / 'study.db'}")
-    assert [trial.params["optimizer.lr"] for trial in study.trials] == pytest.approx(rates)
-    assert [trial.value for trial in study.trials] == [job["results"]["val/top1"] for job in jobs]
+@pytest.mark.slow
+def test_ray__runs_the_jobs(tmp_path):
+    pytest.importorskip("ray")
+    result = toy("launcher=ray", "seed=12,13,14,15", "hydra.launcher.parallel=2", logs=tmp_path)
+    assert result.returncode == 1
+    assert "2 of 4 jobs failed" in result.stderr
+    assert [job["status"] for job in jobs_of(sweep_directory(tmp_path))] == [0, 1, -9, 0]

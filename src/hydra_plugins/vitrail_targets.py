@@ -15,7 +15,13 @@ from hydra._internal.instantiate import _instantiate2
 _ALLOWED = (
     *(f"vitrail.{room}" for room in ("data", "models", "objectives", "training", "insight")),
     *(f"vitrail.run.{module}" for module in ("annotation", "loggers", "preservation")),
-    *("hydra_plugins.vitrail", "hydra._internal.core_plugins", "lightning.Trainer", "builtins.str"),
+    *(
+        "hydra_plugins.vitrail_launchers",
+        "hydra_plugins.vitrail_sweeps",
+        "hydra._internal.core_plugins",
+        "lightning.Trainer",
+        "builtins.str",
+    ),
     *(
         f"lightning.pytorch.{part}"
         for part in ("trainer", "callbacks", "strategies", "loggers", "plugins", "profilers")

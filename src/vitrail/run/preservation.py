@@ -21,6 +21,7 @@ from torch import nn
 
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.models.checkpoints import read_checkpoint
+from vitrail.training.classifier import next_batch
 
 log = logging.getLogger(__name__)
 
@@ -139,22 +140,39 @@ def tell_of_lost_children(run: Path) -> None:
 class NextBatch(L.Callback):
     """Let a resumed training begin with the batch that comes next, of the epoch that it is in.
 
-    Lightning opens the loader before it knows where the training was, and counts on it from there.
+    Lightning opens the loader before it knows where the training was, and counts on it from there. Where the processes
+    are more or fewer than before, it goes on after the same images, which are other batches.
     """
+
+    def __init__(self) -> None:
+        self.images_per_batch: int | None = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep how many images a batch has, on all processes."""
+        checkpoint["images_per_batch"] = _images_per_batch(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read it."""
+        self.images_per_batch = checkpoint.get("images_per_batch")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the loader again where the checkpoint says."""
         if trainer.ckpt_path is None:
             return
-        epochs: Any = trainer.fit_loop.epoch_progress.current
-        batches = trainer.fit_loop.epoch_loop.batch_progress
+        now = _images_per_batch(trainer)
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self.images_per_batch not in (None, now):
+            more = progress.ready * self.images_per_batch // now - progress.ready
+            for count in ("ready", "started", "processed", "completed"):
+                setattr(progress, count, getattr(progress, count) + more)
+        epoch, batches = next_batch(trainer)
         loader: Any = trainer.train_dataloader
-        within = epochs.processed < epochs.ready
-        if within and not batches.is_last_batch:
-            loader.sampler.go_on(epochs.processed, batches.current.ready * loader.batch_size)
-        else:
-            loader.sampler.go_on(epochs.processed + within, 0)
+        loader.sampler.go_on(epoch, batches * loader.batch_size)
         iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def _images_per_batch(trainer: L.Trainer) -> int:
+    return trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
@@ -171,17 +189,19 @@ class KeepWork(Checkpoint):
     A training that is resumed from it goes on as if nothing had been.
 
     SIGTERM, SIGUSR1 and Ctrl-C let the running optimiser step end (the last one of an epoch: its validation), on all
-    processes, whichever of them was asked; then all save and raise `Stopped`. A second Ctrl-C ends at once.
+    processes, whichever of them was asked; then all save and raise `Stopped`. A second Ctrl-C ends at once. From
+    elsewhere, a file asks for it: at the end of an epoch, as SIGTERM.
 
     Args:
         path: the checkpoint.
         minutes: between two of them within an epoch; None for none.
+        stop: the file that asks to stop; removed at the start.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, path: str | Path, minutes: float | None = 15) -> None:
-        self.path, self.minutes = Path(path), minutes
+    def __init__(self, path: str | Path, minutes: float | None = 15, stop: str | Path | None = None) -> None:
+        self.path, self.minutes, self.stop = Path(path), minutes, Path(stop) if stop else None
         self._asked = 0
         self._before: Mapping[int, Any] = {}
         self._saved = time.monotonic()
@@ -189,6 +209,8 @@ class KeepWork(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen; in place of Lightning's handler, which talks to the other processes from within the signal."""
         self._saved = time.monotonic()
+        if self.stop and trainer.is_global_zero:
+            self.stop.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._ask) for signum in self.signals}
 
@@ -215,6 +237,8 @@ class KeepWork(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after every epoch and its validation; Lightning's `save_last` does only where the best improved."""
+        if self.stop and trainer.is_global_zero and self.stop.is_file():
+            self._asked = self._asked or signal.SIGTERM
         asked, _ = self._agree(trainer)
         self._save(trainer)
         if asked and trainer.current_epoch + 1 < (trainer.max_epochs or math.inf):  # else it ends by itself

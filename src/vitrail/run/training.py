@@ -1,6 +1,7 @@
 """The training job: build everything from a config, check that it fits together, fit, report."""
 
 import logging
+import os
 import statistics
 import sys
 import time
@@ -14,7 +15,8 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import MLFlowLogger
-from omegaconf import DictConfig
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich import get_console
 from torch import nn
 
@@ -68,6 +70,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         config = restore(config, defaults, run.path)
     if config.get("reproduce"):
         config = recorded_config(config, defaults, run.path)
+    elif not config.resume and run.last.is_file():
+        config = go_on(config, run)
+    config.trainer = given_processes(config.trainer)
     check_devices(config.trainer)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -124,6 +129,35 @@ def set_up_logging() -> None:
     if not is_rank_zero():
         for logger_name in (None, "vitrail"):
             logging.getLogger(logger_name).setLevel(logging.WARNING)
+
+
+def go_on(config: DictConfig, run: RunDirectory) -> DictConfig:
+    """`config`, to resume the training that its run directory holds: torchrun or SLURM has started it again.
+
+    Raises:
+        ConfigError: it holds another training.
+    """
+    before, now = plain(OmegaConf.load(run.path / "config.yaml")), redacted(plain(config))
+    for tree in (before, now):
+        tree.pop("resume")
+        for key in ("devices", "num_nodes"):
+            tree["trainer"].pop(key)
+    if before != now:
+        raise ConfigError(f"hydra.run.dir={run.path}: holds another training; give this one another (or --rdzv-id).")
+    log.info("started again in %s: going on", run.path)
+    with open_dict(config):
+        config.resume = str(run.path)
+    return config
+
+
+def given_processes(trainer: DictConfig) -> DictConfig:
+    """The trainer's config for the processes that torchrun has started, whose number it decides."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return trainer
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    given = OmegaConf.merge(trainer, {"devices": local, "num_nodes": world // local})
+    assert isinstance(given, DictConfig)
+    return given
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -266,13 +300,18 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
         strategy=instantiate(config.strategy, "strategy"),
         callbacks=callbacks,
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *slurm_environment()],
         default_root_dir=str(run.path),
     )
     for logger in loggers:
         if not (config.resume and isinstance(logger, MLFlowLogger)):  # MLflow refuses a run whose parameters change
             logger.log_hyperparams(redacted(plain(config)))
     return trainer
+
+
+def slurm_environment() -> list[SLURMEnvironment]:
+    """Lightning's SLURM environment where there is one, without its requeueing: KeepWork listens to signals."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module) -> Path | None:

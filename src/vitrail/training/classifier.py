@@ -1,5 +1,6 @@
 """The LightningModule: one training step, one validation step, nothing about where they run."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -91,7 +92,8 @@ class ImageClassifier(L.LightningModule):
         """Set the rate of the step that comes next."""
         if self.schedule is not None and self.trainer.lr_scheduler_configs:
             scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
-            self.schedule.advance(scheduler, self.current_epoch, self.global_step)
+            epoch, batches = next_batch(self.trainer)
+            self.schedule.advance(scheduler, self.current_epoch, self._steps_until(epoch, batches))
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         """Let dropout and drop path draw what this batch is due on this rank, whatever was drawn before.
@@ -207,10 +209,17 @@ class ImageClassifier(L.LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError(f"trainer.max_epochs={epochs}: must be at least 1, the schedule depends on it.")
-        steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
-        scheduler = self.schedule.build(optimizer, epochs, steps_per_epoch)
+        scheduler = self.schedule.build(optimizer, epochs, self._steps_per_epoch)
         interval = "step" if self.schedule.per_step else "epoch"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or 1)
+
+    def _steps_until(self, epoch: int, batches: int) -> int:
+        """Optimiser steps that a training of this size takes so far; a resumed one may have been of another."""
+        return epoch * self._steps_per_epoch + math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     @property
     def effective_batch(self) -> int:
@@ -221,7 +230,8 @@ class ImageClassifier(L.LightningModule):
     def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
         """Tell timm's scheduler the number of finished epochs or steps."""
         assert self.schedule is not None
-        self.schedule.advance(scheduler, self.current_epoch + 1, self.global_step)
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self.schedule.advance(scheduler, self.current_epoch + 1, self._steps_until(self.current_epoch, batches))
 
     # Validation
 
@@ -241,6 +251,16 @@ class ImageClassifier(L.LightningModule):
     def compute_metrics(self, prefix: str) -> dict[str, Tensor]:
         """Loss and top-1 and top-5 in %, over all processes since the last call."""
         return computed(self.val_metrics, prefix)
+
+
+def next_batch(trainer: L.Trainer) -> tuple[int, int]:
+    """Where a training that is about to start or to go on is: its epoch, and how many batches of it are done."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    within = epochs.processed < epochs.ready
+    if within and not batches.is_last_batch:
+        return epochs.processed, batches.current.ready
+    return epochs.processed + within, 0
 
 
 def token_grid(model: Any, images: Tensor) -> tuple[int, int]:
