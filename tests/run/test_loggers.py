@@ -1,9 +1,10 @@
 import csv
+import json
 import socket
 import sqlite3
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 
@@ -148,3 +149,50 @@ def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
     assert (result.stdout + result.stderr).count("stored offline") == 1
     assert len(metrics(run_directories(tmp_path)[0])) == 1
     assert time.monotonic() - started < 120
+
+
+def test_wandb__a_server_that_fails_later_does_not_stop_the_training(tmp_path):
+    """It takes the run's beginning and is gone with the first metrics: the end waits for as long as it is told to."""
+
+    class Failing(BaseHTTPRequestHandler):
+        failed = 0
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path.endswith("file_stream"):  # where metrics go
+                type(self).failed += 1
+                self.send_error(503)
+                return
+            project = {"id": "p", "name": "vitrail", "entity": {"id": "e", "name": "us"}}
+            bucket = {"id": "r", "name": "r", "displayName": "r", "historyLineCount": 0, "project": project}
+            viewer = {"id": "u", "username": "us", "entity": "us", "flags": "{}", "teams": {"edges": []}}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}, "viewer": viewer, "model": None}
+            answer = json.dumps({"data": data, "limits": {}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    started = time.monotonic()
+    try:
+        result = run(
+            *("train.py", "logger=wandb", *QUICK, "epochs=3", "logger.wandb.finish_timeout=5"),
+            logs=tmp_path,
+            fresh=True,
+            WANDB_API_KEY="0" * 40,
+            WANDB_MODE="online",
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
+        )
+    finally:
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert Failing.failed
+    assert "stored offline" not in result.stdout + result.stderr
+    (directory,) = run_directories(tmp_path)
+    assert len(metrics(directory)) == 3
+    assert time.monotonic() - started < 90

@@ -1,9 +1,11 @@
 """Killed at any moment and resumed, a training gives the weights of one that nothing happened to."""
 
+import itertools
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from assembly import assemble
 from programs import error_of, metrics, run, run_directories, start, train
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
+from vitrail.run.loggers import MetricsCSV
 from vitrail.run.preservation import AtomicCheckpointIO, KeepWork, check_space
 
 # Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
@@ -87,6 +90,7 @@ def copy_every_save(writer, keep):
 
     def copying(checkpoint, path, storage_options=None):
         save(checkpoint, path)
+        writer.finish()
         if Path(path).name == "last.ckpt":
             shutil.copy(path, keep / f"{len(list(keep.iterdir())) + 1:02d}.ckpt")
 
@@ -189,7 +193,9 @@ def kill_while_saving(path, kills):
         checkpoint = torch.load(path, weights_only=True)
         assert (checkpoint["weights"] == checkpoint["number"]).all()
         numbers.append(checkpoint["number"])
-    AtomicCheckpointIO().save_checkpoint({"number": 0}, path)
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"number": 0}, path)
+    writer.finish()
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing unfinished is left
     return numbers
 
@@ -208,10 +214,12 @@ def save_with_little_room(folder):
 
     writer, path = AtomicCheckpointIO(), folder / "checkpoints" / "last.ckpt"
     writer.save_checkpoint({"epoch": 1}, path)
+    writer.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # files end here, as on a full disk
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer.save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
     with pytest.raises(ConfigError, match=r"last.ckpt: cannot be written \(File too large\); the last good checkpoint"):
-        writer.save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
+        writer.save_checkpoint({"epoch": 3}, path)
     (folder / "passed").touch()
 
 
@@ -224,6 +232,87 @@ def test_full_disk__one_sentence_and_the_old_checkpoint_stays(tmp_path):
     assert (tmp_path / "passed").exists()
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True) == {"epoch": 1}
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_saving__what_changes_meanwhile_is_not_saved(tmp_path):
+    """The training goes on while a thread writes; a tensor that is there twice stays one."""
+    writer, weights = AtomicCheckpointIO(), torch.zeros(4_000_000)
+    checkpoint = {"state": {"weights": weights, "tied": weights}, "list": [weights[:2], 3], "step": 1}
+    writer.save_checkpoint(checkpoint, tmp_path / "last.ckpt")
+    weights.add_(1)
+    writer.finish()
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not saved["state"]["weights"].any()
+    assert saved["list"][0].tolist() == [0, 0]
+    assert saved["state"]["weights"].data_ptr() == saved["state"]["tied"].data_ptr()
+    assert saved["step"] == 1
+
+
+def test_log_folder__becomes_unwritable(image_tree, tmp_path):
+    """The training stops at the next checkpoint, says where, and the last one stays; made writable, it goes on."""
+    process, directory = running(tmp_path, image_tree)
+    folder = directory / "checkpoints"
+    if subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode:
+        process.kill()
+        pytest.skip("this file system has no immutable folders, or this user may not make any")
+    try:
+        process.join(60)
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+    assert process.exitcode == 1
+    said = (tmp_path / "stderr.txt").read_text()
+    assert f"error: {folder}/last.ckpt: cannot be written (Operation not permitted); the last good checkpoint" in said
+    step = weights(directory)["global_step"]
+    result = run("train.py", f"resume={directory}", f"epochs={step // 4 + 2}", logs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert weights(directory)["global_step"] == 4 * (step // 4 + 2)
+
+
+def test_metrics__cannot_be_written_for_a_while(tmp_path, caplog):
+    log = MetricsCSV(tmp_path / "run" / "metrics.csv")
+    log.log_metrics({"epoch": 0, "val/top1": 1.0}, 3)
+    for _ in range(2):
+        log.save()
+    assert caplog.text.count("metrics.csv: cannot be written (No such file or directory)") == 1
+    with pytest.raises(ConfigError, match="cannot be written"):
+        log.finalize("success")
+    (tmp_path / "run").mkdir()
+    log.save()
+    assert metrics(tmp_path / "run") == [{"epoch": 0, "step": 3, "val/top1": 1}]
+
+
+def test_clock__may_jump(image_tree, folder, monkeypatch):
+    """Back and forth by days, while training and between two halves of one: the same weights."""
+    expected = fit(folder("whole"), image_tree, keep=folder("kept"))
+    start, plain = itertools.count(), time.time
+    monkeypatch.setattr(time, "time", lambda: plain() + (-1) ** next(start) * 1e6)
+    found = fit(folder("jumping"), image_tree, ckpt=folder("none").parent / "kept" / "05.ckpt")
+    for part in STATE:
+        assert_same(found[part], expected[part], part)
+
+
+def test_wandb__its_process_is_killed(image_tree, tmp_path):
+    """The training says so and goes on to its end."""
+    options = (
+        "logger=wandb",
+        "epochs=30",
+        "data.num_workers=0",
+        f"data.root={image_tree}",
+        "callbacks.label_maps=null",
+    )
+    process = start("train.py", *LIVELY, *options, logs=tmp_path, COLUMNS="400", WANDB_MODE="offline")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("train/runs/*/metrics.csv")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed = [pid for pid in children(process.pid) if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    process.join(120)
+    assert killed
+    assert process.exitcode == 0, (tmp_path / "stderr.txt").read_text()
+    said = (tmp_path / "stdout.txt").read_text() + (tmp_path / "stderr.txt").read_text()
+    assert said.count("the run goes on without it, metrics.csv has everything") <= 1
+    assert len(metrics(run_directories(tmp_path)[0])) == 30
 
 
 def test_space__is_checked_before_the_training(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ class FirstBatchPicture(L.Callback):
 
 def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
     """Give a picture to a logger that takes pictures."""
-    kind = type(logger).__name__
-    if kind == "WandbLogger":
-        logger.log_image(key=name, images=[picture])
-    elif kind == "TensorBoardLogger":
-        logger.experiment.add_image(name, np.asarray(picture), dataformats="HWC")
-    elif kind == "MLFlowLogger":
-        logger.experiment.log_image(logger.run_id, picture, f"{name}.png")
+    acts: dict[str, Callable[[], Any]] = {
+        "WandbLogger": lambda: logger.log_image(key=name, images=[picture]),
+        "TensorBoardLogger": lambda: logger.experiment.add_image(name, np.asarray(picture), dataformats="HWC"),
+        "MLFlowLogger": lambda: logger.experiment.log_image(logger.run_id, picture, f"{name}.png"),
+    }
+    if act := acts.get(type(logger).__name__):
+        getattr(logger, "attempt", lambda act: act())(act)
 
 
 def batch_grid(

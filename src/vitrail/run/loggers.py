@@ -6,6 +6,7 @@ import netrc
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -37,6 +38,7 @@ class MetricsCSV(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
+        self._warned = False
         self.rows: dict[int, dict[str, float]] = {}
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -60,7 +62,16 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write all rows anew; a reader never sees half a file."""
+        """Write all rows anew; where that fails the next time may succeed, as the rows are all still here."""
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s: cannot be written (%s); trying again after each epoch", self.path, error.strerror)
+            self._warned = True
+
+    def _write(self) -> None:
+        """A reader never sees half a file."""
         columns = ["epoch", "step", *sorted({key for row in self.rows.values() for key in row} - {"epoch", "step"})]
         unfinished = self.path.with_name(f".{self.path.name}")
         with unfinished.open("w", newline="", encoding="utf-8") as file:
@@ -73,15 +84,68 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the last rows."""
-        self.save()
+        """Write the last rows.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        try:
+            self._write()
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror}).") from error
 
     def best(self, metric: str) -> float | None:
         """Highest value of `metric` over all epochs."""
         return max((row[metric] for row in self.rows.values() if metric in row), default=None)
 
 
-def wandb(run_dir: str, project: str | None = None, entity: str | None = None, **kwargs: Any) -> WandbLogger:
+class Tolerant(Logger):
+    """What a logger becomes that may lose its server: when it fails, its records are lost, not the training.
+
+    `metrics.csv` has the metrics in any case.
+    """
+
+    failed = False
+
+    def attempt(self, act: Callable[[], Any]) -> None:
+        """Do `act`, unless this logger has failed before; say so the first time it fails."""
+        if self.failed:
+            return
+        try:
+            act()
+        except Exception as error:  # each package raises errors of its own
+            self.failed = True
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            kind = type(self).__name__.removesuffix("Logger")
+            log.warning("%s fails (%s); the run goes on without it, metrics.csv has everything", kind, reason[0])
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log, or not."""
+        self.attempt(lambda: super(Tolerant, self).log_metrics(metrics, step))  # type: ignore[safe-super]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log, or not."""
+        self.attempt(lambda: super(Tolerant, self).log_hyperparams(*args, **kwargs))  # type: ignore[safe-super]
+
+    def save(self) -> None:
+        """Save, or not."""
+        self.attempt(lambda: super(Tolerant, self).save())
+
+    def finalize(self, status: str) -> None:
+        """End, or not."""
+        self.attempt(lambda: super(Tolerant, self).finalize(status))
+
+
+def tolerant(logger: Any) -> Any:
+    """Make a logger of Lightning's `Tolerant`; it keeps its name."""
+    kind = type(logger)
+    logger.__class__ = type(kind.__name__, (Tolerant, kind), {})
+    return logger
+
+
+def wandb(
+    run_dir: str, project: str | None = None, entity: str | None = None, finish_timeout: float = 300, **kwargs: Any
+) -> WandbLogger:
     """Log to Weights & Biases: online where a key and the network are there, else offline in the run directory.
 
     The run's id is kept in `wandb_id.txt`, so that a resumed training goes on in the same W&B run.
@@ -90,6 +154,7 @@ def wandb(run_dir: str, project: str | None = None, entity: str | None = None, *
         run_dir: the run directory.
         project: W&B project.
         entity: W&B user or team.
+        finish_timeout: seconds to wait at the end until the server has taken everything; metrics.csv has it in any case.
         kwargs: further arguments of `wandb.init` (`tags`, `notes`, `group`, ...).
     """
     import wandb as package
@@ -109,7 +174,9 @@ def wandb(run_dir: str, project: str | None = None, entity: str | None = None, *
             entity=entity,
             resume="allow",
             # Give up on a server that does not answer rather than hold up the training.
-            settings=package.Settings(mode=mode, init_timeout=20, silent=mode != "online", console="off"),
+            settings=package.Settings(
+                mode=mode, init_timeout=20, finish_timeout=finish_timeout, silent=mode != "online", console="off"
+            ),
             **kwargs,
         )
 
@@ -119,7 +186,7 @@ def wandb(run_dir: str, project: str | None = None, entity: str | None = None, *
             online = logger("online")
             with redacted_arguments():
                 _ = online.experiment  # connects, and sends the command line
-            return online
+            return tolerant(online)
         except Exception as error:  # wandb raises its own errors, requests' and plain ones
             package.teardown()  # or the id would count as in use
             mode, why = "offline", f"the server refuses or does not answer ({str(error).splitlines()[0]})"
@@ -129,7 +196,7 @@ def wandb(run_dir: str, project: str | None = None, entity: str | None = None, *
     if is_rank_zero():
         with redacted_arguments():
             _ = offline.experiment
-    return offline
+    return tolerant(offline)
 
 
 def _wandb_mode() -> tuple[str, str | None]:
@@ -167,7 +234,7 @@ def tensorboard(run_dir: str, **kwargs: Any) -> TensorBoardLogger:
         ConfigError: TensorBoard is not installed.
     """
     try:
-        return TensorBoardLogger(save_dir=run_dir, name="", version="tensorboard", **kwargs)
+        return tolerant(TensorBoardLogger(save_dir=run_dir, name="", version="tensorboard", **kwargs))
     except ModuleNotFoundError as error:
         raise ConfigError("logger=tensorboard: not installed, pip install 'vitrail[tracking]'.") from error
 
@@ -202,4 +269,4 @@ def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> M
     if is_rank_zero() and not id_file.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         id_file.write_text(logger.run_id or "")
-    return logger
+    return tolerant(logger)

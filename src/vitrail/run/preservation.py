@@ -10,6 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.models.checkpoints import read_checkpoint
@@ -31,32 +33,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Whatever happens, the target is the old checkpoint or the new one. Lightning's own goes through a temporary folder,
     which may lie on another file system, so that a process killed while it copies leaves half a file.
+
+    The training waits while its tensors are copied to memory, and goes on while a thread writes them; before a second
+    copy it waits for the first to be written. An error is raised by what comes next: another save, `finish`, the end.
     """
 
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`.
+        """Copy `checkpoint`, and begin to write it to `path`.
 
         Raises:
             ConfigError: the disk is full, or not to be written to; what was there before is still there.
         """
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed while it wrote
-                left.unlink()
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(target)
-            _sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in one of its own
-            unfinished.unlink(missing_ok=True)
-            raise ConfigError(
-                f"{target}: cannot be written ({_reason(error)}); the last good checkpoint is still there, and resume="
-                f"{target.parent.parent} goes on from it."
-            ) from error
+        self.finish()
+        self._writing = self._thread.submit(_write, _copied(checkpoint, {}), Path(path))
+
+    def finish(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            ConfigError: as `save_checkpoint`.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def teardown(self) -> None:
+        """At the end of a training, whatever ended it."""
+        self.finish()
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint; not while it is being written."""
+        self.finish()
+        super().remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint to the CPU, put together where several processes wrote it; nothing in it is executed.
@@ -64,7 +76,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ConfigError: it cannot be read.
         """
+        self.finish()
         return read_checkpoint(path)
+
+
+def _copied(tree: Any, seen: dict[int, Tensor]) -> Any:
+    """A copy of `tree` on the CPU that the training cannot change; a tensor that is there twice stays one."""
+    if isinstance(tree, dict):
+        return {key: _copied(value, seen) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value, seen) for value in tree)
+    if not isinstance(tree, Tensor) or tree.is_meta:
+        return tree
+    if id(tree) not in seen:
+        seen[id(tree)] = tree.detach().to("cpu", copy=True)
+    return seen[id(tree)]
+
+
+def _write(checkpoint: dict[str, Any], target: Path) -> None:
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed while it wrote
+            left.unlink()
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(target)
+        _sync_folder(target.parent)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in one of its own
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{target}: cannot be written ({_reason(error)}); the last good checkpoint is still there, and resume="
+            f"{target.parent.parent} goes on from it."
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -124,6 +124,7 @@ def set_up_logging() -> None:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log file that cannot be written to any more is no reason to stop
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if not is_rank_zero():

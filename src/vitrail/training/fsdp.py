@@ -142,6 +142,7 @@ class FSDP(ModelParallelStrategy):
         if self.is_global_zero:
             whole[FOLDER_KEY] = {"folder": folder.name, "count": self.world_size}
             self.checkpoint_io.save_checkpoint(whole, path)
+            self.checkpoint_io.teardown()  # waits until it is written
             for old in path.parent.glob(f"{path.name}.shards-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)

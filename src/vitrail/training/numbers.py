@@ -146,7 +146,8 @@ class NumberGuard(L.Callback):
 
     def _return(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:
         """Take weights, average and moments out of the last checkpoint, and lower the learning rate."""
-        trainer.strategy.barrier("rollback")  # the first process may be writing
+        trainer.strategy.checkpoint_io.teardown()  # the first process may be writing
+        trainer.strategy.barrier("rollback")
         checkpoint = trainer.strategy.load_checkpoint(self.last, weights_only=True)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         if averages and "averaging_state" in checkpoint:
