@@ -138,8 +138,9 @@ def test_search__ends_bad_trials_early(tmp_path):
     assert height > 500 or len(done) < 5
 
 
-def test_search__stopped_and_continued(tmp_path):
-    """Killed with its first trials under way: these go on, and the search ends with as many trials as asked for."""
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_search__stopped_and_continued(signum, tmp_path):
+    """Ended with its first trials under way: these go on, and the search ends with as many trials as asked for."""
     arguments = (*SEARCH, "hydra.sweeper.trials=5", "hydra.launcher.parallel=2", f"hydra.sweep.dir={tmp_path}/sweep")
     process = subprocess.Popen(
         [sys.executable, TOY, "-m", *arguments], env=environment(tmp_path, TOY_SECONDS="5"), start_new_session=True
@@ -147,8 +148,8 @@ def test_search__stopped_and_continued(tmp_path):
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, signum)
+    process.wait(60)
     assert [trial.state.name for trial in study_of(tmp_path / "sweep").trials] == ["RUNNING", "RUNNING"]
     before = [trial.params for trial in study_of(tmp_path / "sweep").trials]
     result = toy(*arguments, logs=tmp_path)

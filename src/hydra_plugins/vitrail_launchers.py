@@ -103,6 +103,8 @@ class JobLauncher(Launcher):
         for number in range(self.parallel):
             self._sets.put(",".join(visible[number * gpus : (number + 1) * gpus]) if gpus else None)
         self._writing = threading.Lock()
+        self.stopping = threading.Event()
+        """Set by a sweeper that is asked to stop while others of its threads wait for jobs."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `launch` needs."""
@@ -125,7 +127,7 @@ class JobLauncher(Launcher):
         try:
             self.run(waiting, keep)
         except KeyboardInterrupt:
-            print(f"\nstopped; the same command with hydra.sweep.dir={folder} goes on", file=sys.stderr, flush=True)
+            say_how_to_go_on(folder)
             raise
         # COMPLETED even where the job failed: Hydra would end the sweep otherwise. SweepTable sets the exit status.
         return [
@@ -195,6 +197,11 @@ class JobLauncher(Launcher):
         keep(job, (status, time.monotonic() - started))
 
 
+def say_how_to_go_on(folder: Path) -> None:
+    """After Ctrl-C."""
+    print(f"\nstopped; the same command with hydra.sweep.dir={folder} goes on", file=sys.stderr, flush=True)
+
+
 def visible_gpus() -> list[str]:
     """Numbers or names of the GPUs that this process may use, without waking them."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -259,14 +266,13 @@ class SlurmLauncher(JobLauncher):
         print(f"SLURM job{'s' * (len(jobs) > 1)} {names}; output in {submitted[0].paths.folder}", flush=True)
         open_ = dict(zip(submitted, jobs, strict=True))
         try:
-            while open_:
+            while open_ and not self.stopping.is_set():
                 for future in [future for future in open_ if future.done()]:
                     keep(open_.pop(future), (_outcome(future), time.monotonic() - started))
                 time.sleep(1)
-        except KeyboardInterrupt:
+        finally:  # after Ctrl-C
             for future in open_:
                 future.cancel()
-            raise
 
 
 def _outcome(future: Any) -> int | str:
@@ -324,7 +330,9 @@ class RayLauncher(JobLauncher):
             while waiting and len(running) < self.parallel:
                 job = waiting.pop(0)
                 running[task.remote(job)] = job
-            ready, _ = ray.wait(list(running), num_returns=1)
+            if self.stopping.is_set():
+                return
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
             for reference in ready:
                 job = running.pop(reference)
                 try:

@@ -22,6 +22,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.vitrail_launchers import say_how_to_go_on
+
 _WATCH_SECONDS = 1.0
 _SPREAD_FOR_LOG = 10  # largest over smallest value from which an axis is drawn in decades
 
@@ -119,8 +121,12 @@ class OptunaSweeper(Sweeper):
         try:
             for future in futures:
                 future.result()
-        except BaseException:
-            numbers.close()  # no more trials
+        except BaseException as error:
+            self.launcher.stopping.set()
+            with asking:
+                numbers.close()  # no more trials
+            if isinstance(error, KeyboardInterrupt):
+                say_how_to_go_on(directory.absolute())
             raise
         finally:
             pool.shutdown(wait=True)
@@ -161,6 +167,8 @@ class OptunaSweeper(Sweeper):
                     if pruned:
                         (directory / "stop").touch()
         (outcome,) = job.result()
+        if self.launcher.stopping.is_set() and outcome.return_value is None:
+            return  # the study knows it as under way, and goes on with it
         results = outcome.return_value
         if results is not None and self.metric not in results:
             raise ValueError(f"hydra.sweeper.metric={self.metric}: a job's results hold {', '.join(results)}.")

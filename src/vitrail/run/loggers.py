@@ -154,7 +154,7 @@ def wandb(
         run_dir: the run directory.
         project: W&B project.
         entity: W&B user or team.
-        finish_timeout: seconds to wait at the end until the server has taken everything; metrics.csv has it in any case.
+        finish_timeout: seconds to wait at the end for the server to take everything; metrics.csv has it anyway.
         kwargs: further arguments of `wandb.init` (`tags`, `notes`, `group`, ...).
     """
     import wandb as package
