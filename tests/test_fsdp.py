@@ -75,6 +75,7 @@ def test_checkpoints__go_from_any_number_of_processes_to_any(tmp_path):
             ranks=ranks,
         )
         assert len(metrics(directory)) == 2
+        assert bool(list(directory.glob("checkpoints/last.ckpt.shards-*"))) == trainer.startswith("fsdp")
         after[directory.name] = read_checkpoint(directory / "checkpoints" / "last.ckpt")
     expected = after["single_cpu"]
     assert expected["global_step"] == 8

@@ -326,20 +326,24 @@ class RayLauncher(JobLauncher):
         started = time.monotonic()
         waiting = list(jobs)
         running: dict[Any, Job] = {}
-        while waiting or running:
-            while waiting and len(running) < self.parallel:
-                job = waiting.pop(0)
-                running[task.remote(job)] = job
-            if self.stopping.is_set():
-                return
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
-            for reference in ready:
-                job = running.pop(reference)
-                try:
-                    outcome: int | str = ray.get(reference)
-                except Exception as error:  # Ray's own: the worker died, the cluster lost a node
-                    outcome = f"{type(error).__name__}"
-                keep(job, (outcome, time.monotonic() - started))
+        try:
+            while (waiting or running) and not self.stopping.is_set():
+                while waiting and len(running) < self.parallel:
+                    job = waiting.pop(0)
+                    running[task.remote(job)] = job
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
+                for reference in ready:
+                    job = running.pop(reference)
+                    try:
+                        outcome: int | str = ray.get(reference)
+                    except Exception as error:  # Ray's own: the worker died, the cluster lost a node
+                        outcome = f"{type(error).__name__}"
+                    keep(job, (outcome, time.monotonic() - started))
+        finally:  # after Ctrl-C
+            for reference in running:
+                ray.cancel(reference)
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=30)
 
 
 def _ray_task(job: Job) -> int:

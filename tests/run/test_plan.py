@@ -47,6 +47,12 @@ def test_memory__grows_with_the_batch_and_shrinks_with_checkpointing():
     assert planned().images == len(Digits().open("train"))
 
 
+def test_memory__of_a_sharded_model():
+    """Weights, gradients, AdamW's moments and the average, 20 bytes a parameter, on eight devices instead of one."""
+    whole, cut = (planned("model=vit_large", "data=imagenet", f"trainer={name}_8gpu") for name in ("ddp", "fsdp"))
+    assert whole.memory - cut.memory == pytest.approx(whole.cost.parameters * 20 * 7 / 8)
+
+
 def test_work__of_a_teacher_and_of_submodels():
     """A teacher's forward pass is a third of what its MACs cost in training; two submodels are twice the work."""
     alone = planned("experiment=deit_tiny", "trainer=ddp_8gpu")

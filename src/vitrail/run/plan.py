@@ -85,7 +85,8 @@ def make_plan(config: DictConfig) -> Plan:
     # Two operations a multiply-accumulate; the backward pass is twice the forward pass, and a teacher has none.
     work = 6 * cost.macs * passes + (2 * teacher.macs if teacher else 0)
     speed = devices * PEAK * UTILISATION / work
-    held = cost.parameters * (8 + states + averaged) + (4 * teacher.parameters if teacher else 0)
+    sharing = devices if str(config.strategy.get("_target_", "")).endswith(".FSDP") else 1  # but for a gathered block
+    held = cost.parameters * (8 + states + averaged) / sharing + (4 * teacher.parameters if teacher else 0)
     epochs = int(trainer.max_epochs)
     return Plan(
         missing=missing,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.models.checkpoints import read_checkpoint
+from vitrail.models.shards import FOLDER_KEY
 from vitrail.training.classifier import next_batch
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
             os.fsync(file.fileno())
         unfinished.replace(target)
         _sync_folder(target.parent)
+        for folder in target.parent.glob(f"{target.name}.shards-*"):  # of the checkpoint that was here before
+            if folder.name != checkpoint.get(FOLDER_KEY, {}).get("folder"):
+                shutil.rmtree(folder, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in one of its own
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)

