@@ -13,7 +13,6 @@ from programs import (
     environment,
     error_of,
     metrics,
-    run,
     run_directories,
     run_ranks,
     start_ranks,
@@ -40,8 +39,9 @@ def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
     directory, logs = finished_one
     results = []
     for trainer, batch in (("cpu", 359), ("ddp_cpu_2", 50)):
-        result = run("eval.py", f"ckpt={directory}", f"trainer={trainer}", f"+data.eval_batch_size={batch}", logs=logs)
-        assert result.returncode == 0, result.stderr
+        options = (f"ckpt={directory}", f"trainer={trainer}", f"+data.eval_batch_size={batch}")
+        for result in run_ranks("eval.py", *options, logs=logs, ranks=1 if trainer == "cpu" else 2):
+            assert result.returncode == 0, result.stderr
         results.append(json.loads((run_directories(logs, "eval")[-1] / "results.json").read_text())["raw"])
     assert results[1]["top1"] == pytest.approx(results[0]["top1"], abs=1e-4)
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
@@ -101,11 +101,11 @@ def finished_one(tmp_path):
 def test_ddp__a_corrupt_image_on_one_rank_ends_both(image_tree, tmp_path):
     broken = image_tree / "train" / "pagoda" / "pagoda_3.jpg"
     broken.write_bytes(broken.read_bytes()[:2000])
-    result = run(
+    results = run_ranks(
         *("train.py", "data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=2"),
         *("data.num_workers=1", "trainer=ddp_cpu_2", "model=vit_nano", "epochs=1", "callbacks.model_summary=null"),
         logs=tmp_path,
         timeout=120,
     )
-    assert result.returncode != 0
-    assert "pagoda_3.jpg: not a readable image" in result.stderr
+    assert all(result.returncode > 0 for result in results)
+    assert "pagoda_3.jpg: not a readable image" in results[0].stderr + results[1].stderr

@@ -1,6 +1,7 @@
 """Lists of image files that are kept: the same as listed anew, made anew when the tree changes, cheap to hold."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def test_index__the_same_listed_and_kept(tree, tmp_path, monkeypatch):
 def test_index__made_anew(tree, tmp_path, change, monkeypatch):
     FileIndex(tree, CLASSES, tmp_path / "cache")
     (folder,) = (tmp_path / "cache").iterdir()
+    for old in folder.glob("arrays-*"):
+        os.utime(old, (0, 0))  # long not used
     classes, expected = list(CLASSES), list(FILES)
     if change == "add":
         (tree / "c" / "new.jpg").touch()
@@ -108,6 +111,23 @@ def test_index__clock_set_back(tree, tmp_path, monkeypatch):
     manifest.write_text(json.dumps({**content, "began": content["began"] + 1e6}))
     (tree / "c" / "new.jpg").touch()
     assert len(FileIndex(tree, CLASSES, tmp_path / "cache")) == 8
+
+
+def _list_and_read(tree, cache):
+    for _ in range(30):
+        assert FileIndex(tree, CLASSES, cache).paths() == FILES
+
+
+def test_index__many_processes_list_at_once(tree, tmp_path):
+    """A tree that has just changed is listed anew by all: none takes away what another one is about to open."""
+    settle(tree, seconds=-60)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_list_and_read, args=(tree, tmp_path / "cache")) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 6
 
 
 def test_index__no_place_to_keep_it(tree, tmp_path):

@@ -66,6 +66,7 @@ def test_work__of_a_teacher_and_of_submodels():
     assert cosub.activations == pytest.approx(2 * once.activations)
 
 
+@pytest.mark.slow  # builds every network
 def test_hours__of_every_header_are_what_the_plan_computes(monkeypatch):
     """The headers were not made up: time of the recipe's MACs at the stated share of an A100."""
     monkeypatch.setattr("vitrail.run.plan.activation_bytes", lambda *_: 0)  # which would take long for large ones

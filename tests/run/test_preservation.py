@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from assembly import assemble
-from programs import error_of, metrics, run, run_directories, start, train
+from programs import error_of, metrics, run, run_directories, run_ranks, start, start_ranks, train
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
 from vitrail.run.loggers import MetricsCSV
@@ -142,22 +142,27 @@ def test_asked_to_stop__saves_and_says_how_to_go_on(signum, image_tree, folder):
 def test_two_processes__one_is_asked_both_save_and_go_on(image_tree, folder):
     """SIGTERM to the second process only; resumed, the weights are those of an uninterrupted run to 1e-6."""
     arguments = (*LIVELY, "trainer=ddp_cpu_2", f"data.root={image_tree}", "data.num_workers=1")
-    expected = weights(train(*arguments, logs=folder("whole")))
+
+    def finish(*options, logs):
+        for result in run_ranks("train.py", *options, logs=logs):
+            assert result.returncode == 0, result.stderr
+        return weights(run_directories(logs)[0])
+
+    expected = finish(*arguments, logs=folder("whole"))
     assert expected["global_step"] == 6
     logs = folder("asked")
-    process = start("train.py", *arguments, "callbacks.keep.minutes=0", logs=logs)
+    processes = start_ranks("train.py", *arguments, "callbacks.keep.minutes=0", logs=logs)
     deadline = time.monotonic() + 120
     while not list(logs.glob("train/runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.001)
-    (second,) = (pid for pid in children(process.pid) if "LOCAL_RANK=1" in environ(pid))
-    os.kill(second, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 128 + signal.SIGTERM, (logs / "stderr.txt").read_text()
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2, (logs / "stderr0.txt").read_text()
     (directory,) = run_directories(logs)
     assert weights(directory)["global_step"] < 6
-    result = run("train.py", f"resume={directory}", logs=logs)
-    assert result.returncode == 0, result.stderr
-    for key, value in weights(directory)["current_model_state"].items():
+    resumed = finish(f"resume={directory}", logs=logs)
+    for key, value in resumed["current_model_state"].items():
         torch.testing.assert_close(value, expected["current_model_state"][key], rtol=0, atol=1e-6)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vitrail.data.images import IMAGE_EXTENSIONS
 
 _VERSION = 1
+_SPARED_SECONDS = 3600
 _SETTLED_SECONDS = 2.0  # a folder that changed less than this before it was listed may have changed after, unseen
 
 
@@ -123,6 +124,7 @@ class FileIndex:
             (folder / arrays).mkdir(parents=True)
             for name in ("names", "ends", "counts"):
                 np.save(folder / arrays / f"{name}.npy", getattr(self, name))
+                setattr(self, name, np.load(folder / arrays / f"{name}.npy", mmap_mode="r"))  # frees the listing's
             manifest = {**self._about(), "began": self._began, "folders": self._folders, "arrays": arrays}
             unfinished = folder / f".manifest.{os.getpid()}"
             unfinished.write_text(json.dumps(manifest), encoding="utf-8")
@@ -130,11 +132,9 @@ class FileIndex:
         except OSError:  # a cache that cannot be written to costs time, nothing else
             shutil.rmtree(folder / arrays, ignore_errors=True)
             return
-        for old in folder.glob("arrays-*"):
-            if old.name != arrays:
+        for old in folder.glob("arrays-*"):  # but what another process may just have written, or be about to open
+            if old.name != arrays and old.stat().st_mtime < time.time() - _SPARED_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
-        for name in ("names", "ends", "counts"):  # give back the memory of the listing
-            setattr(self, name, np.load(folder / arrays / f"{name}.npy", mmap_mode="r"))
 
 
 def is_image(name: str) -> bool:
