@@ -158,7 +158,7 @@ class OptunaSweeper(Sweeper):
         directory = Path(self.config.hydra.sweep.dir) / str(trial.number)
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(self.launcher.launch, [overrides], trial.number)
-            pruned, reported = False, 0
+            pruned, reported = False, len(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
             while not job.done():
                 time.sleep(_WATCH_SECONDS)
                 if self.prune and not pruned:
@@ -184,8 +184,7 @@ class OptunaSweeper(Sweeper):
         file = directory / "metrics.csv"
         if not file.is_file():
             return reported
-        with file.open(newline="", encoding="utf-8") as rows:
-            values = [float(row[self.metric]) for row in csv.DictReader(rows) if row.get(self.metric)]
+        values = _epochs(file, self.metric)
         for epoch, value in enumerate(values[reported:], start=reported + 1):
             trial.report(value, epoch)
         return len(values)
@@ -225,6 +224,9 @@ class SweepTable(Callback):
         metric, largest = self.metric, True
         if "metric" in config.hydra.sweeper:  # a search says itself what is best
             metric, largest = config.hydra.sweeper.metric, config.hydra.sweeper.direction == "maximize"
+        for job in jobs:
+            if job["status"] == "pruned":
+                job["results"] = _best_so_far(Path(job["directory"]), metric, largest)
         sign, worst = (-1 if largest else 1), float("-inf" if largest else "inf")
         differing = varied(jobs)
         table = Table(title=f"{len(jobs)} jobs in {directory}")
@@ -234,7 +236,7 @@ class SweepTable(Callback):
         for job in sorted(jobs, key=lambda job: sign * (job["results"] or {}).get(metric, worst)):
             values = dict(item.split("=", 1) for item in job["overrides"])
             scores = [_number((job["results"] or {}).get(key)) for key in columns]
-            chosen = [values.get(key, "") for key in differing]
+            chosen = [_short(values.get(key, "")) for key in differing]
             table.add_row(str(job["number"]), *chosen, *scores, f"{job['seconds']:.0f}", _status(job["status"]))
         Console().print(table)
         if differing:
@@ -256,13 +258,25 @@ class SweepTable(Callback):
             print(f"picture {directory / 'sweep.png'}")
 
 
+def _epochs(file: Path, metric: str) -> list[float]:
+    with file.open(newline="", encoding="utf-8") as rows:
+        return [float(row[metric]) for row in csv.DictReader(rows) if row.get(metric)]
+
+
+def _best_so_far(directory: Path, metric: str, largest: bool) -> dict[str, float] | None:
+    file = directory / "metrics.csv"
+    values = _epochs(file, metric) if file.is_file() else []
+    return {metric: max(values) if largest else min(values)} if values else None
+
+
 def sweep_picture(jobs: list[dict[str, Any]], metric: str, largest: bool = True) -> Any:
     """A picture of what a sweep found: each job a line through its values, and how much each value mattered.
 
     The importance is fANOVA's (Hutter et al., ICML 2014), from five jobs on.
 
     Args:
-        jobs: what `jobs.json` holds: `overrides` of each job and its `results`.
+        jobs: what `jobs.json` holds: `overrides` of each job, its `status` and its `results`; of one that was ended
+            early, the best so far.
         metric: key of the results.
         largest: whether the largest is the best.
 
@@ -277,12 +291,18 @@ def sweep_picture(jobs: list[dict[str, Any]], metric: str, largest: bool = True)
 
     finished = [job for job in jobs if metric in (job["results"] or {})]
     finished.sort(key=lambda job: job["results"][metric], reverse=not largest)  # the best is drawn last, on top
+    whole = [job.get("status") != "pruned" for job in finished]
     values = [dict(item.split("=", 1) for item in job["overrides"]) for job in finished]
     names = [name for name in varied(finished) if all(name in row for row in values)]
     if not names:
         return None
     scores = [job["results"][metric] for job in finished]
-    importances = _importances(values, names, scores, largest) if len(finished) >= 5 and len(names) > 1 else {}
+    importances = {}
+    if sum(whole) >= 5 and len(names) > 1:
+        rows = [row for row, full in zip(values, whole, strict=True) if full]
+        importances = _importances(
+            rows, names, [score for score, full in zip(scores, whole, strict=True) if full], largest
+        )
     widths = (1 + len(names), 1.6) if importances else (1,)
     figure, panels = pyplot.subplots(
         *(1, len(widths)), figsize=(2 + 2 * len(names) + 2 * len(widths), 4.8), width_ratios=widths, squeeze=False,
@@ -295,7 +315,10 @@ def sweep_picture(jobs: list[dict[str, Any]], metric: str, largest: bool = True)
     for number, colour in enumerate(colours):
         best = number == len(colours) - 1
         heights = [positions[number] for positions, _ in axes]
-        lines.plot(range(len(axes)), heights, color=colour, linewidth=3 if best else 1.2, alpha=1 if best else 0.7)
+        style = (
+            {"linewidth": 3} if best else {"linewidth": 1.2, "alpha": 0.7, "linestyle": "-" if whole[number] else ":"}
+        )
+        lines.plot(range(len(axes)), heights, color=colour, **style)
     for number, (_, ticks) in enumerate(axes):
         lines.axvline(number, color="0.6", linewidth=0.8)
         for height, text in ticks.items():
@@ -304,7 +327,8 @@ def sweep_picture(jobs: list[dict[str, Any]], metric: str, largest: bool = True)
     lines.set_xlim(-0.1, len(axes) - 0.6)
     lines.set_yticks([])
     lines.spines[:].set_visible(False)
-    lines.set_title(f"{len(finished)} jobs; the best {scores[-1]:.4g}, drawn thick", loc="left")
+    early = "" if all(whole) else f", {whole.count(False)} ended early (dotted)"
+    lines.set_title(f"{len(finished)} jobs{early}; the best {scores[-1]:.4g} (thick)", loc="left")
     if importances:
         bars, ranked = panels[0][1], sorted(importances, key=lambda name: importances[name])
         bars.barh(ranked, [importances[name] for name in ranked], color="0.45")
@@ -394,6 +418,11 @@ def _status(status: int | str) -> str:
     if status == 0:
         return "done"
     return "ended early" if status == "pruned" else f"[red]failed ({status})"
+
+
+def _short(value: str) -> str:
+    """A sampled number in a few digits."""
+    return f"{float(value):.4g}" if "." in value and _is_number(value) else value
 
 
 def _number(value: float | None) -> str:

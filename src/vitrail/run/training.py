@@ -301,7 +301,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
         strategy=instantiate(config.strategy, "strategy"),
         callbacks=callbacks,
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *slurm_environment()],
+        plugins=[AtomicCheckpointIO(), *slurm_environment(config.trainer)],
         default_root_dir=str(run.path),
     )
     for logger in loggers:
@@ -310,9 +310,12 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     return trainer
 
 
-def slurm_environment() -> list[SLURMEnvironment]:
-    """Lightning's SLURM environment where there is one, without its requeueing: KeepWork listens to signals."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+def slurm_environment(trainer: DictConfig) -> list[SLURMEnvironment]:
+    """Lightning's SLURM environment where srun started the processes; signals are KeepWork's, not its requeueing's."""
+    tasks, devices = os.environ.get("SLURM_NTASKS"), trainer.devices
+    wanted = str(devices * trainer.num_nodes) if isinstance(devices, int) else tasks
+    managed = SLURMEnvironment.detect() and tasks == wanted and "TORCHELASTIC_RUN_ID" not in os.environ
+    return [SLURMEnvironment(auto_requeue=False)] if managed else []
 
 
 def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module) -> Path | None:

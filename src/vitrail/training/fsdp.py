@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from vitrail.errors import ConfigError
+from vitrail.models.checkpoints import read_checkpoint
 from vitrail.models.heads import several_heads
 from vitrail.models.shards import FOLDER_KEY, cut_like, put_back, rows_of, take_out, write_shard
 from vitrail.training.classifier import ImageClassifier
@@ -168,9 +169,8 @@ class FSDP(ModelParallelStrategy):
             ConfigError: it cannot be read, or its parts are missing.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         rows = rows_of(self.mesh.get_local_rank(), self.mesh.size())
-        checkpoint = put_back(checkpoint, path, rows, self.mesh)
+        checkpoint = put_back(read_checkpoint(path, values=False), path, rows, self.mesh)
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
         for part in ("state_dict", "current_model_state"):
