@@ -90,6 +90,10 @@ class FSDP(ModelParallelStrategy):
                 block.compile(mode=compile_mode)
             fully_shard(block, **options)
         fully_shard(model, **options)
+        if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo gives the sum where the mean is asked for
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
         # Gather the outermost weights also where the heads are asked for apart.
         model.several_heads = MethodType(several_heads, model)  # type: ignore[assignment]
         register_fsdp_forward_method(model, "several_heads")
