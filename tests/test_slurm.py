@@ -121,6 +121,22 @@ def test_launcher__an_array_of_two_trainings_of_two_tasks(cluster, tmp_path):
         assert f"#SBATCH {line}" in script
 
 
+def test_search__on_slurm(cluster, tmp_path):
+    """Optuna here, its trials there, two at a time, of a program that only pretends to train; bad ones end early."""
+    options = ("epochs=8", "hydra.sweeper.trials=6", "hydra.sweeper.prune=median", "hydra.sweeper.prune_after=1")
+    call(
+        *(sys.executable, str(PROJECT / "tests/toy_training.py"), "-m", "sweep=lr_wd", "launcher=slurm", "trainer=cpu"),
+        *(*options, "hydra.launcher.parallel=2"),
+        logs=tmp_path,
+        cluster={**cluster, "TOY_SECONDS": "1.5"},
+    )
+    jobs = json.loads((sweep_of(tmp_path) / "jobs.json").read_text())
+    assert [job["number"] for job in jobs] == list(range(6))
+    assert {job["status"] for job in jobs} == {0, "pruned"}
+    assert len(list((sweep_of(tmp_path) / "slurm").glob("*_submission.sh"))) == 6
+    assert (sweep_of(tmp_path) / "sweep.png").is_file()
+
+
 def test_launcher__a_job_that_dies_is_told_of(cluster, begin, tmp_path):
     """The second is refused by its config, the third is killed; the first one finishes."""
     options = ("trainer=cpu", "augment=deit", "data.batch_size=16,17,18", "epochs=40", *QUICK[1:])
