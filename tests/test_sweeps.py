@@ -138,7 +138,7 @@ def test_search__ends_bad_trials_early(tmp_path):
     assert height > 500 or len(done) < 5
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_search__stopped_and_continued(signum, tmp_path):
     """Ended with its first trials under way: these go on, and the search ends with as many trials as asked for."""
     arguments = (*SEARCH, "hydra.sweeper.trials=5", "hydra.launcher.parallel=2", f"hydra.sweep.dir={tmp_path}/sweep")

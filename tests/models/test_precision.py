@@ -50,9 +50,10 @@ def train_with_large_weights(name, precision, steps):
         optimizer.step()
 
 
+@pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t"])
-def test_bf16__finite_with_large_weights(name):
-    train_with_large_weights(name, torch.bfloat16, steps=200)
+def test_bf16__finite_with_large_weights(name, steps):
+    train_with_large_weights(name, torch.bfloat16, steps)
 
 
 def test_fp16__finite_with_large_weights():
@@ -76,7 +77,7 @@ def test_bf16__close_to_fp32(name):
     assert (half - exact).abs().max() < 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compile__one_graph(name, training):
     """One graph for model and for its heads, traced forwards and backwards; the same numbers."""

@@ -117,6 +117,7 @@ def test_several_loggers__without_key_and_network(tmp_path):
     assert steps == [(2,)]
 
 
+@pytest.mark.slow  # the next one's server fails later
 def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
     class Refusing(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -344,7 +344,7 @@ def running(logs, root, *arguments):
     return process, run_directories(logs)[0]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_is_killed__the_others_end_and_say_so(rank, image_tree, tmp_path):
     process, directory = running(tmp_path, image_tree, "trainer=ddp_cpu_2")
     (second,) = (pid for pid in children(process.pid) if "LOCAL_RANK=1" in environ(pid))
