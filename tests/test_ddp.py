@@ -83,8 +83,10 @@ def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_pa
         process.kill()
         process.join()
     before = read_checkpoint(last)
-    (result,) = run_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=1, **id_)
+    again = {**id_, "TORCHELASTIC_MAX_RESTARTS": "3"}
+    (result,) = run_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=1, **again)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in result.stdout
     assert "started again in" in result.stdout
     after = read_checkpoint(last)
     images = before["global_step"] * 32
@@ -93,6 +95,8 @@ def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_pa
     assert rates == pytest.approx([1e-5, 1e-5], rel=0.1)  # the end of the cosine, although there were fewer steps
     changed = run_ranks("train.py", *options, "optimizer.lr=1", logs=tmp_path, ranks=1, **id_)
     assert "holds another training; give this one another (or --rdzv-id)" in error_of(changed[0])
+    nameless = run_ranks("train.py", logs=tmp_path, ranks=1, TORCHELASTIC_USE_AGENT_STORE="False")
+    assert "--rdzv-id: torchrun needs one" in error_of(nameless[0])
 
 
 @pytest.fixture

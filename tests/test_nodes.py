@@ -62,7 +62,7 @@ def agent(number, nodes, nnodes, *arguments, logs):
     network = {"GLOO_SOCKET_IFNAME": f"v{number}", "TP_SOCKET_IFNAME": f"v{number}"}
     return subprocess.Popen(
         command,
-        env=environment(logs, **network),
+        env=environment(logs, **network, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
         cwd=logs,
         stdout=(logs / f"out{number}.txt").open("w"),
         stderr=subprocess.STDOUT,
@@ -101,7 +101,7 @@ def test_a_machine_dies__the_other_goes_on_from_the_last_checkpoint(nodes, tmp_p
     assert both[0].wait(250) == 0, (tmp_path / "out0.txt").read_text()
     said = (tmp_path / "out0.txt").read_text()
     assert "4 x cpu" in said
-    assert "started again in" in said
+    assert said.count("started again in") == 1  # at the first try
     assert "2 x cpu" in said.split("started again in")[1]
     rows = metrics(last.parent.parent)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]

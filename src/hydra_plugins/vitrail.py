@@ -34,6 +34,8 @@ def _agree(stamp: str) -> str:
 
     (The ranks that Lightning starts are given the run directory on their command line.)
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("--rdzv-id: torchrun needs one with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

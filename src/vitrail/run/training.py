@@ -155,6 +155,13 @@ def given_processes(trainer: DictConfig) -> DictConfig:
     """The trainer's config for the processes that torchrun has started, whose number it decides."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return trainer
+    restarts, kept = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts != "0" and kept == "True":  # github.com/pytorch/pytorch/issues/135712
+        log.warning(
+            "torchrun --max-restarts=%s: processes that are started again may look for those that are gone; start"
+            " torchrun with --rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.",
+            restarts,
+        )
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     given = OmegaConf.merge(trainer, {"devices": local, "num_nodes": world // local})
     assert isinstance(given, DictConfig)
