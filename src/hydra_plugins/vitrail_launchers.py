@@ -240,9 +240,7 @@ class SlurmLauncher(JobLauncher):
 
     def run(self, jobs: list[Job], keep: Callable[[Job, Outcome], None]) -> None:
         """Submit the jobs and wait for all."""
-        os.environ["SUBMITIT_PREEMPT_SIGNAL"] = (
-            "USR1"  # read at import, here and in the job; the training listens to it
-        )
+        os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read at import, here and in the job; trainings listen to it
         try:
             import submitit
         except ImportError as error:

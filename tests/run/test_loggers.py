@@ -4,7 +4,8 @@ import socket
 import sqlite3
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -117,6 +118,17 @@ def test_several_loggers__without_key_and_network(tmp_path):
     assert steps == [(2,)]
 
 
+@contextmanager
+def wandb_server(handler):
+    """A server that answers as `handler` says; gives the environment that leads to it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    finally:
+        server.shutdown()
+
+
 @pytest.mark.slow  # the next one's server fails later
 def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
     class Refusing(BaseHTTPRequestHandler):
@@ -129,20 +141,9 @@ def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
         def log_message(self, *_):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     started = time.monotonic()
-    try:
-        result = run(
-            *("train.py", "logger=wandb", *QUICK),
-            logs=tmp_path,
-            fresh=True,
-            COLUMNS="400",
-            WANDB_API_KEY="0" * 40,
-            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
-        )
-    finally:
-        server.shutdown()
+    with wandb_server(Refusing) as variables:
+        result = run("train.py", "logger=wandb", *QUICK, logs=tmp_path, fresh=True, COLUMNS="400", **variables)
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("stored offline") == 1
     assert len(metrics(run_directories(tmp_path)[0])) == 1
@@ -174,20 +175,10 @@ def test_wandb__a_server_that_fails_later_does_not_stop_the_training(tmp_path):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     started = time.monotonic()
-    try:
-        result = run(
-            *("train.py", "logger=wandb", *QUICK, "epochs=3", "logger.wandb.finish_timeout=5"),
-            logs=tmp_path,
-            fresh=True,
-            WANDB_API_KEY="0" * 40,
-            WANDB_MODE="online",
-            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
-        )
-    finally:
-        server.shutdown()
+    options = ("logger=wandb", *QUICK, "epochs=3", "logger.wandb.finish_timeout=5")
+    with wandb_server(Failing) as variables:
+        result = run("train.py", *options, logs=tmp_path, fresh=True, WANDB_MODE="online", **variables)
     assert result.returncode == 0, result.stderr
     assert Failing.failed
     assert "stored offline" not in result.stdout + result.stderr
