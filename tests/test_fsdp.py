@@ -170,7 +170,7 @@ def test_last__survives_kills_while_it_is_written(kills, tmp_path):
 
 @pytest.mark.slow  # the compiler takes its time
 def test_compiled__block_by_block(tmp_path):
-    options = ("model=vit_nano", *COMMON, "epochs=1", "model.depth=2")
+    options = ("model=vit_nano", *COMMON, "epochs=1", "+model.depth=2")
     one = train("trainer=cpu", "data.batch_size=32", *options, logs=tmp_path)
     two = shared("trainer=fsdp_cpu_2", "data.batch_size=16", "compile=default", *options, logs=tmp_path, timeout=400)
     assert metrics(two)[0]["train/loss"] == pytest.approx(metrics(one)[0]["train/loss"], abs=1e-4)
