@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from hydra_plugins.vitrail_secrets import redacted
@@ -123,6 +124,9 @@ def _composition(error: BaseException, text: str) -> str:
         return f"{group}={name}: no such file in conf/{group}/; {known}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__
+    for told in (error, cause):
+        if type(told) is HydraException:  # by hydra_plugins, in a sentence
+            return str(told)
     if cause is not None and str(cause).strip() not in text:
         lines.append(sentence(cause))
     return " ".join(line for line in lines if "HYDRA_FULL_ERROR" not in line) or type(error).__name__

@@ -137,7 +137,9 @@ def _execute(command: list[str], variables: dict[str, str], folder: str, files: 
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
+    rank_zero_only.rank = int(variables.get("RANK", "0"))  # which Lightning reads when it is imported
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     runpy.run_path(command[0], run_name="__main__")
 

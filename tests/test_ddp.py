@@ -71,7 +71,7 @@ def test_torchrun__one_run_directory_for_all_ranks(tmp_path):
 def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_path):
     """Four, killed within an epoch, and then one, as after the loss of machines: after the same images."""
     options = ("trainer=ddp_cpu_2", "data.batch_size=8", "epochs=1", "schedule.per_step=true", *QUICK[3:])
-    id_ = {"TORCHELASTIC_RUN_ID": "mine"}
+    id_ = {"TORCHELASTIC_RUN_ID": "mine", "LOGS_SECRET": str(tmp_path)}  # all paths in the config hold it
     processes = start_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=4, **id_)
     directory = tmp_path / "train" / "runs" / "torchrun_mine"
     last = directory / "checkpoints" / "last.ckpt"

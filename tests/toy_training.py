@@ -14,11 +14,13 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.plugins import Plugins  # noqa: E402
 
+from hydra_plugins.vitrail_secrets import redacted  # noqa: E402
+
 
 def main(config):
     """The best learning rate is 1e-3; every epoch brings it a step closer. `seed=13` dies, `seed=14` is killed."""
     directory = Path(HydraConfig.get().runtime.output_dir)
-    overrides = [*HydraConfig.get().overrides.task]
+    overrides = redacted([*HydraConfig.get().overrides.task])
     (directory / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
     (directory / "starts.txt").open("a").write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {config.resume}\n")
     if config.seed == 13:

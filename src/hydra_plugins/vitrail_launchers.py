@@ -26,9 +26,12 @@ from typing import Any, NamedTuple
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus, configure_log
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from hydra_plugins.vitrail_secrets import redacted
 
 # What a launcher (Lightning's, torchrun's) tells a process about its rank; a job must not inherit it.
 _RANK_VARIABLES = (
@@ -94,11 +97,13 @@ class JobLauncher(Launcher):
     def __init__(self, parallel: int | None = 1, gpus: int | None = None) -> None:
         visible = visible_gpus() if gpus else []
         if gpus and len(visible) < gpus:
-            raise ValueError(f"launcher.gpus={gpus}: only {len(visible)} GPUs are visible here.")
+            raise HydraException(f"hydra.launcher.gpus={gpus}: only {len(visible)} GPUs are visible here.")
         most = len(visible) // gpus if gpus else 1
         self.parallel = most if parallel is None else parallel
         if gpus and self.parallel > most:
-            raise ValueError(f"launcher.parallel={parallel}: {len(visible)} GPUs are enough for {most} jobs of {gpus}.")
+            raise HydraException(
+                f"hydra.launcher.parallel={parallel}: {len(visible)} GPUs are enough for {most} jobs of {gpus}."
+            )
         self._sets: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for number in range(self.parallel):
             self._sets.put(",".join(visible[number * gpus : (number + 1) * gpus]) if gpus else None)
@@ -115,6 +120,7 @@ class JobLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        _redact(folder / "multirun.yaml")
         jobs = [
             self._job(folder, number, [item for item in overrides if not item.startswith(("launcher=", "sweep="))])
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
@@ -152,8 +158,9 @@ class JobLauncher(Launcher):
         ours = ("hydra.mode=", "hydra.sweep", "hydra.run.", "hydra.launcher", "hydra.sweeper")
         hydra_overrides = [item for item in self.config.hydra.overrides.hydra if not item.startswith(ours)]
         program = [sys.executable, str(Path(sys.argv[0]).absolute())]
-        command = [*program, *flags, *overrides, *hydra_overrides, f'hydra.run.dir="{directory}"']
-        return Job(number, overrides, str(directory), command)
+        told = redacted(list(overrides))  # what is left out, the job finds in its environment
+        command = [*program, *flags, *told, *redacted(hydra_overrides), f'hydra.run.dir="{directory}"']
+        return Job(number, told, str(directory), command)
 
     def _record(self, folder: Path, job: Job, outcome: Outcome) -> None:
         """Put a job's end into `jobs.json`, in place of what an earlier start noted of it."""
@@ -195,6 +202,12 @@ class JobLauncher(Launcher):
             status = job.run(output, **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}))
         self._sets.put(gpus)
         keep(job, (status, time.monotonic() - started))
+
+
+def _redact(file: Path) -> None:
+    """Take secrets out of what Hydra wrote."""
+    if file.is_file() and (text := file.read_text(encoding="utf-8")) != redacted(text):
+        file.write_text(redacted(text), encoding="utf-8")
 
 
 def say_how_to_go_on(folder: Path) -> None:
@@ -244,7 +257,7 @@ class SlurmLauncher(JobLauncher):
         try:
             import submitit
         except ImportError as error:
-            raise ValueError("launcher=slurm: needs submitit, pip install 'vitrail[slurm]'.") from error
+            raise HydraException("launcher=slurm: needs submitit, pip install 'vitrail[slurm]'.") from error
         if not jobs:
             return
         submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=_ASK_SECONDS)
@@ -259,7 +272,7 @@ class SlurmLauncher(JobLauncher):
             started = time.monotonic()
             submitted = executor.map_array(_slurm_task, jobs)
         except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"launcher=slurm: {str(error).splitlines()[0]}") from error
+            raise HydraException(f"launcher=slurm: {str(error).splitlines()[0]}") from error
         names = ", ".join(str(job.job_id) for job in submitted)
         print(f"SLURM job{'s' * (len(jobs) > 1)} {names}; output in {submitted[0].paths.folder}", flush=True)
         open_ = dict(zip(submitted, jobs, strict=True))
@@ -316,7 +329,7 @@ class RayLauncher(JobLauncher):
         try:
             import ray
         except ImportError as error:
-            raise ValueError("launcher=ray: needs Ray, pip install 'vitrail[ray]'.") from error
+            raise HydraException("launcher=ray: needs Ray, pip install 'vitrail[ray]'.") from error
         with self._starting:
             if not ray.is_initialized():
                 ray.init(address=self.address, log_to_driver=False, include_dashboard=False)

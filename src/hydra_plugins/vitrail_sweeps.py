@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -57,7 +58,7 @@ class OptunaSweeper(Sweeper):
         storage: str | None = None,
     ) -> None:
         if prune not in (None, "median", "halving"):
-            raise ValueError(f"hydra.sweeper.prune={prune}: choose median, halving or null.")
+            raise HydraException(f"hydra.sweeper.prune={prune}: choose median, halving or null.")
         self.metric, self.direction, self.trials, self.seed = metric, direction, trials, seed
         self.prune, self.prune_after, self.storage = prune, prune_after, storage
         self.space = {str(key): OmegaConf.to_container(OmegaConf.create(value)) for key, value in space.items()}
@@ -75,16 +76,18 @@ class OptunaSweeper(Sweeper):
         """Run all trials.
 
         Raises:
-            ValueError: an argument sweeps by itself, or the results lack the metric.
+            HydraException: an argument sweeps by itself, or the results lack the metric.
         """
         try:
             import optuna
         except ImportError as error:
-            raise ValueError("sweep: the search needs Optuna, pip install 'vitrail[sweep]'.") from error
+            raise HydraException("sweep: the search needs Optuna, pip install 'vitrail[sweep]'.") from error
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         if swept := [item.input_line for item in parser.parse_overrides(arguments) if item.is_sweep_override()]:
-            raise ValueError(f"{swept[0]}: several values do not go with a search; put the key into the sweep's space.")
+            raise HydraException(
+                f"{swept[0]}: several values do not go with a search; put the key into the sweep's space."
+            )
         directory = Path(self.config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, directory / "multirun.yaml")
@@ -168,7 +171,7 @@ class OptunaSweeper(Sweeper):
             return  # the study knows it as under way, and goes on with it
         results = outcome.return_value
         if results is not None and self.metric not in results:
-            raise ValueError(f"hydra.sweeper.metric={self.metric}: a job's results hold {', '.join(results)}.")
+            raise HydraException(f"hydra.sweeper.metric={self.metric}: a job's results hold {', '.join(results)}.")
         if results is not None:
             study.tell(trial, results[self.metric])
         elif pruned:

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from assembly import assemble
 from programs import error_of, metrics, run, run_directories, run_ranks, start, start_ranks, train
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, TrainingError
 from vitrail.models import create_model
+from vitrail.run import preservation
+from vitrail.run.directory import RunDirectory
 from vitrail.run.loggers import MetricsCSV
-from vitrail.run.preservation import AtomicCheckpointIO, KeepWork, check_space
+from vitrail.run.preservation import AtomicCheckpointIO, KeepWork, Stopped, check_space, lost_process
 
 # Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
 LIVELY = (
@@ -329,6 +332,20 @@ def test_space__is_checked_before_the_training(tmp_path, monkeypatch):
         check_space(tmp_path, model, averaged=True)
 
 
+def test_space__of_the_checkpoints_that_are_there(tmp_path, monkeypatch):
+    """A training that is resumed needs room for the next one only."""
+    model = create_model("vit_nano", 10, 32)
+    one = 16 * sum(parameter.numel() for parameter in model.parameters())
+    (tmp_path / "last.ckpt.shards-1").mkdir()
+    for name in ("best.ckpt", "last.ckpt.shards-1/00000.safetensors"):
+        (tmp_path / name).write_bytes(b" " * one)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": one}))
+    check_space(tmp_path, model, averaged=True)
+    (tmp_path / "best.ckpt").unlink()
+    with pytest.raises(ConfigError, match=r"has 0.00 GiB left, checkpoints need"):
+        check_space(tmp_path, model, averaged=True)
+
+
 def test_unwritable_folder__is_named(tmp_path):
     (tmp_path / "train").write_text("in the way")
     assert "train" in error_of(run("train.py", "trainer=cpu", logs=tmp_path))
@@ -368,13 +385,32 @@ def state(pid):
 
 
 def test_a_loader_process_is_killed__and_named(image_tree, tmp_path):
+    """Before, a second training is kept out of the directory; after, one finds it free."""
     process, directory = running(tmp_path, image_tree)
+    second = run("train.py", f"resume={directory}", logs=tmp_path)
+    assert f"error: {directory}: another process is training there; end it first" in error_of(second)
+    assert process.is_alive()
     os.kill(children(process.pid)[0], signal.SIGKILL)
     process.join(60)
     assert process.exitcode == 1
     said = (tmp_path / "stderr.txt").read_text()
     assert "data.num_workers: a loader process was killed" in said
     assert f"resume={directory} goes on" in said
+    RunDirectory(directory).claim(patience=0)
+
+
+def test_lost_process__only_what_means_that(tmp_path):
+    def meaning(text, kind=RuntimeError):
+        told = lost_process(kind(text), tmp_path / "nccl-run")
+        return told and str(told).split(":")[0].split(" (")[0]
+
+    assert meaning("DataLoader worker (pid 7) is killed by signal: Killed.") == "data.num_workers"
+    assert meaning("DataLoader worker (pid(s) 7, 8) exited unexpectedly") == "data.num_workers"
+    assert meaning("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...") is None
+    assert (
+        meaning("[gloo/transport/tcp/pair.cc] Connection closed by peer") == "another process of this training is gone"
+    )
+    assert meaning(f"a loss of nan; kept in {tmp_path}/nccl-run/bad_step.pt", TrainingError) is None
 
 
 def test_images_vanish__and_are_named_or_left_out(image_tree, folder):
@@ -398,6 +434,42 @@ def test_images_vanish__and_are_named_or_left_out(image_tree, folder):
     skipping.kill()
     skipping.join()
     assert "pagoda_0.jpg: not a readable image (no such file)" in (directory / "skipped.txt").read_text()
+
+
+def test_stop__only_when_all_is_written(image_tree, folder, monkeypatch):
+    """Who started the processes may kill all when the first of them has ended."""
+    write = preservation._write
+
+    def slowly(checkpoint, target):
+        time.sleep(0.5)
+        write(checkpoint, target)
+
+    seen = []
+
+    class Noted(Stopped):
+        def __init__(self, signum):
+            super().__init__(signum)
+            seen.append(weights(directory)["global_step"])
+
+    monkeypatch.setattr(preservation, "_write", slowly)
+    monkeypatch.setattr(preservation, "Stopped", Noted)
+    directory = folder("run")
+    trainer, module, data = assemble(directory, *LIVELY, f"data.root={image_tree}", "data.num_workers=0")
+    (keep,) = (callback for callback in trainer.callbacks if isinstance(callback, KeepWork))
+    keep._asked = signal.SIGTERM
+    with pytest.raises(Stopped) as stopped:
+        trainer.fit(module, datamodule=data)
+    assert seen == [1]
+    assert stopped.value.status(trainer) == 143
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert stopped.value.status(trainer) == 143
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert stopped.value.status(trainer) == 0
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for rank, outside, status in ((0, False, 143), (1, False, 0), (1, True, 143)):
+        cluster = SimpleNamespace(creates_processes_externally=outside)
+        helper = SimpleNamespace(local_rank=rank, strategy=SimpleNamespace(cluster_environment=cluster))
+        assert stopped.value.status(helper) == status
 
 
 def test_interrupt__the_second_one_ends_at_once(monkeypatch, tmp_path, capfd):

@@ -6,7 +6,7 @@ import re
 import yaml
 
 from programs import QUICK, error_of, metrics, run, run_directories, train
-from vitrail.run.reproduction import changes
+from vitrail.run.reproduction import changes, comparison
 
 
 def test_reproduce__the_same_metrics_in_a_new_run(tmp_path):
@@ -34,6 +34,15 @@ def test_reproduce__says_what_differs(tmp_path):
     assert re.search(r"since that run: timm 0\.1, now 1\.", result.stdout)
     assert "Not the same; see the table." in result.stdout
     assert json.loads((run_directories(tmp_path)[-1] / "results.json").read_text())["reproduced"] is False
+
+
+def test_comparison__of_numbers_that_are_none(tmp_path):
+    for name, losses in (("one", "1.0 nan"), ("two", "1.0 nan"), ("three", "1.0 0.5"), ("four", "1.0")):
+        (tmp_path / name).mkdir()
+        rows = "".join(f"{epoch},{loss}\n" for epoch, loss in enumerate(losses.split()))
+        (tmp_path / name / "metrics.csv").write_text(f"epoch,train/loss\n{rows}")
+    found = {name: comparison(tmp_path / "one", tmp_path / name)[1] for name in ("two", "three", "four")}
+    assert found == {"two": True, "three": False, "four": False}
 
 
 def test_reproduce__errors(tmp_path):

@@ -1,12 +1,13 @@
 """Configs and checkpoints of others are data; secrets stay in the environment."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -15,6 +16,8 @@ from hydra_plugins.vitrail_secrets import redacted
 from programs import PROJECT, QUICK, environment, error_of, run, run_directories
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef", "CLUSTER_TOKEN": "s3cr3t-of-the-cluster"}
+
+EVIL = "{_target_: pathlib.Path.touch, _args_: [%s]}"
 
 
 @pytest.mark.parametrize(
@@ -26,18 +29,40 @@ SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef", "CLUSTER_TOKEN"
     ],
 )
 def test_target__of_foreign_code_is_refused(target):
-    with pytest.raises((InstantiationException, ValueError), match="_target_: "):
+    with pytest.raises(HydraException, match="_target_: "):
         instantiate(OmegaConf.create({"_target_": target, "_partial_": True}))
 
 
 def test_target__in_a_shared_experiment_runs_nothing(tmp_path):
     """In vitrail's own config, and in Hydra's callbacks, which run before any program of vitrail does."""
     proof = tmp_path / "proof"
-    evil = f"{{_target_: pathlib.Path.touch, _args_: [{proof}]}}"
+    evil = EVIL % proof
     result = run("train.py", *QUICK, f"+callbacks.evil={evil}", logs=tmp_path)
     assert "_target_: pathlib.Path.touch is none of the packages that a config may build from" in error_of(result)
     result = run("train.py", *QUICK, f"+hydra.callbacks.evil={evil}", logs=tmp_path)
     assert "_target_: pathlib.Path.touch is none of the packages" in error_of(result)
+    assert not proof.exists()
+
+
+def test_hydras_own_config__runs_nothing_either(tmp_path):
+    """Python's logging calls what its config names, and variables would widen what may be named."""
+    proof, evil = tmp_path / "proof", tmp_path / "evil"
+    evil.mkdir()
+    touch = f"{{'()': pathlib.Path.touch, self: {proof}}}"
+    for name, content in (
+        ("handlers", f"hydra: {{job_logging: {{handlers: {{evil: {touch}}}, root: {{handlers: [evil]}}}}}}"),
+        ("factory", f"hydra: {{hydra_logging: {{formatters: {{evil: {touch}}}}}}}"),
+        ("stream", "hydra: {job_logging: {handlers: {terminal: {console: 'ext://os.environ'}}}}"),
+        (
+            "variables",
+            f"hydra: {{job: {{env_set: {{VITRAIL_TARGETS: pathlib}}}}}}\ncallbacks: {{evil: {EVIL % proof}}}",
+        ),
+    ):
+        (evil / f"{name}.yaml").write_text(f"# @package _global_\n{content}\n")
+        result = run("train.py", *QUICK, f"+evil={name}", f"hydra.searchpath=[file://{tmp_path}]", logs=tmp_path)
+        assert re.match(r"error: hydra\.job(_logging: |\.env_set\.VITRAIL_TARGETS: )", error_of(result)), error_of(
+            result
+        )
     assert not proof.exists()
 
 
@@ -109,6 +134,26 @@ def test_secrets__in_an_error(tmp_path):
     assert SECRETS["CLUSTER_TOKEN"] not in result.stdout + result.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRETS["CLUSTER_TOKEN"].encode() not in path.read_bytes()
+
+
+def test_secrets__in_a_sweep(tmp_path):
+    """Jobs are told the variable's name in its place, so that what is recorded, printed and pickled has no more."""
+    token = SECRETS["CLUSTER_TOKEN"]
+    arguments = (f"+note=token-{token}", "seed=12,13", f"hydra.sweep.dir={tmp_path}/sweep")
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, str(PROJECT / "tests" / "toy_training.py"), "-m", *arguments],
+            env=environment(tmp_path, **SECRETS),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert "1 of 2 jobs failed: job 1 (+note=token-${oc.env:CLUSTER_TOKEN} seed=13)" in result.stderr
+        assert token not in result.stdout + result.stderr
+    assert len((tmp_path / "sweep" / "0" / "starts.txt").read_text().splitlines()) == 1  # known as finished
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or token.encode() not in path.read_bytes(), path
 
 
 def test_redacted__whole_values_and_parts(monkeypatch):

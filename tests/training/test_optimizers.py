@@ -86,3 +86,26 @@ def test_backbone_lr__all_but_the_classifiers(name, heads):
     assert fast == {key for key, _ in model.named_parameters() if key.startswith(heads)}
     assert fast | slow == {key for key, _ in model.named_parameters()}
     assert {"blocks.0.attn.qkv.weight", "pos_embed"} <= slow
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lookahead_adamw"])
+def test_loaded_state__moments_are_the_checkpoints_and_settings_the_configs(name):
+    model = create_model("deit_nano", 10, 32)
+
+    def built(**changed):
+        return OptimizerFactory(name, lr_scaling="none", **{"betas": (0.9, 0.95), "layer_decay": 0.5, **changed})
+
+    before = built(lr=1e-3).build(model, 512)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before.step()
+    after = built(lr=2e-3, weight_decay=0.2, layer_decay=0.8, betas=(0.8, 0.99)).build(model, 512)
+    fresh = [dict(group) for group in after.param_groups]
+    after.load_state_dict(before.state_dict())
+    for group, wanted, old in zip(after.param_groups, fresh, before.param_groups, strict=True):
+        for key in ("lr", "lr_scale", "weight_decay", "betas"):
+            assert group[key] == wanted[key]
+        for key in ("step", "lookahead_step"):
+            assert group.get(key) == old.get(key)
+    moments = [state["exp_avg"] for state in before.state_dict()["state"].values()]
+    assert all(map(torch.equal, moments, [state["exp_avg"] for state in after.state_dict()["state"].values()]))

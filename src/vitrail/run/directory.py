@@ -1,13 +1,16 @@
 """The run directory: what a run was told, what it ran on, and what came out."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
@@ -51,6 +54,26 @@ class RunDirectory:
         """Checkpoint with the best monitored metric."""
         return self.checkpoints / "best.ckpt"
 
+    def claim(self, patience: float) -> None:
+        """Keep other trainings out of the directory for as long as this process lives.
+
+        Args:
+            patience: seconds to wait for one that is there to end.
+
+        Raises:
+            ConfigError: it stays.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim = (self.path / ".lock").open("w")
+        except OSError:  # the first file that has to be written says so
+            return
+        deadline = time.monotonic() + patience
+        while not _locked(self._claim):
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"{self.path}: another process is training there; end it first, then resume.")
+            time.sleep(1)
+
     def record(self, config: dict[str, Any], overrides: list[str]) -> None:
         """Write what the run was told and what it runs on; call on one process.
 
@@ -75,6 +98,18 @@ class RunDirectory:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json, from which sweeps and reports read."""
         self.write("results.json", json.dumps(results, indent=1))
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process could lock the file, or the file system has no locks.
+
+    Loader processes that outlive the training for a moment do not hold this kind.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def find_checkpoint(ckpt: str) -> Path:

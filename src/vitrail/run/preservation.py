@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -140,13 +140,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
-    """Refuse to start where two checkpoints, and one that is being written, have no room.
+    """Refuse to start where two checkpoints, and one that is being written, have no room; those there are have theirs.
 
     Raises:
         ConfigError: names the folder, and what is missing.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed = 3 * parameters * (4 + 8 + (4 if averaged else 0))  # weights, Adam's two moments, average; float32
+    one = parameters * (4 + 8 + (4 if averaged else 0))  # weights, Adam's two moments, average; float32
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    needed = max(3 * one - there, one)
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -160,7 +162,9 @@ def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
 def lost_process(error: RuntimeError, run: Path) -> TrainingError | None:
     """What PyTorch's error means when a process that this one works with is gone; None for other errors."""
     text, on = str(error), f"resume={run} goes on from the last checkpoint"
-    if "DataLoader worker" in text:
+    if isinstance(error, TrainingError):
+        return None
+    if "DataLoader worker (pid" in text:  # else an error within one
         return TrainingError(
             "data.num_workers: a loader process was killed, as for lack of memory; fewer of them or a smaller"
             f" data.batch_size need less. {on}."
@@ -233,6 +237,16 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
+    def status(self, trainer: L.Trainer) -> int:
+        """What the process exits with: 128 + the signal, but 0 where more than that would have consequences.
+
+        Lightning kills the process that started the others when one of these fails, and torchrun starts all again.
+        """
+        cluster = getattr(trainer.strategy, "cluster_environment", None)
+        helps = trainer.local_rank > 0 and cluster is not None and not cluster.creates_processes_externally
+        restarts = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        return 0 if helps or restarts else 128 + self.signum
+
 
 class KeepWork(Checkpoint):
     """Write a checkpoint after every epoch, every so often within, and when asked to stop.
@@ -284,7 +298,7 @@ class KeepWork(Checkpoint):
         if asked or due:
             self._save(trainer)
         if asked:
-            raise Stopped(asked)
+            self._end(trainer, asked)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after every epoch and its validation; Lightning's `save_last` does only where the best improved."""
@@ -293,7 +307,14 @@ class KeepWork(Checkpoint):
         asked, _ = self._agree(trainer)
         self._save(trainer)
         if asked and trainer.current_epoch + 1 < (trainer.max_epochs or math.inf):  # else it ends by itself
-            raise Stopped(asked)
+            self._end(trainer, asked)
+
+    @staticmethod
+    def _end(trainer: L.Trainer, asked: int) -> NoReturn:
+        """Wait until the first process has written: who starts processes may kill all when one of them has ended."""
+        trainer.strategy.checkpoint_io.teardown()
+        trainer.strategy.barrier("stopped")
+        raise Stopped(asked)
 
     def _agree(self, trainer: L.Trainer) -> tuple[int, bool]:
         """By which signal any process was asked to stop (0: none), and whether the first one's clock says to save."""

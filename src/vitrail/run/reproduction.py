@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def comparison(source: Path, again: Path) -> tuple[Group, bool]:
         pairs = [(float(a[name]), float(b.get(name) or "nan")) for a, b in zip(first, second, strict=False) if a[name]]
         if not pairs:
             continue
-        largest = max((abs(a - b) for a, b in pairs), default=0.0)
-        same &= largest == 0  # NaN is not
+        differences = [0.0 if a == b or (math.isnan(a) and math.isnan(b)) else abs(a - b) for a, b in pairs]
+        same &= not any(differences)
+        largest = math.nan if any(math.isnan(value) for value in differences) else max(differences)
         table.add_row(name, f"{pairs[-1][0]:g}", f"{pairs[-1][1]:g}", f"{largest:.2g}")
     if len(first) != len(second):
         verdict = f"{len(first)} epochs then, {len(second)} now: not the same."

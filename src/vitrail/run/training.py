@@ -68,6 +68,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         raise ConfigError("reproduce: begins anew; leave resume=... away.")
     if config.resume:
         config = restore(config, defaults, run.path)
+    if is_rank_zero():
+        managed = {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys()
+        run.claim(120 if managed else 0)  # a file server may notice that late that a machine has died
     if config.get("reproduce"):
         config = recorded_config(config, defaults, run.path)
     elif not config.resume and run.last.is_file():
@@ -92,7 +95,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stopped:
         log.info("%s in epoch %d, saved; resume=%s goes on", stopped, trainer.current_epoch + 1, run.path)
-        sys.exit(128 + stopped.signum)
+        sys.exit(stopped.status(trainer))
     except RuntimeError as error:
         if lost := lost_process(error, run.path):
             raise lost from error
@@ -138,7 +141,7 @@ def go_on(config: DictConfig, run: RunDirectory) -> DictConfig:
     Raises:
         ConfigError: it holds another training.
     """
-    before, now = plain(OmegaConf.load(run.path / "config.yaml")), redacted(plain(config))
+    before, now = (redacted(plain(tree)) for tree in (OmegaConf.load(run.path / "config.yaml"), config))
     for tree in (before, now):
         tree.pop("resume")
         for key in ("devices", "num_nodes"):

@@ -67,7 +67,7 @@ class OptimizerFactory:
             raise ConfigError(f"optimizer.decay_also: {unknown[0]} is no parameter of {type(model).__name__}.")
         lr = self.scaled_lr(effective_batch)
         try:
-            return create_optimizer_v2(
+            optimizer = create_optimizer_v2(
                 model,
                 opt=self.name,
                 lr=lr,
@@ -76,6 +76,20 @@ class OptimizerFactory:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer.name={self.name}: {error}") from error
+        self._keep_settings(optimizer)
+        return optimizer
+
+    def _keep_settings(self, optimizer: Any) -> None:
+        """Let a checkpoint bring moments and counts, but none of these settings: a resumed run has its config's."""
+        base = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        keys = {"lr", "lr_scale", "weight_decay", *self.options}
+        settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
+
+        def put_back(loaded: torch.optim.Optimizer) -> None:
+            for group, kept in zip(loaded.param_groups, settings, strict=True):
+                group.update(kept)
+
+        base.register_load_state_dict_post_hook(put_back)
 
     def _groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         exempt = set(getattr(model, "no_weight_decay", set)()) - set(self.decay_also)
@@ -101,3 +115,4 @@ class OptimizerFactory:
         if self.lr_scaling != "none":
             lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"
         return f"{self.name}: {lr}, weight decay {self.weight_decay:g}, effective batch {effective_batch}"
+
