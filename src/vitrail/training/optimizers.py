@@ -115,4 +115,3 @@ class OptimizerFactory:
         if self.lr_scaling != "none":
             lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"
         return f"{self.name}: {lr}, weight decay {self.weight_decay:g}, effective batch {effective_batch}"
-
