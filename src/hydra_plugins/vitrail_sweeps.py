@@ -229,7 +229,7 @@ class SweepTable(Callback):
                 job["results"] = _best_so_far(Path(job["directory"]), metric, largest)
         sign, worst = (-1 if largest else 1), float("-inf" if largest else "inf")
         differing = varied(jobs)
-        table = Table(title=f"{len(jobs)} jobs in {directory}")
+        table = Table(title=f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}")
         columns = list(dict.fromkeys((metric, "val/top1", "val/top1_ema")))
         for name in ("job", *differing, *columns, "seconds", "status"):
             table.add_column(name, overflow="fold")

@@ -49,7 +49,7 @@ def test_memory__grows_with_the_batch_and_shrinks_with_checkpointing():
 
 def test_memory__of_a_sharded_model():
     """Weights, gradients, AdamW's moments and the average, 20 bytes a parameter, on eight devices instead of one."""
-    whole, cut = (planned("model=vit_large", "data=imagenet", f"trainer={name}_8gpu") for name in ("ddp", "fsdp"))
+    whole, cut = (planned("model=deit_tiny", "data=imagenet", f"trainer={name}_8gpu") for name in ("ddp", "fsdp"))
     assert whole.memory - cut.memory == pytest.approx(whole.cost.parameters * 20 * 7 / 8)
 
 
