@@ -135,7 +135,7 @@ def _execute(command: list[str], variables: dict[str, str], folder: str, files: 
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
+    sys.path[:1] = [str(Path(command[0]).parent), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 

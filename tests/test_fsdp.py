@@ -33,7 +33,10 @@ def shared(*args, logs, ranks=2, **kwargs):
             "ddp_cpu_2",
             ("model=lvvit_nano", "checkpointing=true", "trainer.accumulate_grad_batches=2", "optimizer=lamb"),
         ),
-        ("ddp_cpu_2", ("model=t2t_vit_7", "+model.depth=2", "data.image_size=16", "strategy.offload=true")),
+        pytest.param(
+            *("ddp_cpu_2", ("model=t2t_vit_7", "+model.depth=2", "data.image_size=16", "strategy.offload=true")),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=("distilled, clipped, averaged", "recomputed, accumulated, LAMB", "offloaded"),
 )
@@ -136,7 +139,7 @@ def test_bad_numbers__end_all_processes_with_one_sentence(tmp_path):
     assert kept["weights"]["head.weight"].shape == (10, 64)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_last__survives_kills_while_it_is_written(kills, tmp_path):
     """Both processes are killed at random moments of a training that saves after every step."""
     arguments = (

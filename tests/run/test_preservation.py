@@ -299,6 +299,7 @@ def test_clock__may_jump(image_tree, folder, monkeypatch):
         assert_same(found[part], expected[part], part)
 
 
+@pytest.mark.slow  # the server that fails is in tests/run/test_loggers.py
 def test_wandb__its_process_is_killed(image_tree, tmp_path):
     """The training says so and goes on to its end."""
     options = (
