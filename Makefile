@@ -27,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.installed
 train: $(VENV)/.installed  ## Train a small ViT on the embedded digits (no network); more: make train ARGS="epochs=10"
 	@$(BIN)/python src/train.py $(ARGS)
 
-test: $(VENV)/.dev  ## Run the whole test suite (9 to 10 minutes on 2 cores)
+test: $(VENV)/.dev  ## Run the whole test suite (8 to 10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the tests that take longer, too
