@@ -55,7 +55,7 @@ def test_curve__equals_that_of_whole_models(trainer, options, tmp_path):
 
 
 def test_checkpoints__go_from_any_number_of_processes_to_any(tmp_path):
-    """One epoch shared by two and one on a single process; a second one on one, or shared by two and three."""
+    """One epoch shared by two and one on a single process; a second one on one, two and three, shared or not."""
     options = ("model=deit_nano", *COMMON, "epochs=1", "callbacks.ema.decay=0.9", "trainer.gradient_clip_val=1")
     start = {
         "shared": shared("trainer=fsdp_cpu_2", "data.batch_size=12", *options, logs=tmp_path),
@@ -66,6 +66,7 @@ def test_checkpoints__go_from_any_number_of_processes_to_any(tmp_path):
         ("single", "cpu", 1),
         ("single", "fsdp_cpu_2", 2),
         ("shared", "cpu", 1),
+        ("shared", "ddp_cpu_2", 2),
         ("shared", "fsdp_cpu_2", 3),
     ):
         directory = tmp_path / f"{begun}_{trainer}"
@@ -139,7 +140,7 @@ def test_bad_numbers__end_all_processes_with_one_sentence(tmp_path):
     assert kept["weights"]["head.weight"].shape == (10, 64)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_last__survives_kills_while_it_is_written(kills, tmp_path):
     """Both processes are killed at random moments of a training that saves after every step."""
     arguments = (

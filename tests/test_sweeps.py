@@ -49,22 +49,23 @@ def study_of(directory: Path):
 
 
 def test_grid__fresh_process_a_job_also_with_ddp(tmp_path):
-    """Lightning's launcher must not pass the sweep on to its ranks: one job of two ranks stays one job."""
+    """Lightning's launcher must not pass the sweep on to its ranks: two jobs of two ranks stay two jobs."""
     result = run(
-        *("train.py", "-m", "trainer=ddp_cpu_2", "data.batch_size=16", "model=deit_nano", *QUICK[1:]),
+        *("train.py", "-m", "trainer=ddp_cpu_2", "data.batch_size=16", "model=vit_nano,deit_nano", *QUICK[1:]),
         logs=tmp_path,
         LOCAL_RANK="0",  # what a parent under a launcher would hand down
     )
     assert result.returncode == 0, result.stdout + result.stderr
     directory = sweep_directory(tmp_path)
-    assert sorted(path.name for path in directory.iterdir()) == ["0", "jobs.json", "multirun.yaml"]
+    assert sorted(path.name for path in directory.iterdir()) == ["0", "1", "jobs.json", "multirun.yaml", "sweep.png"]
     assert not (tmp_path / "train" / "runs").exists()
-    job = directory / "0"
-    assert not (job / "multirun.yaml").exists()
-    assert yaml.safe_load((job / "config.yaml").read_text())["model"]["name"] == "deit_nano"
-    assert len(metrics(job)) == 1
-    assert metrics(job)[0]["step"] == 1  # two batches an epoch, counted from 0
-    assert "1 job in" in result.stdout
+    for number, model in enumerate(("vit_nano", "deit_nano")):
+        job = directory / str(number)
+        assert not (job / "multirun.yaml").exists()
+        assert yaml.safe_load((job / "config.yaml").read_text())["model"]["name"] == model
+        assert len(metrics(job)) == 1
+        assert metrics(job)[0]["step"] == 1  # two batches an epoch, counted from 0
+    assert "deit_nano" in result.stdout.split("2 jobs in")[1]
 
 
 def test_grid__a_failing_or_killed_job_does_not_stop_the_others(tmp_path):

@@ -36,6 +36,7 @@ _ALLOWED = (
     *("timm.layers", "timm.loss", "timm.optim", "timm.scheduler"),
 )
 
+# What Hydra's logging may name: it prints, and writes files.
 _LOGGING = (
     *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
     *("logging.handlers.RotatingFileHandler", "rich.logging.RichHandler", "colorlog.ColoredFormatter"),
@@ -81,7 +82,7 @@ def check_logging(tree: Any) -> None:
     for key, value in items:
         names_code = key in ("class", "()") or (isinstance(value, str) and "://" in value)
         if names_code and value not in _LOGGING:
-            raise HydraException(f"hydra.job_logging: {value} is none of {', '.join(_LOGGING)}.")
+            raise HydraException(f"hydra.job_logging, hydra.hydra_logging: {value} is none of {', '.join(_LOGGING)}.")
         check_logging(value)
 
 

@@ -53,7 +53,7 @@ def test_store__gives_back_what_was_written(store):
 def test_store__goes_to_other_processes(store):
     opened, scores, _ = store
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(opened))["c/2"][0], scores[2])
-    loader = torch.utils.data.DataLoader(opened, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(opened, batch_size=None, num_workers=2, multiprocessing_context="spawn")
     assert len(list(loader)) == 5
 
 

@@ -437,6 +437,19 @@ def test_images_vanish__and_are_named_or_left_out(image_tree, folder):
     assert "pagoda_0.jpg: not a readable image (no such file)" in (directory / "skipped.txt").read_text()
 
 
+def test_best__of_several_is_what_best_says(image_tree, folder):
+    directory = folder("run")
+    choice = ("callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min", "epochs=6")
+    more = ("callbacks.checkpoint.save_top_k=2", f"data.root={image_tree}", "data.num_workers=0", "optimizer.lr=0.1")
+    trainer, module, data = assemble(directory, *LIVELY, *choice, *more)
+    trainer.fit(module, datamodule=data)
+    losses = [row["val/loss"] for row in metrics(directory)]
+    best = sorted(range(6), key=losses.__getitem__)[:2]
+    kept = {path.name for path in (directory / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", "best.ckpt", *(f"best-{epoch:03d}.ckpt" for epoch in best)}
+    assert torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == best[0]
+
+
 def test_stop__only_when_all_is_written(image_tree, folder, monkeypatch):
     """Who started the processes may kill all when the first of them has ended."""
     write = preservation._write

@@ -69,6 +69,8 @@ class RunDirectory:
         except OSError:  # the first file that has to be written says so
             return
         deadline = time.monotonic() + patience
+        if patience and not _locked(self._claim):
+            log.warning("%s: another process is training there; waiting up to %d s for its end", self.path, patience)
         while not _locked(self._claim):
             if time.monotonic() >= deadline:
                 raise ConfigError(f"{self.path}: another process is training there; end it first, then resume.")

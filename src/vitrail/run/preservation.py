@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, TrainingError
@@ -238,7 +238,7 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
         self.signum = signum
 
     def status(self, trainer: L.Trainer) -> int:
-        """What the process exits with: 128 + the signal, but 0 where more than that would have consequences.
+        """What the process exits with: 128 + the signal, but 0 where others would take that for a failure.
 
         Lightning kills the process that started the others when one of these fails, and torchrun starts all again.
         """
@@ -246,6 +246,49 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
         helps = trainer.local_rank > 0 and cluster is not None and not cluster.creates_processes_externally
         restarts = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
         return 0 if helps or restarts else 128 + self.signum
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """Keep the best checkpoints; `best.ckpt` is always the best of all.
+
+    With more than one they are `best-<epoch>.ckpt`, and `best.ckpt` a link. (Lightning would write them all to one
+    name, which then holds the last that was among the best.)
+
+    Args:
+        dirpath: folder.
+        monitor: metric that says what is best.
+        mode: `max` or `min`.
+        save_top_k: how many to keep; -1 keeps all.
+        options: further arguments of Lightning's callback.
+    """
+
+    def __init__(
+        self, dirpath: str | Path, monitor: str, mode: str = "max", save_top_k: int = 1, **options: Any
+    ) -> None:
+        super().__init__(
+            dirpath,
+            "best" if save_top_k == 1 else "best-{epoch:03d}",
+            monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            **options,
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, and let the link follow once what it points to is written."""
+        super().on_validation_end(trainer, pl_module)
+        best = Path(self.best_model_path)
+        if self.save_top_k == 1 or not self.best_model_path or not trainer.is_global_zero:
+            return
+        link, unfinished = best.with_name("best.ckpt"), best.with_name(".best.ckpt.link")
+        if link.is_symlink() and link.readlink().name == best.name:
+            return
+        trainer.strategy.checkpoint_io.teardown()
+        unfinished.unlink(missing_ok=True)
+        unfinished.symlink_to(best.name)
+        unfinished.replace(link)
 
 
 class KeepWork(Checkpoint):
