@@ -1,6 +1,6 @@
 """Where the jobs of a sweep run: on this machine, on SLURM, on Ray.
 
-Hydra imports this file at every start, so it imports nothing heavy.
+Hydra imports this file at every start, also of other programs, so it imports nothing heavy and changes nothing.
 
 Every job is a fresh process in Hydra's run mode with a run directory of its own. Hydra's own launchers run jobs inside
 their process, where Lightning passes the parent's `--multirun` on to the ranks it starts: each of them would begin the
@@ -24,14 +24,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.vitrail_secrets import redacted
+from vitrail_runtime.compat import hydra_flags
+from vitrail_runtime.programs import command_line
+from vitrail_runtime.secrets import redacted
 
 # What a launcher (Lightning's, torchrun's) tells a process about its rank; a job must not inherit it.
 _RANK_VARIABLES = (
@@ -133,7 +134,7 @@ class JobLauncher(Launcher):
         try:
             self.run(waiting, keep)
         except KeyboardInterrupt:
-            say_how_to_go_on(folder)
+            say_how_to_continue(folder)
             raise
         # COMPLETED even where the job failed: Hydra would end the sweep otherwise. SweepTable sets the exit status.
         return [
@@ -144,7 +145,7 @@ class JobLauncher(Launcher):
         """The parent's program in run mode: its flags about configs, the job's overrides, and its own directory."""
         directory = folder / str(number)
         directory.mkdir(exist_ok=True)
-        args = get_args_parser().parse_args(sys.argv[1:])
+        args = hydra_flags(sys.argv[1:])
         flags = [
             part
             for flag, value in (
@@ -157,9 +158,8 @@ class JobLauncher(Launcher):
         ]
         ours = ("hydra.mode=", "hydra.sweep", "hydra.run.", "hydra.launcher", "hydra.sweeper")
         hydra_overrides = [item for item in self.config.hydra.overrides.hydra if not item.startswith(ours)]
-        program = [sys.executable, str(Path(sys.argv[0]).absolute())]
         told = redacted(list(overrides))  # what is left out, the job finds in its environment
-        command = [*program, *flags, *told, *redacted(hydra_overrides), f'hydra.run.dir="{directory}"']
+        command = [*command_line(), *flags, *told, *redacted(hydra_overrides), f'hydra.run.dir="{directory}"']
         return Job(number, told, str(directory), command)
 
     def _record(self, folder: Path, job: Job, outcome: Outcome) -> None:
@@ -210,7 +210,7 @@ def _redact(file: Path) -> None:
         file.write_text(redacted(text), encoding="utf-8")
 
 
-def say_how_to_go_on(folder: Path) -> None:
+def say_how_to_continue(folder: Path) -> None:
     """After Ctrl-C."""
     print(f"\nstopped; the same command with hydra.sweep.dir={folder} goes on", file=sys.stderr, flush=True)
 

@@ -1,11 +1,8 @@
-"""How a sweep chooses its jobs, and what it shows at the end.
+"""The sweeper that searches with Optuna.
 
-Hydra imports this file at every start, so it imports nothing heavy.
+Hydra imports this file at every start, also of other programs, so it imports nothing heavy and changes nothing.
 """
 
-import csv
-import json
-import sys
 import threading
 import time
 from collections.abc import Generator
@@ -15,13 +12,13 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.vitrail_launchers import say_how_to_go_on
-from hydra_plugins.vitrail_sweep_picture import is_number, sweep_picture, varied
+from hydra_plugins.vitrail_launchers import say_how_to_continue
+from vitrail_runtime.compat import resumed_trial
+from vitrail_runtime.sweep_report import epochs_of
 
 _WATCH_SECONDS = 1.0
 
@@ -116,8 +113,9 @@ class OptunaSweeper(Sweeper):
                     return
                 self._run(study, trial, arguments)
 
-        pool = ThreadPoolExecutor(getattr(self.launcher, "parallel", 1))
-        futures = [pool.submit(work) for _ in range(pool._max_workers)]
+        parallel = getattr(self.launcher, "parallel", 1)
+        pool = ThreadPoolExecutor(parallel)
+        futures = [pool.submit(work) for _ in range(parallel)]
         try:
             for future in futures:
                 future.result()
@@ -126,7 +124,7 @@ class OptunaSweeper(Sweeper):
             with asking:
                 numbers.close()  # no more trials
             if isinstance(error, KeyboardInterrupt):
-                say_how_to_go_on(directory.absolute())
+                say_how_to_continue(directory.absolute())
             raise
         finally:
             pool.shutdown(wait=True)
@@ -145,10 +143,7 @@ class OptunaSweeper(Sweeper):
         yield from range(len(before), self.trials)
 
     def _trial(self, study: Any, number: int) -> Any:
-        import optuna
-
-        begun = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
-        return optuna.Trial(study, begun[number]._trial_id) if number in begun else study.ask()
+        return resumed_trial(study, number) or study.ask()
 
     def _run(self, study: Any, trial: Any, arguments: list[str]) -> None:
         """Run one trial, and watch it."""
@@ -184,7 +179,7 @@ class OptunaSweeper(Sweeper):
         file = directory / "metrics.csv"
         if not file.is_file():
             return reported
-        values = _epochs(file, self.metric)
+        values = epochs_of(file, self.metric)
         for epoch, value in enumerate(values[reported:], start=reported + 1):
             trial.report(value, epoch)
         return len(values)
@@ -199,86 +194,3 @@ class OptunaSweeper(Sweeper):
         whole = isinstance(axis["low"], int) and isinstance(axis["high"], int)
         options = {name: axis[name] for name in ("log", "step") if name in axis}
         return (trial.suggest_int if whole else trial.suggest_float)(key, axis["low"], axis["high"], **options)
-
-
-class SweepTable(Callback):
-    """At the end of a sweep: its jobs as a table and a picture, best first; a failing exit status if one failed.
-
-    Args:
-        metric: key of the jobs' results that orders the table.
-    """
-
-    def __init__(self, metric: str = "val/top1") -> None:
-        self.metric = metric
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table, draw `sweep.png`, and exit with 1 where a job failed."""
-        from rich.console import Console
-        from rich.table import Table
-
-        directory = Path(config.hydra.sweep.dir)
-        record = directory / "jobs.json"
-        if not record.is_file():
-            return
-        jobs = json.loads(record.read_text())
-        metric, largest = self.metric, True
-        if "metric" in config.hydra.sweeper:  # a search says itself what is best
-            metric, largest = config.hydra.sweeper.metric, config.hydra.sweeper.direction == "maximize"
-        for job in jobs:
-            if job["status"] == "pruned":
-                job["results"] = _best_so_far(Path(job["directory"]), metric, largest)
-        sign, worst = (-1 if largest else 1), float("-inf" if largest else "inf")
-        differing = varied(jobs)
-        table = Table(title=f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}")
-        columns = list(dict.fromkeys((metric, "val/top1", "val/top1_ema")))
-        for name in ("job", *differing, *columns, "seconds", "status"):
-            table.add_column(name, overflow="fold")
-        for job in sorted(jobs, key=lambda job: sign * (job["results"] or {}).get(metric, worst)):
-            values = dict(item.split("=", 1) for item in job["overrides"])
-            scores = [_number((job["results"] or {}).get(key)) for key in columns]
-            chosen = [_short(values.get(key, "")) for key in differing]
-            table.add_row(str(job["number"]), *chosen, *scores, f"{job['seconds']:.0f}", _status(job["status"]))
-        Console().print(table)
-        if differing:
-            self._draw(jobs, metric, largest, directory)
-        failed = [job for job in jobs if job["status"] not in (0, "pruned")]
-        if failed:
-            names = ", ".join(f"job {job['number']} ({' '.join(job['overrides'])})" for job in failed)
-            print(f"error: {len(failed)} of {len(jobs)} jobs failed: {names}", file=sys.stderr)
-            sys.exit(1)
-
-    @staticmethod
-    def _draw(jobs: list[dict[str, Any]], metric: str, largest: bool, directory: Path) -> None:
-        try:
-            picture = sweep_picture(jobs, metric, largest)
-        except ImportError:  # matplotlib
-            return
-        if picture is not None:
-            picture.save(directory / "sweep.png")
-            print(f"picture {directory / 'sweep.png'}")
-
-
-def _epochs(file: Path, metric: str) -> list[float]:
-    with file.open(newline="", encoding="utf-8") as rows:
-        return [float(row[metric]) for row in csv.DictReader(rows) if row.get(metric)]
-
-
-def _best_so_far(directory: Path, metric: str, largest: bool) -> dict[str, float] | None:
-    file = directory / "metrics.csv"
-    values = _epochs(file, metric) if file.is_file() else []
-    return {metric: max(values) if largest else min(values)} if values else None
-
-
-def _status(status: int | str) -> str:
-    if status == 0:
-        return "done"
-    return "ended early" if status == "pruned" else f"[red]failed ({status})"
-
-
-def _short(value: str) -> str:
-    """A sampled number in a few digits."""
-    return f"{float(value):.4g}" if "." in value and is_number(value) else value
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

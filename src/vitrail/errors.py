@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: their message is one sentence that names the config key or the file."""
+"""Errors written for the user: the message is one sentence that names the config key or the file."""
 
 
 class ConfigError(ValueError):
@@ -10,4 +10,4 @@ class ImageError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A training cannot go on. The message says where it was and why."""
+    """A training cannot continue. The message says where it was and why."""

@@ -1,22 +1,67 @@
-"""What flows through the house: samples out of `data`, heads out of `models`, targets into `objectives`."""
+"""Types that flow between rooms: samples from `data`, outputs from `models`, targets for `objectives`.
 
-from typing import Any, NamedTuple
+Shapes: B images, C classes, N patch tokens, D channels, K scores per cell, H x W pixels or cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-class Sample(NamedTuple):
-    """One image or, collated, a batch of them.
+    from vitrail.data.mixing import Mix
 
-    `key` ties an image to everything else that is known about it, in any storage (`n01440764/n01440764_10026`).
+ImageSize = int | Sequence[int]
+"""An image size as a config gives it: the side of a square, or (height, width), in pixels."""
+
+IGNORE = -1
+"""Label of a sample that only fills a batch: it counts in no loss and no metric."""
+
+TOKEN_WEIGHT = 0.5
+"""Weight of the maximum over token logits in the logits of an image (arXiv:2104.10858, official code)."""
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """Return an image size as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network is fed: image size, normalisation, and how an evaluation image is resized and cropped.
+
+    Attributes:
+        size: (height, width) in pixels.
+        mean: subtracted from R, G and B in [0, 1].
+        std: divides R, G and B.
+        interpolation: of the evaluation resize.
+        crop_pct: share of the resized image that the evaluation crop covers.
+        crop_mode: of evaluation: `center`, `squash` or `border`.
     """
 
-    image: Any  # PIL image from a source; then (3, H, W); in a batch (B, 3, H, W)
-    label: Any  # class index; in a batch (B,) int64, or (B, C) probabilities once mixed; IGNORE where not to count
-    key: Any  # str; in a batch a list of B of them
-    label_map: Any = ()  # LabelMap where the data has label maps
-    share: Any = ()  # once label maps are mixed with their images: (B, H, W), share of its own image in each pixel
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+
+class Sample(NamedTuple):
+    """One picture from a source.
+
+    `key` ties the picture to everything else that is known about it, in any storage (`n01440764/n01440764_10026`).
+    """
+
+    image: Image
+    label: int
+    key: str
 
 
 Box = tuple[float, float, float, float]
@@ -24,71 +69,117 @@ Box = tuple[float, float, float, float]
 
 
 class Warp(NamedTuple):
-    """A rotation, shear or shift of RandAugment; coordinates x, y in [0, 1] of the (mirrored) image."""
+    """A rotation, shear or translation of RandAugment; coordinates x, y in [0, 1] of the (mirrored) image.
 
-    matrix: tuple[float, float, float, float, float, float]  # at (x, y) stands what was at (ax + by + c, dx + ey + f)
-    bounds: Box  # of the picture that was warped: what comes from outside of it is filled with grey
+    The warped picture shows at (x, y) what was at (ax + by + c, dx + ey + f).
+    """
+
+    matrix: tuple[float, float, float, float, float, float]
+    bounds: Box
+    """Extent of the picture that was warped; anything from outside it is filled with grey."""
 
 
 class View(NamedTuple):
-    """What augmentation did to the geometry: mirror the image or not, warp it, and cut this box out of it."""
+    """Geometry of one augmentation: mirror the image or not, warp it, and cut this box out of it."""
 
     box: Box
     flipped: bool
-    warps: tuple[Warp, ...] = ()  # in their order
+    warps: tuple[Warp, ...] = ()
 
 
 class LabelMap(NamedTuple):
-    """The annotator's top K of an image and the view of it that the network gets; tensors, collated to a batch."""
+    """Top K scores of an annotator for one image, with the view of it that the network gets; collated to a batch."""
 
-    scores: Tensor  # (K, H, W) float16
-    classes: Tensor  # (K, H, W) int32
-    box: Tensor  # (4,) float32, see View
-    flipped: Tensor  # () bool
+    scores: Tensor
+    """(K, H, W) float16; in a batch (B, K, H, W)."""
+    classes: Tensor
+    """(K, H, W) int32; in a batch (B, K, H, W)."""
+    box: Tensor
+    """(4,) float32, see `View`; in a batch (B, 4)."""
+    flipped: Tensor
+    """() bool; in a batch (B,)."""
 
 
-IGNORE = -1
-"""Label of a sample that only fills a batch: it counts in no loss and no metric."""
+class Item(NamedTuple):
+    """A sample after augmentation, ready to be collated."""
+
+    image: Tensor
+    """(3, H, W) float32, normalised."""
+    label: int
+    """Class index, or `IGNORE`."""
+    key: str
+    label_map: LabelMap | None = None
 
 
-class Heads(NamedTuple):
-    """Logits of a backbone: class token (or pooled) (B, C), patch tokens (B, N, C), distillation token (B, C)."""
+class Batch(NamedTuple):
+    """Collated items; what a training or validation step gets."""
+
+    image: Tensor
+    """(B, 3, H, W) float32; mixed once `mix` is set."""
+    label: Tensor
+    """(B,) int64 class indices, or `IGNORE`; never mixed."""
+    key: list[str]
+    label_map: LabelMap | None = None
+    mix: Mix | None = None
+    """How this batch was mixed (`vitrail.data.mixing`); None if it was not."""
+
+
+class Outputs(NamedTuple):
+    """Outputs of a backbone.
+
+    `extras` holds what a method needs besides logits, by name; an objective asks for it as `outputs.<name>`.
+    """
 
     cls: Tensor
+    """Logits (B, C) of the class token or of pooled features."""
     tokens: Tensor | None = None
+    """Logits (B, N, C) of the patch tokens."""
     distill: Tensor | None = None
+    """Logits (B, C) of the distillation token."""
+    extras: Mapping[str, Tensor] = {}
 
     def merged(self) -> Tensor:
-        """The logits (B, C) that an image is judged by, which `model(images)` gives: every published way in one.
+        """Return the logits (B, C) that classify an image, merged as the papers do.
 
-        Mean of class and distillation logits (DeiT), plus half the maximum over the tokens (LV-ViT).
+        The mean of class and distillation logits (DeiT), plus half the maximum over the token logits (LV-ViT).
         """
         logits = self.cls if self.distill is None else (self.cls + self.distill) / 2
         return logits if self.tokens is None else logits + TOKEN_WEIGHT * self.tokens.amax(1)
 
-
-TOKEN_WEIGHT = 0.5
-"""Weight of the maximum over token logits in the logits of an image (arXiv:2104.10858, official code)."""
+    def chunk(self, passes: int) -> list[Outputs]:
+        """Split the outputs of a batch that was repeated `passes` times into one `Outputs` per pass."""
+        parts = [[None] * passes if logits is None else logits.chunk(passes) for logits in self[:3]]
+        extras = [
+            {name: value.chunk(passes)[number] for name, value in self.extras.items()} for number in range(passes)
+        ]
+        return [Outputs(*heads, more) for heads, more in zip(zip(*parts, strict=True), extras, strict=True)]  # type: ignore[arg-type]
 
 
 class SparseTokens(NamedTuple):
     """Probabilities (B, N, C) of patch tokens, of which all but a few classes share one value.
 
-    The probability of class c is `base` plus the `weights` of the entries whose class is c.
+    The probability of class c is `base` plus the `weights` of the entries whose class is c. E entries per token.
     """
 
-    classes: Tensor  # (B, N, E) int64
-    weights: Tensor  # (B, N, E)
-    base: Tensor  # (B, N)
+    classes: Tensor
+    """(B, N, E) int64."""
+    weights: Tensor
+    """(B, N, E)."""
+    base: Tensor
+    """(B, N)."""
     num_classes: int
 
     def to_dense(self) -> Tensor:
-        """(B, N, C)."""
+        """Return the probabilities as one tensor (B, N, C)."""
         dense = self.base[..., None].expand(*self.base.shape, self.num_classes).clone()
         return dense.scatter_add_(2, self.classes, self.weights)
 
-    def mixed(self, share: Tensor) -> "SparseTokens":
-        """Mix with the batch's mirror image: `share` (B, N) or broadcastable of each token's own target."""
+    def mixed(self, share: Tensor) -> SparseTokens:
+        """Mix with the reversed batch.
+
+        Args:
+            share: (B, N) or broadcastable, the weight of each token's own target; the other image gets the rest.
+        """
         share = share.expand_as(self.base)
         return SparseTokens(
             torch.cat((self.classes, self.classes.flip(0)), dim=2),
@@ -99,15 +190,16 @@ class SparseTokens(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the heads should say: class indices (B,) or probabilities (B, C), and token probabilities.
+    """What an objective compares outputs with, built by `vitrail.training.TargetBuilder`.
 
-    Those of tokens are dense (B, N, C) or sparse. `truth` (B, C) is what the data set says beside an annotator's `cls`.
-    `share` is what MixToken left of its own image in each class token: the rest belongs to the batch's mirror image.
-    `teacher` (B, C) are the logits of a teacher for these images.
+    `cls` is always there; the others only if the objective declares that it needs them.
     """
 
     cls: Tensor
+    """Class indices (B,) or probabilities (B, C)."""
     tokens: Tensor | SparseTokens | None = None
-    truth: Tensor | None = None
-    share: Tensor | float | None = None
-    teacher: Tensor | None = None
+    """`token_targets`: probabilities (B, N, C) of the patch tokens, dense or sparse; (B, 1, C) for all alike."""
+    teacher_logits: Tensor | None = None
+    """`teacher_logits`: (B, C) of the student's classes."""
+    teacher_features: Tensor | None = None
+    """`teacher_features`: patch tokens (B, N, D) of the teacher, row by row."""

@@ -1,28 +1,16 @@
-"""Where pictures and labels come from: sources, augmentation, mixing, sampling, and the data modules that join them."""
+"""Pictures and labels: sources, augmentation, label maps, mixing, sampling, and the data module that joins them."""
 
 from vitrail.data.augment import Augmentation
-from vitrail.data.datamodule import (
-    DigitsDataModule,
-    ImageDataModule,
-    ImageFolderDataModule,
-    ImageNetDataModule,
-    ImageNetRealDataModule,
-    ImageNetVariantDataModule,
-    TorchvisionDataModule,
-)
-from vitrail.data.images import load_image
-from vitrail.data.mixing import Mixing, MixToken
+from vitrail.data.datamodule import ImageDataModule, ImageFolderDataModule, ImageNetDataModule
+from vitrail.data.mixing import MixToken, MixupCutMix
+from vitrail.data.sources import load_image
 
 __all__ = [
     "Augmentation",
-    "DigitsDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
-    "ImageNetRealDataModule",
-    "ImageNetVariantDataModule",
     "MixToken",
-    "Mixing",
-    "TorchvisionDataModule",
+    "MixupCutMix",
     "load_image",
 ]

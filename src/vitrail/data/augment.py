@@ -13,20 +13,10 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch import Tensor
 from torchvision import transforms
 
-from vitrail.data.mixing import Mixing, MixToken
 from vitrail.errors import ConfigError
-from vitrail.types import Box, View, Warp
+from vitrail.types import Box, InputSpec, View, Warp
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What a network is fed: side or (height, width) in pixels, and the statistics that normalise it, in [0, 1]."""
-
-    size: int | tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -51,9 +41,9 @@ class Augmentation:
             are often cut away, and RandAugment has larger images to work on.
         shift: instead of the random crop, move the whole image by up to this share of its side, zeros (black) coming
             in, as CIFAR is transferred with; None for the random crop.
-        maps_follow: label maps follow RandAugment's rotations, shears and shifts; False leaves them where they were.
+        warp_label_maps: label maps follow RandAugment's rotations, shears and translations; False leaves them as they
+            were.
         enabled: False trains on the evaluation transform.
-        mix: mixup and CutMix, or MixToken, of training batches; None for none.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -71,16 +61,15 @@ class Augmentation:
     eval_interpolation: str = "bicubic"
     crop_last: bool = False
     shift: float | None = None
-    maps_follow: bool = True
+    warp_label_maps: bool = True
     enabled: bool = True
-    mix: Mixing | MixToken | None = None
 
-    def training(self, pixels: Pixels, hflip: float) -> Transform:
+    def training(self, spec: InputSpec, hflip: float) -> Transform:
         """Transform from an RGB image to (3, H, W); `hflip` is used where the augmentation names none."""
         if not self.enabled:
-            return self.evaluation(pixels)
+            return self.evaluation(spec)
         transform = create_transform(
-            input_size=pixels.size,
+            input_size=spec.size,
             is_training=True,
             scale=tuple(self.scale),
             ratio=tuple(self.ratio),
@@ -89,25 +78,24 @@ class Augmentation:
             color_jitter=self.color_jitter or None,
             auto_augment=self.auto_augment,
             interpolation=self.interpolation,
-            mean=pixels.mean,
-            std=pixels.std,
+            mean=spec.mean,
+            std=spec.std,
             re_prob=self.erase_prob,
             re_mode=self.erase_mode,
             re_count=self.erase_count,
         )
-        _mend_posterize(transform)
+        _fix_posterize(transform)
         stages = transform.transforms
         if self.shift is not None:
-            size = pixels.size if isinstance(pixels.size, tuple) else (pixels.size, pixels.size)
-            border = [round(self.shift * side) for side in reversed(size)]
-            resize = transforms.Resize(size, str_to_interp_mode(self.interpolation))
-            stages[0] = transforms.Compose([resize, transforms.RandomCrop(size, border)])
+            border = [round(self.shift * side) for side in reversed(spec.size)]
+            resize = transforms.Resize(spec.size, str_to_interp_mode(self.interpolation))
+            stages[0] = transforms.Compose([resize, transforms.RandomCrop(spec.size, border)])
         if self.crop_last:
             crop = stages.pop(0)
             stages.insert(next(i for i, stage in enumerate(stages) if isinstance(stage, MaybeToTensor)), crop)
         return transform
 
-    def viewed(self, pixels: Pixels, hflip: float) -> "ViewedTransform":
+    def viewed(self, spec: InputSpec, hflip: float) -> "ViewedTransform":
         """As `training`, telling with each image which part of it was taken; label maps follow that.
 
         Raises:
@@ -119,18 +107,18 @@ class Augmentation:
             raise ConfigError(f"augment.shift={self.shift}: label maps follow the random crop; set it to null.")
         if not self.enabled:
             raise ConfigError("augment.enabled=false: label maps follow the training crop; leave it on.")
-        transform = self.training(pixels, hflip)
+        transform = self.training(spec, hflip)
         assert isinstance(transform, transforms.Compose)
-        return ViewedTransform(transform, self.maps_follow)
+        return ViewedTransform(transform, self.warp_label_maps)
 
-    def evaluation(self, pixels: Pixels) -> Transform:
+    def evaluation(self, spec: InputSpec) -> Transform:
         """Resize and crop from an RGB image to (3, H, W), the same for every call."""
         return create_transform(
-            input_size=pixels.size,
+            input_size=spec.size,
             is_training=False,
             interpolation=self.eval_interpolation,
-            mean=pixels.mean,
-            std=pixels.std,
+            mean=spec.mean,
+            std=spec.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
@@ -233,7 +221,7 @@ def _operations(stage: Any) -> list[Any]:
     return [*getattr(stage, "ops", ()), *(operation for policy in getattr(stage, "policy", ()) for operation in policy)]
 
 
-def _mend_posterize(transform: transforms.Compose) -> None:
+def _fix_posterize(transform: transforms.Compose) -> None:
     """Let timm's RandAugment and AutoAugment keep 0 bits of a colour, as they draw in 2 % of their posterisations.
 
     Pillow made the picture black there, which the published runs saw; current versions raise an error.

@@ -9,22 +9,23 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vitrail.data.augment import Augmentation, Pixels, Transform, ViewedTransform
-from vitrail.data.imagenet import ImageNet, ImageNetReal, ImageNetVariant
+from vitrail.data.augment import Augmentation, Transform, ViewedTransform
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler
-from vitrail.data.sources import Digits, ImageFolder, Source, Split, TorchvisionDataset
+from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
 from vitrail.errors import ConfigError, ImageError
-from vitrail.types import IGNORE, Sample
+from vitrail.types import IGNORE, Batch, ImageSize, InputSpec, Item, LabelMap, height_width
 
 _GRACE_SECONDS = 60
 
 
-class ViewDataset(Dataset[Sample]):
-    """A split seen through a transform: `Sample((3, H, W), class index, key)` for each draw of the sampler.
+class ViewDataset(Dataset[Item]):
+    """A split seen through a transform: one `Item` for each draw of the sampler.
+
+    Indexed by a plain number, it gives that image's view in `epoch`, a fresh one in each epoch.
 
     Args:
         split: where the pictures come from.
@@ -32,7 +33,7 @@ class ViewDataset(Dataset[Sample]):
         seed: of the random draws in `transform`; None for a transform that draws nothing.
         skipped: file that lists unreadable images, which are then replaced by the next readable one; None stops at
             the first.
-        fill: replace an unreadable image (training) rather than leaving it out of the count (validation).
+        fill: replace an unreadable image (training) rather than leave it out of the count (validation).
         maps: label maps, which follow the view that `transform`, a `ViewedTransform` then, takes.
     """
 
@@ -51,11 +52,15 @@ class ViewDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, draw: Draw) -> Sample:
+    def __getitem__(self, draw: Draw | int) -> Item:
+        if isinstance(draw, int):
+            if not -len(self) <= draw < len(self):
+                raise IndexError(f"image {draw} of {len(self)}.")
+            draw = Draw(draw % len(self), 0, False)
         index = draw.sample
         for _ in range(len(self.split)):
             try:
-                sample = self._view(index, draw)
+                item = self._view(index, draw)
             except ImageError as error:
                 if self.skipped is None:
                     raise
@@ -64,27 +69,35 @@ class ViewDataset(Dataset[Sample]):
                 index = (index + 1) % len(self.split)
                 draw = draw._replace(padding=draw.padding or not self.fill)
                 continue
-            return sample._replace(label=IGNORE) if draw.padding else sample
-        raise ImageError(f"data.on_corrupt=skip: not one image of the split can be read, see {self.skipped}.")
+            return item._replace(label=IGNORE) if draw.padding else item
+        raise ImageError(f"data.on_corrupt=skip: no image of the split can be read, see {self.skipped}.")
 
-    def _view(self, index: int, draw: Draw) -> Sample:
+    def _view(self, index: int, draw: Draw) -> Item:
         sample = self.split[index]
         if self.seed is None:
-            return sample._replace(image=self.transform(sample.image))
-        with seeded(self.seed, draw.epoch, index, *((draw.repeat,) if draw.repeat else ())):
+            return Item(self.transform(sample.image), sample.label, sample.key)  # type: ignore[arg-type]
+        with seeded(self.seed, draw.epoch, draw.sample, draw.repeat):
             transformed = self.transform(sample.image)
         if not isinstance(transformed, tuple):
-            return sample._replace(image=transformed)
+            return Item(transformed, sample.label, sample.key)
         assert self.maps is not None
         image, view = transformed
-        return sample._replace(image=image, label_map=self.maps(index, sample.label, view, sample.image.size))
+        label_map = self.maps(index, sample.label, view, sample.image.size)
+        return Item(image, sample.label, sample.key, label_map)
+
+
+def collate(items: list[Item]) -> Batch:
+    """Join items into a batch."""
+    images, labels, keys, maps = zip(*items, strict=True)
+    label_map = None if maps[0] is None else LabelMap(*map(default_collate, zip(*maps, strict=True)))
+    return Batch(default_collate(list(images)), torch.tensor(labels), list(keys), label_map)
 
 
 class ImageDataModule(L.LightningDataModule):
     """Training and validation batches of any source.
 
-    Batches are `Sample(images (B, 3, H, W) float32, labels (B,) int64, keys list of B)`. In validation every image
-    counts exactly once on any number of processes; samples that only fill a batch have the label `IGNORE`.
+    The loaders give a `Batch`. In validation every image counts exactly once on any number of processes; samples that
+    only fill a batch have the label `IGNORE`.
 
     Args:
         source: the data set.
@@ -102,7 +115,10 @@ class ImageDataModule(L.LightningDataModule):
         skipped_file: where `skip` lists them.
         label_maps: folder of a label-map store, for training with token labels.
         on_missing_map: `error`, or `ignore`: the tokens of an image without a map all learn its label.
-        square_maps: see `LabelMapJoin`.
+        center_square_maps: see `LabelMapJoin`.
+        root: folder of the data, which a config's source refers to as `${data.root}`; not read here.
+        published_size: number of training images and of classes of a published data set, for `plan=true` where its
+            files are not at hand.
 
     Raises:
         ConfigError: a value cannot work; the message names its key.
@@ -112,7 +128,7 @@ class ImageDataModule(L.LightningDataModule):
         self,
         source: Source,
         augment: Augmentation,
-        image_size: int | Sequence[int] | None = 224,
+        image_size: ImageSize | None = 224,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         hflip: float = 0.5,
@@ -125,7 +141,9 @@ class ImageDataModule(L.LightningDataModule):
         skipped_file: str | Path | None = None,
         label_maps: str | Path | None = None,
         on_missing_map: Literal["error", "ignore"] = "error",
-        square_maps: Literal["placed", "stretched"] = "placed",
+        center_square_maps: Literal["placed", "stretched"] = "placed",
+        root: str | None = None,
+        published_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if on_corrupt not in ("stop", "skip"):
@@ -139,11 +157,18 @@ class ImageDataModule(L.LightningDataModule):
         if image_size is None:
             raise ConfigError("data.image_size: not set; only src/eval.py can take it from a checkpoint.")
         self.source, self.augment, self.hflip, self.seed = source, augment, hflip, seed
-        size = image_size if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-        self.pixels = Pixels(size, tuple(mean), tuple(std))
+        self.input = InputSpec(
+            height_width(image_size),
+            tuple(mean),
+            tuple(std),
+            augment.eval_interpolation,
+            augment.crop_pct,
+            augment.crop_mode,
+        )
+        self.root, self.published_size = root, published_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.repeats = num_workers, repeats
-        self.label_maps, self.on_missing_map, self.square_maps = label_maps, on_missing_map, square_maps
+        self.label_maps, self.on_missing_map, self.center_square_maps = label_maps, on_missing_map, center_square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
     @property
@@ -153,8 +178,13 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes, C."""
         return len(self.source.classes)
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What targets can be built from beside class labels: `label_maps`."""
+        return frozenset() if self.label_maps is None else frozenset({"label_maps"})
 
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls it on one process."""
@@ -165,18 +195,18 @@ class ImageDataModule(L.LightningDataModule):
         if stage in (None, "fit") and not hasattr(self, "train"):
             self.train = self._training_set(self.source.open("train"))
         if not hasattr(self, "val"):
-            transform = self.augment.evaluation(self.pixels)
+            transform = self.augment.evaluation(self.input)
             self.val = ViewDataset(self.source.open("val"), transform, None, self.skipped_file, fill=False)
 
     def _training_set(self, split: Split) -> ViewDataset:
         if self.label_maps is None:
-            return ViewDataset(split, self.augment.training(self.pixels, self.hflip), self.seed, self.skipped_file)
+            return ViewDataset(split, self.augment.training(self.input, self.hflip), self.seed, self.skipped_file)
         store = LabelMapStore.open(self.label_maps)
-        maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map, self.square_maps)
+        maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map, self.center_square_maps)
         maps.check(split.labels)
-        return ViewDataset(split, self.augment.viewed(self.pixels, self.hflip), self.seed, self.skipped_file, maps=maps)
+        return ViewDataset(split, self.augment.viewed(self.input, self.hflip), self.seed, self.skipped_file, maps=maps)
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[Item]:
         """Shuffled, augmented, all batches full.
 
         Raises:
@@ -190,7 +220,7 @@ class ImageDataModule(L.LightningDataModule):
             )
         return self._loader(self.train, sampler, self.batch_size)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[Item]:
         """In order, every image once."""
         return self._loader(self.val, self._sampler(self.val, shuffle=False), self.eval_batch_size)
 
@@ -199,7 +229,7 @@ class ImageDataModule(L.LightningDataModule):
         repeats = self.repeats if shuffle else 1
         return EpochSampler(len(dataset), self.seed, shuffle, rank, world_size, self.batch_size, repeats)
 
-    def _loader(self, dataset: ViewDataset, sampler: EpochSampler, batch_size: int) -> DataLoader[Sample]:
+    def _loader(self, dataset: ViewDataset, sampler: EpochSampler, batch_size: int) -> DataLoader[Item]:
         workers = self._workers()
         return DataLoader(
             dataset,
@@ -210,7 +240,8 @@ class ImageDataModule(L.LightningDataModule):
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # keeps the loader off the global random stream
-            worker_init_fn=_leave_signals,
+            collate_fn=collate,
+            worker_init_fn=_ignore_signals,
         )
 
     def _workers(self) -> int:
@@ -221,10 +252,11 @@ class ImageDataModule(L.LightningDataModule):
         return max(1, min(8, cores // devices))
 
 
-def _leave_signals(_: int) -> None:
-    """Let a worker leave signals, which a terminal or SLURM sends to every process, to the one that it loads for.
+def _ignore_signals(_: int) -> None:
+    """Ignore signals in loader workers; the main process handles them.
 
-    That one has a minute to save after SIGTERM; it ends its workers itself, but for one that hangs.
+    A terminal or SLURM sends them to every process. After SIGTERM the main process has a minute to save and ends its
+    workers itself; the timer ends a worker that hangs.
     """
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
@@ -237,78 +269,23 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, end_later)
 
 
-class DigitsDataModule(ImageDataModule):
-    """The digits embedded in scikit-learn; arguments as `ImageDataModule` without `source`."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(Digits(), **kwargs)
-
-
-class TorchvisionDataModule(ImageDataModule):
-    """A data set of torchvision.
-
-    Args:
-        name: as in `TorchvisionDataset`.
-        root: likewise.
-        download: likewise.
-        classes: likewise.
-        kwargs: as `ImageDataModule`.
-    """
-
-    def __init__(self, name: str, root: str, download: bool, classes: list[str], **kwargs: Any) -> None:
-        super().__init__(TorchvisionDataset(name, root, download, classes), **kwargs)
-
-
 class ImageFolderDataModule(ImageDataModule):
-    """Images of the user's own.
+    """`ImageDataModule` of an `ImageFolder`, for use from Python; configs name the source instead.
 
     Args:
-        root: as in `ImageFolder`.
-        train_dir: likewise.
-        val_dir: likewise.
-        index: likewise.
-        augment: as in `ImageDataModule`, as all further arguments; Inception's crop and flip by default.
-        kwargs: further arguments of `ImageDataModule`.
+        root: folder that holds `train/` and `val/`.
+        augment: as in `ImageDataModule`; Inception's crop and a flip by default.
+        kwargs: arguments of `ImageFolder` (`train_dir`, `val_dir`, `index`) and of `ImageDataModule`.
     """
 
-    folder_type = ImageFolder
+    source_type: type[ImageFolder] = ImageFolder
 
-    def __init__(
-        self,
-        root: str | None,
-        train_dir: str | None = "train",
-        val_dir: str = "val",
-        index: str | Path | None = None,
-        augment: Augmentation | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(self.folder_type(root, train_dir, val_dir, index), augment or Augmentation(), **kwargs)
+    def __init__(self, root: str | None, augment: Augmentation | None = None, **kwargs: Any) -> None:
+        named = {name: kwargs.pop(name) for name in ("train_dir", "val_dir", "index") if name in kwargs}
+        super().__init__(self.source_type(root, **named), augment or Augmentation(), root=root, **kwargs)
 
 
 class ImageNetDataModule(ImageFolderDataModule):
-    """ImageNet-1k from `root`, a folder that holds `train/` and `val/` with the 1000 class folders."""
+    """`ImageDataModule` of ImageNet-1k, a folder of `train/` and `val/` with the 1000 class folders each."""
 
-    folder_type = ImageNet
-
-
-class ImageNetRealDataModule(ImageDataModule):
-    """ImageNet's validation images under their ReaL labels; arguments as of `ImageNetReal` and `ImageDataModule`."""
-
-    def __init__(
-        self, root: str | None, val_dir: str = "val", augment: Augmentation | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(ImageNetReal(root, val_dir), augment or Augmentation(), **kwargs)
-
-
-class ImageNetVariantDataModule(ImageDataModule):
-    """ImageNetV2, -A, -R, -Sketch to evaluate on; arguments as of `ImageNetVariant` and `ImageDataModule`."""
-
-    def __init__(
-        self,
-        root: str | None,
-        classes: str = "imagenet-1k",
-        images: int | None = None,
-        augment: Augmentation | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(ImageNetVariant(root, classes, images), augment or Augmentation(), **kwargs)
+    source_type = ImageNet

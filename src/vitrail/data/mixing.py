@@ -1,33 +1,142 @@
-"""Mixup (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899) of a batch: timm's, seeded.
+"""Mixing: one draw per batch, which pixels, labels, label maps and tokens all follow.
 
-And MixToken (Jiang et al., arXiv:2104.10858), which mixes tokens behind the stem rather than pixels before it.
+Mixup (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899) mix pixels, with timm's draws and
+arithmetic; MixToken (Jiang et al., arXiv:2104.10858) mixes tokens behind the stem. Every image is mixed with its mirror
+in the batch order: image i with image B - 1 - i. "Share" always means the weight of an image's own part, in [0, 1]; its
+partner has the rest.
 """
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
 
 from vitrail.data.randomness import seeded
 from vitrail.errors import ConfigError
+from vitrail.types import SparseTokens
+
+Key = tuple[int, ...]
+"""What the draws are a function of: (seed, batches seen, rank)."""
 
 
-class Mixing:
-    """Mix each image of a batch with its mirror in the batch order, and the targets alike.
+class Mix(Protocol):
+    """How one batch is mixed."""
+
+    token_box: Tensor | None
+    """(4,) top, left, bottom, right in cells: tokens to swap within the network; None if pixels are mixed."""
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return the mixed images (B, 3, H, W); may change its argument."""
+        ...
+
+    def probabilities(self, values: Tensor) -> Tensor:
+        """Mix what is known of whole images: class probabilities or a teacher's logits (B, C)."""
+        ...
+
+    def tokens(self, targets: SparseTokens, grid: tuple[int, int]) -> SparseTokens:
+        """Mix token targets (B, N, C) of a grid (rows, columns)."""
+        ...
+
+
+class Mixing(Protocol):
+    """Draws a `Mix` for each training batch."""
+
+    needs: frozenset[str]
+    """What it needs of objective and model: `token_targets`, or `mixes_tokens` of the backbone."""
+
+    def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> Mix | None:
+        """Draw for a batch of images (B, 3, H, W) on a grid of tokens (rows, columns); None leaves it unmixed."""
+        ...
+
+    def describe(self) -> str:
+        """Return the mixing in words."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelMix:
+    """Mixup and CutMix of a batch.
+
+    Attributes:
+        share: of each image in its label: a number for all, or (B,) float32.
+        boxes: (B, 4) top, bottom, left, right in pixels of what CutMix replaced; None if no image was cut.
+        cut: (B,) whether CutMix rather than mixup was drawn; None if no image was cut.
+        image_size: (height, width) in pixels.
+        uniform_tokens: give every token the share of its whole image, as published, rather than that of its pixels.
+    """
+
+    share: float | Tensor
+    boxes: np.ndarray | None
+    cut: np.ndarray | None
+    image_size: tuple[int, int]
+    uniform_tokens: bool = False
+    token_box: None = None
+
+    def images(self, images: Tensor) -> Tensor:
+        """Mix images (B, 3, H, W) in place."""
+        if isinstance(self.share, float):
+            return self._images_alike(images, self.share)
+        original = images.clone()
+        for index, share in enumerate(self.share.numpy()):
+            partner = len(images) - 1 - index
+            if self.boxes is not None and self.cut is not None and self.cut[index]:
+                top, bottom, left, right = self.boxes[index]
+                images[index][:, top:bottom, left:right] = original[partner][:, top:bottom, left:right]
+            elif share != 1:
+                images[index] = original[index] * share + original[partner] * (1 - share)
+        return images
+
+    def _images_alike(self, images: Tensor, share: float) -> Tensor:
+        if self.boxes is not None:
+            top, bottom, left, right = self.boxes[0]
+            images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+            return images
+        partners = images.flip(0).mul_(1.0 - share)
+        return images.mul_(share).add_(partners)
+
+    def probabilities(self, values: Tensor) -> Tensor:
+        """Mix values (B, C) by each image's share."""
+        share = self.share if isinstance(self.share, float) else self.share.to(values)[:, None]
+        return values * share + values.flip(0) * (1.0 - share)
+
+    def tokens(self, targets: SparseTokens, grid: tuple[int, int]) -> SparseTokens:
+        """Mix token targets (B, N, C) by the share of each token's own pixels."""
+        return targets.mixed(self.token_shares(len(targets.base), grid).to(targets.base))
+
+    def token_shares(self, count: int, grid: tuple[int, int]) -> Tensor:
+        """Return the share of each token (B, N) of `count` images on a grid (rows, columns)."""
+        whole = torch.as_tensor(self.share, dtype=torch.float32).cpu().expand(count)
+        if self.uniform_tokens or self.boxes is None or self.cut is None:
+            return whole[:, None].expand(-1, grid[0] * grid[1])
+        pixels = whole[:, None, None].expand(-1, *self.image_size).clone()
+        for index in np.flatnonzero(np.broadcast_to(self.cut, count)):
+            top, bottom, left, right = self.boxes[index % len(self.boxes)]
+            pixels[index] = 1
+            pixels[index, top:bottom, left:right] = 0
+        return F.adaptive_avg_pool2d(pixels[:, None], grid).flatten(1)
+
+
+class MixupCutMix:
+    """Mixup and CutMix of a batch's pixels: timm's, seeded.
 
     Args:
         mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
         cutmix: alpha of CutMix's Beta distribution; 0 turns CutMix off.
         prob: probability that a batch (or pair, or element) is mixed at all.
-        switch_prob: probability of CutMix rather than mixup where both are on.
+        switch_prob: probability of CutMix rather than mixup if both are on.
         mode: `batch`, `pair` or `elem`: what shares one draw.
         tokens: how targets of patch tokens are mixed: by `position`, each as its own pixels are; or as `published` in
-            LV-ViT's code, all by the share that the whole image has left.
+            LV-ViT's code, all by the share of the whole image.
 
     Raises:
-        ConfigError: both are off.
+        ConfigError: both are off, or an unknown choice.
     """
+
+    needs: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -39,77 +148,127 @@ class Mixing:
         tokens: str = "position",
     ) -> None:
         if mixup <= 0 and cutmix <= 0:
-            raise ConfigError("augment.mix: mixup and cutmix are both 0; set augment.mix=null instead.")
+            raise ConfigError("mixing: mixup and cutmix are both 0; set mixing=none instead.")
         if mode not in ("batch", "pair", "elem"):
-            raise ConfigError(f"augment.mix.mode={mode}: must be batch, pair or elem.")
+            raise ConfigError(f"mixing.mode={mode}: must be batch, pair or elem.")
         if tokens not in ("position", "published"):
-            raise ConfigError(f"augment.mix.tokens={tokens}: must be position or published.")
-        self.tokens = tokens
-        self.options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "prob": prob, "switch_prob": switch_prob}
-        self.mode = mode
+            raise ConfigError(f"mixing.tokens={tokens}: must be position or published.")
+        self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
+        self.mode, self.uniform_tokens = mode, tokens == "published"
 
-    def __call__(self, images: Tensor, labels: Tensor, num_classes: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Mixed images (B, C, H, W), changed in place, and probabilities (B, num_classes) without label smoothing.
-
-        Args:
-            images: (B, C, H, W), B even.
-            labels: (B,) class indices.
-            num_classes: C of the targets.
-            key: the draws are a function of it: (seed, step, rank).
-        """
-        mixup = Mixup(**self.options, mode=self.mode, label_smoothing=0.0, num_classes=num_classes)
-        if len(images) == 1:  # nothing to mix with
-            return images, F.one_hot(labels, num_classes).to(images.dtype)
+    def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> PixelMix | None:
+        """Draw for images (B, 3, H, W); None if there is nothing to mix."""
+        count, size = image_shape[0], (image_shape[-2], image_shape[-1])
+        if count == 1:  # nothing to mix with
+            return None
         with seeded(*key):
-            return mixup(images, labels)
+            if self.mode == "batch":
+                return self._draw_alike(size)
+            return self._draw_each(count if self.mode == "elem" else count // 2, size)
 
-    def shares(self, images: Tensor, key: tuple[int, ...]) -> Tensor:
-        """What the same key leaves of each image in itself: (B, H, W), from 0 to 1.
+    def describe(self) -> str:
+        """Return the mixing in words."""
+        return " or ".join(
+            f"{name} {alpha:g}" for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)) if alpha > 0
+        )
 
-        Read off two colours: the first half of a batch is black, its mirror image white.
-        """
-        count = len(images)
-        second = (torch.arange(count, device=images.device) >= count // 2).to(images.dtype)
-        colours = second[:, None, None, None].repeat(1, 1, *images.shape[2:])
-        mixed = self(colours, torch.zeros(count, dtype=torch.long, device=images.device), 2, key)[0][:, 0]
-        return torch.where(second[:, None, None] > 0, mixed, 1 - mixed)
+    def _draw_alike(self, size: tuple[int, int]) -> PixelMix | None:
+        """timm's draws for mode=batch, in their order."""
+        if np.random.rand() >= self.prob:
+            return None
+        cut = self.mixup <= 0 or (self.cutmix > 0 and np.random.rand() < self.switch_prob)
+        alpha = self.cutmix if cut else self.mixup
+        share = float(np.random.beta(alpha, alpha))
+        if share == 1:
+            return None
+        if not cut:
+            return PixelMix(share, None, None, size, self.uniform_tokens)
+        box, share = cutmix_bbox_and_lam(size, share)
+        return PixelMix(float(share), np.array([box]), np.array([True]), size, self.uniform_tokens)
 
-    def token_shares(self, shares: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What is left of its own image in the target of each token (B, N), from the shares of pixels (B, H, W)."""
-        if self.tokens == "published":
-            return shares.mean((1, 2))[:, None].expand(-1, grid[0] * grid[1])
-        return F.adaptive_avg_pool2d(shares[:, None], grid).flatten(1)
+    def _draw_each(self, draws: int, size: tuple[int, int]) -> PixelMix:
+        """timm's draws for mode=elem and mode=pair, in their order."""
+        if self.mixup > 0 and self.cutmix > 0:
+            cut = np.random.rand(draws) < self.switch_prob
+            by_cutmix = np.random.beta(self.cutmix, self.cutmix, size=draws)
+            shares = np.where(cut, by_cutmix, np.random.beta(self.mixup, self.mixup, size=draws))
+        else:
+            cut = np.full(draws, self.cutmix > 0)
+            alpha = max(self.mixup, self.cutmix)
+            shares = np.random.beta(alpha, alpha, size=draws)
+        shares = np.where(np.random.rand(draws) < self.prob, shares.astype(np.float32), np.float32(1))
+        boxes = np.zeros((draws, 4), np.int64)
+        for index in np.flatnonzero(shares != 1):
+            if cut[index]:
+                boxes[index], shares[index] = cutmix_bbox_and_lam(size, shares[index])
+        if self.mode == "pair":
+            shares, cut, boxes = (np.concatenate((part, part[::-1])) for part in (shares, cut, boxes))
+        return PixelMix(torch.from_numpy(shares.copy()), boxes, cut, size, self.uniform_tokens)
+
+
+@dataclass(frozen=True)
+class TokenMix:
+    """MixToken of a batch.
+
+    Attributes:
+        token_box: (4,) top, left, bottom, right in cells of the tokens that are swapped.
+        share: of an image in its class token: the part of the grid outside the box.
+    """
+
+    token_box: Tensor
+    share: float
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return the images (B, 3, H, W) as they are: tokens are swapped within the network."""
+        return images
+
+    def probabilities(self, values: Tensor) -> Tensor:
+        """Mix values (B, C) of the class token, which sees both images."""
+        return self.share * values + (1 - self.share) * values.flip(0)
+
+    def tokens(self, targets: Any, grid: tuple[int, int]) -> Any:
+        """Return token targets as they are: token logits are swapped back to their own images."""
+        return targets
 
 
 class MixToken:
-    """Draws the box of tokens that each image of a batch exchanges with its mirror in the batch order.
+    """Draws the box of tokens that each image of a batch swaps with its mirror in the batch order.
 
     Args:
         alpha: of the Beta distribution of the share that stays.
-        whole_sides: sides as long as the share asks for; False as published, where each half of a side is rounded down,
-            so that sides are even. What leaves the grid is cut off in both: the mean area is 0.27, or 0.29 with whole
-            sides, where the share alone would give 0.5.
+        whole_sides: box sides as long as the share asks for. False, as published, rounds each half of a side down, so
+            that sides are even. What leaves the grid is cut off in both cases: the mean area is 0.27, or 0.29 with
+            whole sides, while the share alone would give 0.5.
 
     Raises:
         ConfigError: alpha is not positive.
     """
 
+    needs = frozenset({"token_targets", "mixes_tokens"})
+
     def __init__(self, alpha: float = 1.0, whole_sides: bool = False) -> None:
         if alpha <= 0:
-            raise ConfigError(f"augment.mix.alpha={alpha}: must be positive; augment.mix=null turns MixToken off.")
+            raise ConfigError(f"mixing.alpha={alpha}: must be positive; mixing=none turns MixToken off.")
         self.alpha, self.whole_sides = alpha, whole_sides
 
-    def box(self, grid: tuple[int, int], key: tuple[int, ...]) -> tuple[Tensor, float]:
-        """The box (4,) of top, left, bottom, right in cells of (rows, columns), and the share of tokens outside it.
+    def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> TokenMix:
+        """Draw one box for the whole batch on a grid of tokens (rows, columns)."""
+        assert grid is not None, "MixToken needs a grid of tokens"
+        box, share = self.box(grid, key)
+        return TokenMix(box, share)
 
-        A function of `key`: (seed, step, rank).
-        """
-        box = self.draw(grid, np.random.RandomState(np.random.SeedSequence(key).generate_state(1)))
+    def describe(self) -> str:
+        """Return the mixing in words."""
+        return "MixToken"
+
+    def box(self, grid: tuple[int, int], key: Key) -> tuple[Tensor, float]:
+        """Return a box (4,) of top, left, bottom, right in cells of (rows, columns), and the share outside it."""
+        box = self.draw_box(grid, np.random.RandomState(np.random.SeedSequence(key).generate_state(1)))
         top, left, bottom, right = box
         return torch.tensor(box), 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])
 
-    def draw(self, grid: tuple[int, int], random: np.random.RandomState) -> tuple[int, int, int, int]:
-        """One box, with the draws of the official code in their order."""
+    def draw_box(self, grid: tuple[int, int], random: np.random.RandomState) -> tuple[int, int, int, int]:
+        """Draw one box with the draws of the official code in their order."""
         cut = np.sqrt(1 - random.beta(self.alpha, self.alpha))
         sides = [int(side * cut) for side in grid]
         ends: list[tuple[int, int]] = []

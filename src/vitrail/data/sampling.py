@@ -50,22 +50,27 @@ class EpochSampler(Sampler[Draw]):
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.epoch = 0
+        self._is_driven = False  # somebody sets the epoch
+        self._has_begun = False
         self._done = (-1, 0)  # an epoch, and how many of its draws came before
         together = batch_size * world_size if shuffle else world_size
         self.total = length // together * together if shuffle else -(-length // together) * together
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of `epoch`; Lightning calls it before each epoch."""
-        self.epoch = epoch
+        """Choose the order of `epoch`; Lightning calls it before each epoch. Without it, each pass is a new epoch."""
+        self.epoch, self._is_driven = epoch, True
 
-    def go_on(self, epoch: int, done: int) -> None:
-        """Begin in `epoch`, with the first `done` draws of this process left out in it."""
-        self.epoch, self._done = epoch, (epoch, done)
+    def resume(self, epoch: int, done: int) -> None:
+        """Start in `epoch` and skip the first `done` draws of this process in it."""
+        self.epoch, self._done, self._is_driven = epoch, (epoch, done), True
 
     def __len__(self) -> int:
         return self.total // self.world_size
 
     def __iter__(self) -> Iterator[Draw]:
+        if self._has_begun and not self._is_driven:
+            self.epoch += 1
+        self._has_begun = True
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.length, generator=generator)

@@ -1,9 +1,17 @@
-"""Networks as the papers draw them, registered with timm; torch and timm only."""
+"""Networks as the papers draw them, registered with timm; torch and timm only.
 
-from vitrail.models import lv_vit, t2t_vit, vit
-from vitrail.models.checkpoints import load_checkpoint
+Every module of this folder is imported here, so a new backbone is one file with timm's `@register_model`.
+"""
+
+import importlib
+import pkgutil
+
+from vitrail.checkpoints import load_checkpoint
 from vitrail.models.factory import create_model
 from vitrail.models.heads import forward_heads
-from vitrail.types import Heads
+from vitrail.types import Outputs
 
-__all__ = ["Heads", "create_model", "forward_heads", "load_checkpoint", "lv_vit", "t2t_vit", "vit"]
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+__all__ = ["Outputs", "create_model", "forward_heads", "load_checkpoint"]

@@ -47,7 +47,7 @@ def measure_cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3)
     finally:
         model.train(training)
     tokens = None
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer):  # timm's, or built on it
         rows, columns = model.patch_embed.dynamic_feat_size(img_size)
         tokens = rows * columns + model.num_prefix_tokens
     return Cost(count_parameters(model), counter.get_total_flops() // 2, tokens)

@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from vitrail.errors import ConfigError
-from vitrail.models.heads import add_dense_head
+from vitrail.models.heads import add_token_head
 from vitrail.models.tokens_to_token import TokensToToken
 
 
@@ -16,7 +16,7 @@ def create_model(
     name: str,
     num_classes: int,
     img_size: int | tuple[int, int] | None = None,
-    dense_head: bool = False,
+    token_head: bool = False,
     constant_drop_path: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
@@ -27,7 +27,7 @@ def create_model(
         num_classes: outputs of the classifier; 0 leaves the classifier out.
         img_size: side of the input in pixels, or (height, width); passed on to backbones whose weights depend on it
             (ViTs), which convolutional networks do not take.
-        dense_head: add a classifier of patch tokens, which token labelling needs; any ViT can have one.
+        token_head: add a classifier of patch tokens, which token labelling needs; any ViT can have one.
         constant_drop_path: `drop_path_rate` in every block, as DeiT-III has it, not growing from 0 with the depth.
         kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None leaves timm's default.
 
@@ -48,7 +48,7 @@ def create_model(
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
     if constant_drop_path:
         _make_drop_path_constant(model, kwargs.get("drop_path_rate") or 0.0)
-    return add_dense_head(model) if dense_head else model
+    return add_token_head(model) if token_head else model
 
 
 def _make_drop_path_constant(model: nn.Module, rate: float) -> None:

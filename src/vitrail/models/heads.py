@@ -1,6 +1,16 @@
-"""Class, token and distillation logits of a backbone, and MixToken."""
+"""Class, token and distillation logits of a backbone, and MixToken.
 
-from functools import cache, partial
+A backbone declares what it gives beside class logits in `outputs`, a set of names (`tokens`, `distill`, or names of its
+own). One that declares any has
+
+- `forward_outputs(images, token_box=None) -> Outputs`, and
+- with `tokens`: `token_grid(image_size) -> (rows, columns)`; `mixes_tokens = True` if it can swap tokens in a box.
+
+timm's models get both from `add_token_head`. Everything else is asked through the functions of this file.
+"""
+
+from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,31 +21,103 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.types import TOKEN_WEIGHT, Heads
+from vitrail.models.features import classify_places, feature_shape, sequence_grid
+from vitrail.types import Outputs
 
 
-class DenseHead(VisionTransformer):
-    """Adds to a ViT a second classifier, `aux_head`, that every patch token goes through.
+def declared_outputs(model: nn.Module) -> frozenset[str]:
+    """Return the names of the outputs that a backbone gives, class logits (`cls`) included."""
+    own = getattr(model, "outputs", None)
+    if own is None:
+        own = {"distill"} if isinstance(model, VisionTransformerDistilled) else ()
+    return frozenset({"cls", *own})
+
+
+def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = None) -> Outputs:
+    """Return the logits of each head of `model`, in training and in evaluation mode.
+
+    While `model(images)` merges the heads into one (B, C) tensor, the heads are returned apart.
+
+    Args:
+        model: any backbone.
+        images: (B, 3, H, W).
+        token_box: MixToken (arXiv:2104.10858, section 3.2): tokens in this box (4,) of top, left, bottom, right, in
+            cells, are swapped between mirrored samples of the batch before the first block. The token logits are
+            swapped back, so that each belongs to its own image; the class token has seen both, in proportion to the
+            box.
+
+    Raises:
+        ConfigError: MixToken with a backbone that cannot swap tokens.
+    """
+    if token_box is not None and not getattr(model, "mixes_tokens", False):
+        raise ConfigError(
+            f"mixing: MixToken needs a backbone that swaps tokens behind its stem; {type(model).__name__} does not."
+        )
+    forward: Any = getattr(model, "forward_outputs", None)
+    if forward is None:
+        return _forward_plain(model, images)
+    return forward(images) if token_box is None else forward(images, token_box)
+
+
+def _forward_plain(model: Any, images: Tensor) -> Outputs:
+    if not isinstance(model, VisionTransformerDistilled):
+        return Outputs(cls=model(images))
+    cls, distill = _class_heads(model, model.forward_features(images))
+    return Outputs(cls, distill=distill)
+
+
+def bind_forward_outputs(model: nn.Module) -> None:
+    """Make `forward_outputs` a method of `model`, for strategies that wrap methods by name."""
+    if not hasattr(model, "forward_outputs"):
+        model.forward_outputs = MethodType(_forward_plain, model)  # type: ignore[assignment]
+
+
+def token_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of the patch tokens that `model` makes of images of (height, width) pixels.
+
+    Raises:
+        ConfigError: the backbone declares no grid of tokens.
+    """
+    grid: Any = getattr(model, "token_grid", None)
+    if grid is not None:
+        return grid(image_size)
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(patch_embed, "dynamic_feat_size"):
+        return patch_embed.dynamic_feat_size(image_size)
+    raise ConfigError(f"model: {type(model).__name__} has no token_grid; model.token_head=true adds token logits.")
+
+
+def _class_heads(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return class logits (B, C), and those of a distillation token, of a ViT from features (B, prefix + N, D)."""
+    if isinstance(model, VisionTransformerDistilled):  # the class token first, the distillation token second
+        return model.head(model.head_drop(features[:, 0])), model.head_dist(model.head_drop(features[:, 1]))
+    return VisionTransformer.forward_head(model, features), None
+
+
+class TokenHead(VisionTransformer):
+    """A second classifier, `aux_head`, that every patch token of a ViT goes through.
 
     To be put before the backbone's class among the bases. The logits of an image become those of its class token (or
     pooled tokens) plus half the maximum over the tokens, as LV-ViT evaluates (Jiang et al., arXiv:2104.10858).
     """
 
+    mixes_tokens = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reset_aux_head()
 
+    @property
+    def outputs(self) -> frozenset[str]:
+        """What `forward_outputs` gives beside class logits."""
+        return frozenset({"tokens", "distill"} if isinstance(self, VisionTransformerDistilled) else {"tokens"})
+
     def reset_aux_head(self) -> None:
         """Draw a new classifier of tokens."""
-        weight = next(self.parameters())  # for device and precision
-        self.aux_head: nn.Module = nn.Identity()
-        if self.num_classes > 0:
-            self.aux_head = nn.Linear(self.embed_dim, self.num_classes, device=weight.device, dtype=weight.dtype)
-            trunc_normal_(self.aux_head.weight, std=0.02)
-            nn.init.zeros_(self.aux_head.bias)
+        self.aux_head: nn.Module = _new_head(self, self.embed_dim)
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
-        """All classifiers, that of tokens last."""
+        """Return all classifiers, that of tokens last."""
         others = super().get_classifier()
         return (*(others if isinstance(others, tuple) else (others,)), self.aux_head)
 
@@ -44,47 +126,142 @@ class DenseHead(VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self.reset_aux_head()
 
+    def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of patch tokens for images of (height, width) pixels."""
+        return self.patch_embed.dynamic_feat_size(image_size)
+
     def token_logits(self, features: Tensor) -> Tensor:
-        """Logits (B, N, C) of the patch tokens, from what `forward_features` gives (B, prefix + N, D)."""
+        """Return logits (B, N, C) of the patch tokens from what `forward_features` gives, (B, prefix + N, D)."""
         return self.aux_head(self.fc_norm(features[:, self.num_prefix_tokens :]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of images (B, C) from features (B, prefix + N, D); `pre_logits` gives the pooled features (B, D)."""
+        """Return merged logits (B, C) from features (B, prefix + N, D); `pre_logits` gives pooled features (B, D)."""
         logits = super().forward_head(x, pre_logits=pre_logits)
         if pre_logits or self.num_classes == 0:
             return logits
-        return logits + TOKEN_WEIGHT * self.token_logits(x).amax(1)
+        return Outputs(logits, self.token_logits(x)).merged()
+
+    def forward_outputs(self, images: Tensor, token_box: Tensor | None = None) -> Outputs:
+        """Return the logits of all heads for images (B, 3, H, W); see `forward_heads`."""
+        grid = self.token_grid((images.shape[-2], images.shape[-1]))
+        if token_box is not None:
+            features = self._forward_mixed(images, token_box, grid)
+        else:
+            features = self.forward_features(images)  # (B, prefix + N, D)
+        cls, distill = _class_heads(self, features)
+        tokens = self.token_logits(features)
+        return Outputs(cls, tokens if token_box is None else mix_tokens(tokens, token_box, grid), distill)
+
+    def _forward_mixed(self, images: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
+        """timm's `forward_features` with MixToken between the patch embedding and the position table."""
+        x = mix_tokens(self.patch_embed(images), box, grid)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(x)
+
+
+class FeatureTokenHead(nn.Module):
+    """A second classifier, `aux_head`, at every place of the features of a timm model that is no ViT.
+
+    To be put before the backbone's class among the bases. Each place goes through the model's own pooling and
+    normalisation, alone, and then through `aux_head`. A model with an `aux_head` of its own (VOLO) keeps it.
+    """
+
+    outputs = frozenset({"tokens"})
+    num_classes: int
+    has_own_aux_head: bool
+
+    def reset_aux_head(self) -> None:
+        """Draw a new classifier of tokens, unless the model brings its own."""
+        model: Any = self
+        if not self.has_own_aux_head:
+            self.aux_head: nn.Module = _new_head(self, getattr(model, "head_hidden_size", None) or model.num_features)
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """Return both classifiers, that of tokens last."""
+        return (super().get_classifier(), self.aux_head)  # type: ignore[misc]
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """Draw new classifiers for another number of classes."""
+        super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
+        self.reset_aux_head()
+
+    def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of places for images of (height, width) pixels."""
+        shape = feature_shape(self, image_size)
+        if len(shape) == 3:
+            rows, columns, _ = sequence_grid(self, shape[1], image_size)
+            return rows, columns
+        channels_first = shape[1] == self.num_features and getattr(self, "output_fmt", "NCHW") != "NHWC"
+        return (shape[2], shape[3]) if channels_first else (shape[1], shape[2])
+
+    def token_logits(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Return logits (B, N, C) of the places of `forward_features`' result."""
+
+        return classify_places(self, features, image_size, self._classify)[0]
+
+    def _classify(self, place: Tensor) -> Tensor:
+        return self.aux_head(super().forward_head(place, pre_logits=True).flatten(1))  # type: ignore[misc]
+
+    def forward_outputs(self, images: Tensor, token_box: Tensor | None = None) -> Outputs:
+        """Return class and token logits for images (B, 3, H, W)."""
+        model: Any = self
+        features = model.forward_features(images)
+        if self.has_own_aux_head:  # whose `forward_head` merges both classifiers
+            cls = super().get_classifier()(super().forward_head(features, pre_logits=True))  # type: ignore[misc]
+        else:
+            cls = super().forward_head(features)  # type: ignore[misc]
+        return Outputs(cls, self.token_logits(features, (images.shape[-2], images.shape[-1])))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return merged logits (B, C) of images (B, 3, H, W)."""
+        return self.forward_outputs(images).merged()
+
+
+def _new_head(model: nn.Module, dim: int) -> nn.Module:
+    """Return a linear classifier from `dim` channels, drawn as LV-ViT draws it; an identity without classes."""
+    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    if num_classes == 0:
+        return nn.Identity()
+    weight = next(model.parameters())  # for device and precision
+    head = nn.Linear(dim, num_classes, device=weight.device, dtype=weight.dtype)
+    trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 @cache
-def _with_dense_head(backbone: type[VisionTransformer]) -> type[DenseHead]:
-    return type(f"Dense{backbone.__name__}", (DenseHead, backbone), {})
+def _with_head(mixin: type[nn.Module], backbone: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{backbone.__name__}WithTokenHead", (mixin, backbone), {})
 
 
-def add_dense_head(model: nn.Module) -> nn.Module:
-    """Give a ViT, DeiT or T2T-ViT token logits, which token labelling needs; LV-ViT has them already.
+def add_token_head(model: nn.Module) -> nn.Module:
+    """Give a timm model token logits, which token labelling needs; a model that declares them is returned as it is.
 
-    The model stays what it was, timm's methods included, and gains `aux_head`: its class becomes a subclass.
+    The model stays what it was, timm's methods included, and gains `aux_head`: its class becomes a subclass. ViTs get
+    MixToken, too; other models (ConvNeXt, Swin, Mixer, VOLO, ResNet, ...) get a classifier at each place of their
+    feature map.
 
     Raises:
-        ConfigError: the backbone has no patch tokens.
+        ConfigError: the backbone has no spatial features.
     """
-    if isinstance(model, DenseHead):
+    if "tokens" in declared_outputs(model):
         return model
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"model.dense_head=true: {type(model).__name__} has no patch tokens; choose a ViT.")
-    backbone: Any = type(model)
-    model.__class__ = _with_dense_head(backbone)
-    assert isinstance(model, DenseHead)
-    model.reset_aux_head()
+    vit: Any = model
+    if isinstance(model, VisionTransformer):
+        vit.__class__ = _with_head(TokenHead, type(model))
+        vit.reset_aux_head()
+        return model
+    if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features")):
+        raise ConfigError(f"model.token_head=true: {type(model).__name__} has no spatial features.")
+    vit.__class__ = _with_head(FeatureTokenHead, type(model))
+    vit.has_own_aux_head = isinstance(getattr(model, "aux_head", None), nn.Module)
+    vit.reset_aux_head()
     return model
 
 
-_SEVERAL_HEADS = (DenseHead, VisionTransformerDistilled)
-
-
 def mix_tokens(x: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Swap the tokens inside a box with those of the batch's mirror image: sample i with sample B - 1 - i.
+    """Swap the tokens inside a box with those of the reversed batch: sample i with sample B - 1 - i.
 
     Applied twice, it gives its input back.
 
@@ -99,56 +276,3 @@ def mix_tokens(x: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
     inside = inside.flatten()[:, None] if x.ndim == 3 else inside[:, :, None]
     return torch.where(inside, x.flip(0), x)
-
-
-def _mixed_features(model: VisionTransformer, images: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """timm's `forward_features` with MixToken between the patch embedding and the position table."""
-    x = mix_tokens(model.patch_embed(images), box, grid)
-    x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
-    x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
-    return model.norm(x)
-
-
-def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = None) -> Heads:
-    """Logits of each head of `model` for `images` (B, 3, H, W), in training and in evaluation mode.
-
-    Where `model(images)` merges the heads into one (B, C) tensor, the heads are returned apart.
-
-    Args:
-        model: any backbone.
-        images: a batch.
-        token_box: MixToken (arXiv:2104.10858, section 3.2): tokens in this box (4,) of top, left, bottom, right, in
-            cells, are swapped between mirrored samples of the batch before the first block. The token logits are
-            swapped back, so that each belongs to its own image; the class token has seen both, in proportion to the
-            box.
-
-    Raises:
-        ConfigError: MixToken without a dense head.
-    """
-    if token_box is not None and not isinstance(model, DenseHead):
-        raise ConfigError(f"MixToken needs token logits, which {type(model).__name__} lacks: model.dense_head=true.")
-    if not isinstance(model, _SEVERAL_HEADS):
-        return Heads(cls=model(images))
-    # A sharded backbone gathers its weights in methods of its own.
-    apart: Any = getattr(model, "several_heads", partial(several_heads, model))
-    return apart(images, token_box)
-
-
-def several_heads(model: Any, images: Tensor, token_box: Tensor | None = None) -> Heads:
-    """`forward_heads` of a backbone with more than a class token's head."""
-    grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-    if token_box is not None:
-        features = _mixed_features(model, images, token_box, grid)
-    else:
-        features = model.forward_features(images)  # (B, prefix + N, D)
-    distill = tokens = None
-    if isinstance(model, VisionTransformerDistilled):  # the class token first, the distillation token second
-        cls = model.head(model.head_drop(features[:, 0]))
-        distill = model.head_dist(model.head_drop(features[:, 1]))
-    else:
-        cls = VisionTransformer.forward_head(model, features)
-    if isinstance(model, DenseHead):
-        tokens = model.token_logits(features)
-        if token_box is not None:
-            tokens = mix_tokens(tokens, token_box, grid)
-    return Heads(cls=cls, tokens=tokens, distill=distill)

@@ -22,7 +22,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitrail.models.heads import DenseHead
+from vitrail.models.heads import TokenHead
 from vitrail.models.mlp import LeanMlp, normed_mlp
 from vitrail.models.registry import build, vit_cfg
 from vitrail.models.stem import Stem
@@ -119,7 +119,7 @@ class LVViT(VisionTransformer):
         trunc_normal_(self.cls_token, std=0.02)
 
 
-class DenseLVViT(DenseHead, LVViT):
+class TokenLVViT(TokenHead, LVViT):
     """LV-ViT with its classifier of tokens."""
 
 
@@ -158,14 +158,14 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-T: 8.5 M parameters, 2.9 G MACs, 79.1 % top-1."""
-    return build(DenseLVViT, "lvvit_t", pretrained, kwargs, mlp_ratio=3, embed_dim=240, depth=12, num_heads=4)
+    return build(TokenLVViT, "lvvit_t", pretrained, kwargs, mlp_ratio=3, embed_dim=240, depth=12, num_heads=4)
 
 
 @register_model
 def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-S: 26.2 M parameters, 6.6 G MACs, 83.3 % top-1; 84.4 % at 384 pixels."""
     return build(
-        DenseLVViT, "lvvit_s", pretrained, kwargs, mlp_ratio=3, embed_dim=384, depth=16, num_heads=6, skip_lam=2
+        TokenLVViT, "lvvit_s", pretrained, kwargs, mlp_ratio=3, embed_dim=384, depth=16, num_heads=6, skip_lam=2
     )
 
 
@@ -173,7 +173,7 @@ def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
 def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-M: 55.8 M parameters, 84.0 % top-1; 85.4 % at 384 pixels, 85.5 % at 448."""
     return build(
-        DenseLVViT, "lvvit_m", pretrained, kwargs, mlp_ratio=3, embed_dim=512, depth=20, num_heads=8, skip_lam=2
+        TokenLVViT, "lvvit_m", pretrained, kwargs, mlp_ratio=3, embed_dim=512, depth=20, num_heads=8, skip_lam=2
     )
 
 
@@ -181,7 +181,7 @@ def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
 def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-L: 150 M parameters; 86.2 % top-1 at 448 pixels, 86.4 % at 512."""
     config = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3, "stem_width": 128}
-    return build(DenseLVViT, "lvvit_l", pretrained, kwargs, mlp_ratio=3, **config)
+    return build(TokenLVViT, "lvvit_l", pretrained, kwargs, mlp_ratio=3, **config)
 
 
 @register_model

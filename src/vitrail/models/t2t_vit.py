@@ -35,7 +35,7 @@ from vitrail.models.cnn_designs import (
     SqueezeExciteAttention,
     Transition,
 )
-from vitrail.models.heads import DenseHead
+from vitrail.models.heads import declared_outputs
 from vitrail.models.mlp import LeanMlp, normed_mlp
 from vitrail.models.registry import build, vit_cfg
 from vitrail.models.tokens_to_token import TokensToToken
@@ -121,7 +121,7 @@ class T2TViT(VisionTransformer):
     def _only_class_token_is_used(self) -> bool:
         last = self.blocks[-1]
         plain = type(last) is ClassTokenBlock and type(last.attn) is Attention
-        return plain and self.global_pool == "token" and not isinstance(self, DenseHead)
+        return plain and self.global_pool == "token" and "tokens" not in declared_outputs(self)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Resize the position table to another image size, with timm's kernel; it stays a buffer."""

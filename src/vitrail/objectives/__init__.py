@@ -1,8 +1,9 @@
-"""Losses: heads and targets in, a dict of scalars out, of which `loss` is minimised; torch only."""
+"""Losses: outputs and targets in, a dict of scalars out, of which `loss` is minimised; torch only."""
 
 from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
+from vitrail.objectives.contract import Objective
 from vitrail.objectives.cosub import CosubLoss
 from vitrail.objectives.distillation import DistillationLoss
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
-__all__ = ["BinaryCrossEntropy", "CosubLoss", "CrossEntropy", "DistillationLoss", "TokenLabelingLoss"]
+__all__ = ["BinaryCrossEntropy", "CosubLoss", "CrossEntropy", "DistillationLoss", "Objective", "TokenLabelingLoss"]

@@ -6,26 +6,27 @@ targets as timm's smoothing before it.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitrail.types import Heads, Targets
+from vitrail.objectives.contract import Objective
+from vitrail.types import Outputs, Targets
 
 
-def _pairs(heads: Heads, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Logits (M, C) of each head with its target: the image's label for all of them.
+def _pairs(outputs: Outputs, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pair the logits (M, C) of each head with its target, the image's label for all of them.
 
     Without a teacher the distillation token learns the label, and without label maps so does every patch token (as the
-    official token-labelling loss does with a target of two dimensions); else these heads would stay untrained.
+    official token-labelling loss does with a target of two dimensions); otherwise these heads would stay untrained.
     """
-    pairs = [(heads.cls, target)]
-    if heads.distill is not None:
-        pairs.append((heads.distill, target))
-    if heads.tokens is not None:
-        pairs.append((heads.tokens.flatten(0, 1), target.repeat_interleave(heads.tokens.shape[1], dim=0)))
+    pairs = [(outputs.cls, target)]
+    if outputs.distill is not None:
+        pairs.append((outputs.distill, target))
+    if outputs.tokens is not None:
+        pairs.append((outputs.tokens.flatten(0, 1), target.repeat_interleave(outputs.tokens.shape[1], dim=0)))
     return pairs
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Objective):
     """Softmax cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567), mean over the batch.
 
     Args:
@@ -38,14 +39,14 @@ class CrossEntropy(nn.Module):
             raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
         self.smoothing = smoothing
 
-    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
-        """Scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
-        pairs = _pairs(heads, targets.cls)
+    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        """Return the scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
+        pairs = _pairs(outputs, targets.cls)
         losses = [F.cross_entropy(logits, target, label_smoothing=self.smoothing) for logits, target in pairs]
         return {"loss": torch.stack(losses).mean()}
 
 
-class BinaryCrossEntropy(nn.Module):
+class BinaryCrossEntropy(Objective):
     """Sigmoid cross-entropy, one binary problem a class, as in "ResNet strikes back" (arXiv:2110.00476) and DeiT-III.
 
     Args:
@@ -66,9 +67,9 @@ class BinaryCrossEntropy(nn.Module):
             )
         self.smoothing, self.threshold, self.sum_classes = smoothing, threshold, sum_classes
 
-    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
-        """Scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
-        losses = [self._loss(logits, target) for logits, target in _pairs(heads, targets.cls)]
+    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        """Return the scalar `loss` from logits (B, C) and targets (B,) or (B, C)."""
+        losses = [self._loss(logits, target) for logits, target in _pairs(outputs, targets.cls)]
         return {"loss": torch.stack(losses).mean()}
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.objectives.classification import BinaryCrossEntropy
-from vitrail.types import Heads, Targets
+from vitrail.objectives.contract import Objective, needs_of
+from vitrail.types import Outputs, Targets
 
 
-class CosubLoss(nn.Module):
+class CosubLoss(Objective):
     """Each image goes twice through the network, with other blocks dropped each time; both learn from each other.
 
     (1 - weight) * loss of both with the label + weight * sigmoid cross-entropy of each with what the other says, which
@@ -23,7 +24,7 @@ class CosubLoss(nn.Module):
         ValueError: a weight out of range.
     """
 
-    submodels = 2
+    passes = 2
 
     def __init__(self, weight: float = 0.5, base: nn.Module | None = None) -> None:
         super().__init__()
@@ -31,22 +32,22 @@ class CosubLoss(nn.Module):
             raise ValueError(f"objective.weight={weight}: must lie in [0, 1].")
         self.weight = weight
         self.base = base or BinaryCrossEntropy(threshold=0.0)
+        self.needs = needs_of(self.base)
 
-    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
-        """`loss` and its parts `label_loss` and `cosub_loss`.
+    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        """Return `loss` and its parts `label_loss` and `cosub_loss`.
 
         Args:
-            heads: of the images twice, one pass after the other: (2 B, C), (2 B, N, C).
+            outputs: of the images twice, one pass after the other: (2 B, C), (2 B, N, C).
             targets: of the B images.
         """
-        halves = [(None, None) if logits is None else logits.chunk(2) for logits in heads]
-        passes = [Heads(*half) for half in zip(*halves, strict=True)]
+        passes = outputs.chunk(self.passes)
         label_loss = torch.stack([self.base(each, targets)["loss"] for each in passes]).mean()
         cosub_loss = torch.stack(
             [
                 F.binary_cross_entropy_with_logits(own, other.detach().sigmoid())
                 for mine, others in (passes, passes[::-1])
-                for own, other in zip(mine, others, strict=True)
+                for own, other in zip(mine[:3], others[:3], strict=True)
                 if own is not None and other is not None
             ]
         ).mean()

@@ -4,10 +4,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.objectives.classification import CrossEntropy
-from vitrail.types import Heads, Targets
+from vitrail.objectives.contract import Objective, needs_of
+from vitrail.types import Outputs, Targets
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(Objective):
     """(1 - alpha) * loss of the class token with the label + alpha * loss of the distillation token with the teacher.
 
     Backbones without a distillation token learn both with the class token, which is the paper's "usual distillation".
@@ -26,8 +27,6 @@ class DistillationLoss(nn.Module):
         ValueError: an unknown kind, or a value out of range.
     """
 
-    needs_teacher = True
-
     def __init__(
         self,
         kind: str = "hard",
@@ -45,18 +44,19 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"objective.tau={tau}: must be positive.")
         self.kind, self.alpha, self.tau, self.per_class = kind, alpha, tau, per_class
         self.base = base or CrossEntropy(smoothing=0.1)
+        self.needs = frozenset({"teacher_logits"}) | needs_of(self.base)
 
-    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
-        """`loss` and its parts `cls_loss` and `distill_loss`, from logits and the teacher's logits, all (B, C).
+    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        """Return `loss` and its parts `cls_loss` and `distill_loss` from logits of student and teacher, all (B, C).
 
         Raises:
             ValueError: the targets hold no logits of a teacher.
         """
-        if targets.teacher is None:
+        if targets.teacher_logits is None:
             raise ValueError("objective: distillation needs the logits of a teacher.")
-        cls_loss = self.base(Heads(heads.cls), targets)["loss"]
-        student = (heads.cls if heads.distill is None else heads.distill).float()
-        teacher = targets.teacher.float()
+        cls_loss = self.base(Outputs(outputs.cls), targets)["loss"]
+        student = (outputs.cls if outputs.distill is None else outputs.distill).float()
+        teacher = targets.teacher_logits.float()
         if self.kind == "hard":
             distill_loss = F.cross_entropy(student, teacher.argmax(-1))
         else:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vitrail.types import Heads, SparseTokens, Targets
+from vitrail.objectives.contract import Objective
+from vitrail.types import Outputs, SparseTokens, Targets
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -45,74 +46,42 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
-class TokenLabelingLoss(nn.Module):
-    """cls_weight * loss of the class token + dense_weight * mean loss of the patch tokens.
+class TokenLabelingLoss(Objective):
+    """cls_weight * loss of the class token + token_weight * mean loss of the patch tokens.
 
-    Targets come smoothed. Sparse token targets give the same loss and gradient as dense ones in a fraction of their
-    time and memory. Without token targets every patch token learns the target of the class token, as published.
+    Targets come smoothed and mixed. Sparse token targets give the same loss and gradient as dense ones in a fraction of
+    their time and memory. Called without token targets, every patch token learns the target of the class token, as
+    published; a training refuses to start without them unless token_weight is 0.
 
     Args:
-        dense_weight: of the patch tokens; 1.0 in the official code, 0.5 in the paper.
+        token_weight: of the patch tokens; 1.0 in the official code, 0.5 in the paper.
         cls_weight: of the class token.
-        ground_truth: how the labels of the data set (`Targets.truth`) enter the target of the class token: `none`;
-            `published`: half of each where annotator and truth agree on the best class, else 0.9 annotator and 0.1
-            truth; `intended`, as the comment of the official code has it: trust the truth more where the annotator is
-            wrong, half of each where they agree, else 0.1 annotator and 0.9 truth.
-        smoothing: of the targets, which whoever makes them reads here (see `token_targets`).
-        transpose_crops: likewise; True takes labels from the transposed crop, as the official code does.
-
-    Raises:
-        ValueError: an unknown `ground_truth`.
     """
 
-    needs_tokens = True
-
-    def __init__(
-        self,
-        dense_weight: float = 1.0,
-        cls_weight: float = 1.0,
-        ground_truth: str = "none",
-        smoothing: float = 0.1,
-        transpose_crops: bool = False,
-    ) -> None:
+    def __init__(self, token_weight: float = 1.0, cls_weight: float = 1.0) -> None:
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
-        if ground_truth not in ("none", "published", "intended"):
-            raise ValueError(f"objective.ground_truth={ground_truth}: choose none, published or intended.")
-        self.dense_weight, self.cls_weight, self.ground_truth = dense_weight, cls_weight, ground_truth
-        self.smoothing, self.transpose_crops = smoothing, transpose_crops
+        self.token_weight, self.cls_weight = token_weight, cls_weight
+        self.needs = frozenset({"outputs.tokens", "token_targets"} if token_weight else {"outputs.tokens"})
+        self.optional = frozenset({"token_targets"})
 
-    def forward(self, heads: Heads, targets: Targets) -> dict[str, Tensor]:
-        """`loss` and its parts `cls_loss` and `token_loss`, from logits (B, C), (B, N, C) and targets.
+    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        """Return `loss` and its parts `cls_loss` and `token_loss`, from logits (B, C), (B, N, C) and targets.
 
         Raises:
             ValueError: the backbone gave no token logits.
         """
-        if heads.tokens is None:
+        if outputs.tokens is None:
             raise ValueError(
-                "objective: token labelling needs token logits; set model.dense_head=true or use an LV-ViT."
+                "objective: token labelling needs token logits; set model.token_head=true or use an LV-ViT."
             )
         cls = targets.cls
         if cls.ndim == 1:
-            cls = nn.functional.one_hot(cls, heads.cls.shape[-1]).to(heads.cls.dtype)
-        mixed = self._with_truth(cls, targets.truth)
-        if targets.share is not None:  # after the truth, as published
-            mixed = targets.share * mixed + (1 - targets.share) * mixed.flip(0)
-        class_loss = soft_cross_entropy(heads.cls, mixed)
+            cls = nn.functional.one_hot(cls, outputs.cls.shape[-1]).to(outputs.cls.dtype)
+        class_loss = soft_cross_entropy(outputs.cls, cls)
         if isinstance(targets.tokens, SparseTokens):
-            count = heads.tokens.shape[0] * heads.tokens.shape[1]
-            token_loss = _SparseCrossEntropy.apply(heads.tokens, *targets.tokens[:3]) / count
+            count = outputs.tokens.shape[0] * outputs.tokens.shape[1]
+            token_loss = _SparseCrossEntropy.apply(outputs.tokens, *targets.tokens[:3]) / count
         else:
-            dense = cls[:, None] if targets.tokens is None else targets.tokens
-            token_loss = soft_cross_entropy(heads.tokens, dense)
-        loss = self.cls_weight * class_loss + self.dense_weight * token_loss
+            token_loss = soft_cross_entropy(outputs.tokens, cls[:, None] if targets.tokens is None else targets.tokens)
+        loss = self.cls_weight * class_loss + self.token_weight * token_loss
         return {"loss": loss, "cls_loss": class_loss, "token_loss": token_loss}
-
-    def _with_truth(self, labels: Tensor, truth: Tensor | None) -> Tensor:
-        if self.ground_truth == "none" or truth is None:
-            return labels
-        disagreeing = 0.9 if self.ground_truth == "published" else 0.1
-        agree = labels.argmax(-1, keepdim=True) == truth.argmax(-1, keepdim=True)
-        ratio = torch.where(agree, 0.5, disagreeing)
-        return ratio * labels + (1 - ratio) * truth

@@ -4,9 +4,10 @@ from vitrail.training.callbacks import EpochReport, SpeedMonitor
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 from vitrail.training.fsdp import FSDP
-from vitrail.training.numbers import NumberGuard
+from vitrail.training.nonfinite_guard import NonfiniteGuard
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
+from vitrail.training.targets import TargetBuilder
 
 __all__ = [
     "EMA",
@@ -14,7 +15,8 @@ __all__ = [
     "CosineSchedule",
     "EpochReport",
     "ImageClassifier",
-    "NumberGuard",
+    "NonfiniteGuard",
     "OptimizerFactory",
     "SpeedMonitor",
+    "TargetBuilder",
 ]

@@ -5,22 +5,23 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitrail.data import Mixing, MixToken
-from vitrail.data.label_maps import pooled_scores, sparse_token_targets
+from vitrail.checkpoints.shards import gathered
+from vitrail.data.mixing import Mixing
 from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
-from vitrail.models.shards import gathered
-from vitrail.objectives import TokenLabelingLoss
+from vitrail.models.heads import declared_outputs, token_grid
+from vitrail.objectives.contract import passes_of
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
-from vitrail.types import IGNORE, LabelMap, Sample, Targets
+from vitrail.training.targets import TargetBuilder
+from vitrail.types import IGNORE, Batch
+from vitrail_runtime.compat import batches_seen, completed_batches, next_batch
 
 
 class ImageClassifier(L.LightningModule):
@@ -30,16 +31,16 @@ class ImageClassifier(L.LightningModule):
 
     Args:
         model: backbone.
-        objective: maps (Heads, Targets) to a dict of losses, of which `loss` is minimised.
-        num_classes: C.
-        optimizer: what to build the optimiser from; only needed to train.
+        objective: maps (Outputs, Targets) to a dict of losses; see `vitrail.objectives.contract`.
+        num_classes: number of classes, C.
+        optimizer: factory of the optimiser; only needed to train.
         schedule: of the learning rate; only needed to train.
-        mixing: mixup and CutMix of training batches; None for none.
+        mixing: draws how each training batch is mixed; None for none.
+        targets: builds the targets, with a teacher's if it has one; None for the defaults without a teacher.
         seed: of mixing, and of dropout and drop path, whose draws differ from rank to rank.
-        compile_mode: mode of `torch.compile` (`default`, `max-autotune`, ...); None runs eagerly. The state dict's
-            keys are the same with and without.
-        checkpointing: recompute activations in the backward pass to save memory.
-        teacher: maps images to the logits that a distillation objective compares with; it is neither trained nor saved.
+        compile_mode: mode of `torch.compile` (`default`, `max-autotune`, ...); None runs eagerly. The keys of the state
+            dict are the same in both cases.
+        grad_checkpointing: recompute activations in the backward pass to save memory.
     """
 
     def __init__(
@@ -49,27 +50,36 @@ class ImageClassifier(L.LightningModule):
         num_classes: int,
         optimizer: OptimizerFactory | None = None,
         schedule: CosineSchedule | None = None,
-        mixing: Mixing | MixToken | None = None,
+        mixing: Mixing | None = None,
+        targets: TargetBuilder | None = None,
         seed: int = 0,
         compile_mode: str | None = None,
-        checkpointing: bool = False,
-        teacher: nn.Module | None = None,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.num_classes = model, objective, num_classes
         self.optimizer, self.schedule = optimizer, schedule
-        self.mixing, self.seed = mixing, seed
-        self._teacher = () if teacher is None else (teacher,)  # a tuple hides it from state dict and optimiser
+        self.mixing, self.targets, self.seed = mixing, targets or TargetBuilder(), seed
         self.compile_mode = compile_mode
         self.heads = torch.compile(forward_heads, mode=compile_mode) if compile_mode else forward_heads
-        if checkpointing:
+        if grad_checkpointing:
             _set_grad_checkpointing(model)
-        self.val_metrics = validation_metrics(num_classes)
-        self._epoch_began: int | None = None  # step; None: not yet, nor when a resumed training begins within an epoch
+        self.val_metrics = ValidationMetrics(num_classes)
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        self._epoch_began: int | None = None  # step; None: not yet, nor when a resumed training starts within an epoch
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images; of backbones with several heads merged as published."""
+        """Return logits (B, C) of images (B, 3, H, W), merged as published if the backbone has several heads."""
         return self.heads(self.model, images).merged()
+
+    def token_grid(self, images: Tensor) -> tuple[int, int] | None:
+        """Return rows and columns of patch tokens for images (B, 3, H, W); None without token logits."""
+        if "tokens" not in declared_outputs(self.model):
+            return None
+        size = (images.shape[-2], images.shape[-1])
+        if size not in self._grids:
+            self._grids[size] = token_grid(self.model, size)
+        return self._grids[size]
 
     # Training
 
@@ -80,9 +90,8 @@ class ImageClassifier(L.LightningModule):
             self.heads = forward_heads  # the blocks are compiled instead
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device."""
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        """Move the teacher to the student's device."""
+        self.targets.to(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the schedule follow from the config, which may ask for more epochs than the checkpoint's did."""
@@ -95,41 +104,34 @@ class ImageClassifier(L.LightningModule):
             epoch, batches = next_batch(self.trainer)
             self.schedule.advance(scheduler, self.current_epoch, self._steps_until(epoch, batches))
 
-    def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
-        """Let dropout and drop path draw what this batch is due on this rank, whatever was drawn before.
-
-        A training that is resumed draws as one that was not interrupted.
-        """
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout and drop path for this batch and rank, so that a resumed training draws the same."""
         reseed(*self.batch_key())
         if self._epoch_began is None:
             self._epoch_began = self.global_step
             lr = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
             self.log("train/lr", lr, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
-    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mix a training batch on its device, so that callbacks see what the network sees."""
-        if not self.training or not isinstance(self.mixing, Mixing) or not isinstance(batch, Sample):
-            return batch  # the summary sends its example through here, a bare tensor
-        key = self.batch_key()
-        share = self.mixing.shares(batch.image, key) if batch.label_map else ()
-        image, label = self.mixing(batch.image, batch.label, self.num_classes, key)
-        return batch._replace(image=image, label=label, share=share)
+        # Lightning's model summary sends its example through here, a bare tensor.
+        if not self.training or self.mixing is None or not hasattr(batch, "mix"):
+            return batch
+        mix = self.mixing.draw(batch.image.shape, self.token_grid(batch.image), self.batch_key())
+        return batch if mix is None else batch._replace(image=mix.images(batch.image), mix=mix)
 
     def batch_key(self) -> tuple[int, int, int]:
-        """What the draws for the batch at hand are a function of."""
-        batches_seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        return self.seed, batches_seen, self.global_rank
+        """Random key of the current batch: (seed, batches seen, rank)."""
+        return self.seed, batches_seen(self.trainer), self.global_rank
 
-    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """Scalar loss of one batch."""
-        box = share = None
-        if isinstance(self.mixing, MixToken):
-            box, share = self.mixing.box(token_grid(self.model, batch.image), self.batch_key())
-            box = box.to(batch.image.device)
-        submodels = getattr(self.objective, "submodels", 1)
-        images = batch.image if submodels == 1 else batch.image.repeat(submodels, 1, 1, 1)
-        heads = self.heads(self.model, images, box)
-        losses = self.objective(heads, self._targets(batch)._replace(share=share))
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the scalar loss of one batch."""
+        passes = passes_of(self.objective)
+        images = batch.image if passes == 1 else batch.image.repeat(passes, 1, 1, 1)
+        box = None if batch.mix is None or batch.mix.token_box is None else batch.mix.token_box.to(images.device)
+        outputs = self.heads(self.model, images, box)
+        targets = self.targets(batch, self.objective, self.num_classes, self.token_grid(batch.image))
+        losses = self.objective(outputs, targets)
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             on_step=False,
@@ -139,46 +141,6 @@ class ImageClassifier(L.LightningModule):
             prog_bar=True,
         )
         return losses["loss"]
-
-    @torch.no_grad()
-    def _targets(self, batch: Sample) -> Targets:
-        """What the heads should say of a batch: its labels, and what a teacher or its label maps see."""
-        if not isinstance(self.objective, TokenLabelingLoss):
-            return Targets(cls=batch.label, teacher=self._teacher_logits(batch))
-        truth = F.one_hot(batch.label, self.num_classes) if batch.label.ndim == 1 else batch.label
-        truth = truth * (1 - self.objective.smoothing) + self.objective.smoothing / self.num_classes
-        if not batch.label_map:
-            return Targets(cls=truth)
-        maps: LabelMap = batch.label_map
-        grid = token_grid(self.model, batch.image)
-        made = sparse_token_targets(
-            maps.scores,
-            maps.classes,
-            maps.box,
-            maps.flipped,
-            grid=grid,
-            num_classes=self.num_classes,
-            smoothing=self.objective.smoothing,
-            transpose_crops=self.objective.transpose_crops,
-        )
-        if not isinstance(self.mixing, Mixing):
-            return Targets(made.cls, made.tokens, truth)
-        left = batch.share.mean((1, 2))[:, None]  # of each image in itself
-        cls = made.cls * left + made.cls.flip(0) * (1 - left)
-        return Targets(cls, made.tokens.mixed(self.mixing.token_shares(batch.share, grid)), truth)
-
-    def _teacher_logits(self, batch: Sample) -> Tensor | None:
-        """What the teacher, or else the label maps that it left, say of a batch; None without either."""
-        if self._teacher:
-            return self._teacher[0](batch.image)
-        if not batch.label_map:
-            return None
-        maps: LabelMap = batch.label_map
-        logits = pooled_scores(maps.scores, maps.classes, maps.box, maps.flipped, self.num_classes)
-        if not isinstance(self.mixing, Mixing):
-            return logits
-        left = batch.share.mean((1, 2))[:, None]  # of each image in itself
-        return logits * left + logits.flip(0) * (1 - left)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
@@ -205,11 +167,12 @@ class ImageClassifier(L.LightningModule):
         """
         assert self.optimizer is not None
         assert self.schedule is not None
-        optimizer = self.optimizer.build(self.model, self.effective_batch)
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError(f"trainer.max_epochs={epochs}: must be at least 1, the schedule depends on it.")
-        scheduler = self.schedule.build(optimizer, epochs, self._steps_per_epoch)
+        steps = self._steps_per_epoch  # opens the loader, if there is no data module
+        optimizer = self.optimizer.build(self.model, self.effective_batch)
+        scheduler = self.schedule.build(optimizer, epochs, steps)
         interval = "step" if self.schedule.per_step else "epoch"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
@@ -224,93 +187,61 @@ class ImageClassifier(L.LightningModule):
     @property
     def effective_batch(self) -> int:
         """Images per optimiser step over all devices."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        loader: Any = self.trainer.datamodule or self.trainer.train_dataloader  # type: ignore[attr-defined]
+        return loader.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
         """Tell timm's scheduler the number of finished epochs or steps."""
         assert self.schedule is not None
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        batches = completed_batches(self.trainer)
         self.schedule.advance(scheduler, self.current_epoch + 1, self._steps_until(self.current_epoch, batches))
 
     # Validation
 
-    def validation_step(self, batch: Sample, batch_idx: int) -> None:
-        """Count one batch."""
-        self.update_metrics(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch: images (B, 3, H, W), labels (B,), `IGNORE` where not to count."""
+        self.val_metrics.update(self(batch.image).float(), batch.label)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all processes together."""
-        self.log_dict(self.compute_metrics("val/"), prog_bar=True, sync_dist=True, batch_size=1)
-
-    def update_metrics(self, batch: Sample) -> None:
-        """Add a batch (images (B, 3, H, W), labels (B,), `IGNORE` where not to count) to the validation metrics."""
-        logits = self(batch.image).float()
-        self.val_metrics.update(logits, batch.label)
-
-    def compute_metrics(self, prefix: str) -> dict[str, Tensor]:
-        """Loss and top-1 and top-5 in %, over all processes since the last call."""
-        return computed(self.val_metrics, prefix)
+        self.log_dict(self.val_metrics.compute_and_reset("val/"), prog_bar=True, sync_dist=True, batch_size=1)
 
 
-def next_batch(trainer: L.Trainer) -> tuple[int, int]:
-    """Where a training that is about to start or to go on is: its epoch, and how many batches of it are done."""
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    within = epochs.processed < epochs.ready
-    if within and not batches.is_last_batch:
-        return epochs.processed, batches.current.ready
-    return epochs.processed + within, 0
+class ValidationMetrics(nn.Module):
+    """Mean cross-entropy, top-1 and top-5 over everything that is not labelled `IGNORE`, over all processes.
 
+    Args:
+        num_classes: number of classes, C.
+    """
 
-def token_grid(model: Any, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patch tokens that `model` makes of `images` (B, 3, H, W)."""
-    return model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-
-
-def validation_metrics(num_classes: int) -> MetricCollection:
-    """Mean cross-entropy, top-1 and top-5 over what is not labelled `IGNORE`."""
-
-    def accuracy(k: int) -> MulticlassAccuracy:
-        k = min(k, num_classes)
-        return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
-
-    return MetricCollection(
-        {"loss": MeanCrossEntropy(), "top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False
-    )
-
-
-def computed(metrics: MetricCollection, prefix: str) -> dict[str, Tensor]:
-    """Loss and accuracies, these in %, over all processes since the last call."""
-    values = metrics.compute()
-    metrics.reset()
-    return {f"{prefix}{name}": value if name == "loss" else 100 * value for name, value in values.items()}
-
-
-class MeanCrossEntropy(Metric):
-    """Mean cross-entropy over what is not labelled `IGNORE`; torchmetrics has no loss that leaves samples out."""
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+        def accuracy(k: int) -> MulticlassAccuracy:
+            k = min(k, num_classes)
+            return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
+
+        self.loss = MeanMetric(nan_strategy="disable")  # a NaN loss must show
+        self.accuracies = MetricCollection({"top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add logits (B, C) and labels (B,)."""
-        self.total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        self.count += (labels != IGNORE).sum()
+        counted = labels != IGNORE
+        losses = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        self.loss.update(losses, weight=counted.float())
+        self.accuracies.update(logits, labels)
 
-    def compute(self) -> Tensor:
-        """Scalar."""
-        return self.total / self.count
+    def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:
+        """Return the loss, and the accuracies in %, since the last call."""
+        values = {name: 100 * value for name, value in self.accuracies.compute().items()}
+        result = {f"{prefix}{name}": value for name, value in {"loss": self.loss.compute(), **values}.items()}
+        self.loss.reset()
+        self.accuracies.reset()
+        return result
 
 
 def _set_grad_checkpointing(model: nn.Module) -> None:
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
-        raise ConfigError(f"checkpointing=true: {type(model).__name__} does not support it.") from error
+        raise ConfigError(f"grad_checkpointing=true: {type(model).__name__} does not support it.") from error

@@ -8,9 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from vitrail.checkpoints.shards import cut_like, local
 from vitrail.errors import ConfigError
-from vitrail.models.shards import cut_like, local
-from vitrail.training.classifier import ImageClassifier, computed, validation_metrics
+from vitrail.training.classifier import ImageClassifier, ValidationMetrics
 
 
 class EMA(L.Callback):
@@ -45,7 +45,7 @@ class EMA(L.Callback):
         if self.device is None:
             now = _state(pl_module.model)
             self.average = {name: tensor.to(now[name].device) for name, tensor in self.average.items()}
-        self.metrics = validation_metrics(pl_module.num_classes).to(pl_module.device)
+        self.metrics = ValidationMetrics(pl_module.num_classes).to(pl_module.device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A resumed training has steps behind it."""
@@ -117,7 +117,7 @@ class EMA(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the average's metrics of all processes together."""
         if self.average:
-            values = {f"{name}_ema": value for name, value in computed(self.metrics, "val/").items()}
+            values = {f"{name}_ema": value for name, value in self.metrics.compute_and_reset("val/").items()}
             pl_module.log_dict(values, sync_dist=True, batch_size=1)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

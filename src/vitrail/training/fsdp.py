@@ -4,7 +4,6 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
+from vitrail.checkpoints.reading import read_checkpoint
+from vitrail.checkpoints.shards import FOLDER_KEY, cut_like, put_back, rows_of, take_out, write_shard
 from vitrail.errors import ConfigError
-from vitrail.models.checkpoints import read_checkpoint
-from vitrail.models.heads import several_heads
-from vitrail.models.shards import FOLDER_KEY, cut_like, put_back, rows_of, take_out, write_shard
+from vitrail.models.heads import bind_forward_outputs, declared_outputs
 from vitrail.training.classifier import ImageClassifier
 
 _STACKS = ("blocks", "stages", "layers")  # where timm's backbones keep what is to be gathered one by one
@@ -37,7 +36,7 @@ class FSDP(ModelParallelStrategy):
     Lightning's FSDPStrategy it also runs on CPUs.
 
     A checkpoint's tensors are written by all processes, each its own rows, and read back by any number of processes,
-    of whatever strategy, as theirs are by this one (`vitrail.models.shards`).
+    of whatever strategy, as theirs are by this one (`vitrail.checkpoints.shards`).
 
     Args:
         reshard_after_forward: free a block's weights after its forward pass and gather them again for its backward
@@ -94,9 +93,9 @@ class FSDP(ModelParallelStrategy):
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
-        # Gather the outermost weights also where the heads are asked for apart.
-        model.several_heads = MethodType(several_heads, model)  # type: ignore[assignment]
-        register_fsdp_forward_method(model, "several_heads")
+        if declared_outputs(model) != {"cls"}:  # gather the outermost weights also where the heads are asked for apart
+            bind_forward_outputs(model)
+            register_fsdp_forward_method(model, "forward_outputs")
 
     def model_to_device(self) -> None:
         """Move what is not sharded; what is offloaded stays where it is."""

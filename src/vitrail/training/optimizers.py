@@ -25,7 +25,7 @@ class OptimizerFactory:
         lr_scaling: `linear`: lr x batch / reference; `sqrt`: lr x its root; `none`: lr as it is.
         lr_reference_batch: effective batch that `lr` is given for, in images.
         layer_decay: factor of the learning rate from each block to the one before it; None for one rate.
-        backbone_lr: factor of the learning rate of all but the classifiers, for transfer to a new task.
+        backbone_lr_scale: factor of the learning rate of all but the classifiers, for transfer to a new task.
         decay_also: names of parameters that get weight decay although the model exempts them.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
 
@@ -41,7 +41,7 @@ class OptimizerFactory:
         lr_scaling: str = "linear",
         lr_reference_batch: int = 512,
         layer_decay: float | None = None,
-        backbone_lr: float = 1.0,
+        backbone_lr_scale: float = 1.0,
         decay_also: Sequence[str] = (),
         **options: Any,
     ) -> None:
@@ -49,7 +49,7 @@ class OptimizerFactory:
             raise ConfigError(f"optimizer.lr_scaling={lr_scaling}: must be one of {', '.join(_LR_RULES)}.")
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
-        self.layer_decay, self.backbone_lr, self.decay_also = layer_decay, backbone_lr, tuple(decay_also)
+        self.layer_decay, self.backbone_lr_scale, self.decay_also = layer_decay, backbone_lr_scale, tuple(decay_also)
         self.options = options
 
     def scaled_lr(self, effective_batch: int) -> float:
@@ -97,7 +97,7 @@ class OptimizerFactory:
             groups = param_groups_layer_decay(model, self.weight_decay, exempt, layer_decay=self.layer_decay)
         else:
             groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=exempt)
-        if self.backbone_lr == 1:
+        if self.backbone_lr_scale == 1:
             return groups
         heads = model.get_classifier()
         classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
@@ -105,7 +105,7 @@ class OptimizerFactory:
         return [
             {**group, "params": members, "lr": lr * factor}
             for group in groups
-            for factor, chosen in ((1.0, True), (self.backbone_lr, False))
+            for factor, chosen in ((1.0, True), (self.backbone_lr_scale, False))
             if (members := [parameter for parameter in group["params"] if (id(parameter) in own) == chosen])
         ]
 

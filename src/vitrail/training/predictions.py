@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitrail.models import forward_heads
-from vitrail.types import IGNORE, Sample
+from vitrail.types import IGNORE, Batch
 
 
 class Predictions(NamedTuple):
@@ -48,7 +48,7 @@ class Predictor(L.LightningModule):
         """Forget an earlier validation."""
         self._parts = []
 
-    def validation_step(self, batch: Sample, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep what is said of one batch: images (B, 3, H, W), labels (B,), `IGNORE` where not to count."""
         logits = forward_heads(self.model, batch.image).merged().float()
         if self._among is not None:

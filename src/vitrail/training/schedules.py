@@ -1,7 +1,7 @@
 """The cosine schedule of the papers (Loshchilov and Hutter, arXiv:1608.03983), as timm computes it."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -25,11 +25,12 @@ class CosineSchedule:
         cooldown_epochs: epochs at `min_lr` at the end; the cosine takes the others.
         per_step: change the rate after each optimiser step rather than after each epoch.
         warmup_prefix: let the cosine begin after the warm-up.
-        late: give each epoch the rate of the one before it, as DeiT's and DeiT-III's code does: epochs 0 and 1 both run
-            at `warmup_lr`.
+        epoch_lag: give each epoch the rate of the one before it, as DeiT's and DeiT-III's code does: epochs 0 and 1 both
+            run at `warmup_lr`.
+        late: the earlier name of `epoch_lag`, for code.
 
     Raises:
-        ConfigError: `late` with `per_step`, which no recipe combines.
+        ConfigError: `epoch_lag` with `per_step`, which no recipe combines.
     """
 
     warmup_epochs: float = 5
@@ -38,11 +39,14 @@ class CosineSchedule:
     cooldown_epochs: int = 0
     per_step: bool = False
     warmup_prefix: bool = False
-    late: bool = False
+    epoch_lag: bool = False
+    late: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.late and self.per_step:
-            raise ConfigError("schedule.late=true: counts epochs; set schedule.per_step=false.")
+    def __post_init__(self, late: bool) -> None:
+        if late:
+            object.__setattr__(self, "epoch_lag", True)
+        if self.epoch_lag and self.per_step:
+            raise ConfigError("schedule.epoch_lag=true: counts epochs; set schedule.per_step=false.")
 
     def build(self, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> CosineLRScheduler:
         """The scheduler for a training of `epochs` epochs in all.
@@ -76,5 +80,5 @@ class CosineSchedule:
 
     def advance(self, scheduler: CosineLRScheduler, epochs: int, steps: int) -> None:
         """Set the rate for what comes after `epochs` whole epochs and `steps` optimiser steps."""
-        scheduler.step(max(0, epochs - 1) if self.late else epochs)
+        scheduler.step(max(0, epochs - 1) if self.epoch_lag else epochs)
         scheduler.step_update(steps)

@@ -34,7 +34,7 @@ class LabelMapJoin:
         keys: of the split's images, in order.
         classes: names of the data's classes.
         on_missing: `error`, or `ignore`: such an image's tokens all learn its label.
-        square_maps: of maps that cover the central square only, as the published ones do, on images that are not
+        center_square_maps: of maps that cover the central square only, as the published ones do, on images that are not
             square: `placed` where they belong, so that what lies outside has no label; or `stretched` over the whole
             image, as the official code does.
 
@@ -48,14 +48,14 @@ class LabelMapJoin:
         keys: Sequence[str],
         classes: Sequence[str],
         on_missing: Literal["error", "ignore"] = "error",
-        square_maps: Literal["placed", "stretched"] = "placed",
+        center_square_maps: Literal["placed", "stretched"] = "placed",
     ) -> None:
-        if square_maps not in ("placed", "stretched"):
-            raise ConfigError(f"data.square_maps={square_maps}: must be placed or stretched.")
+        if center_square_maps not in ("placed", "stretched"):
+            raise ConfigError(f"data.center_square_maps={center_square_maps}: must be placed or stretched.")
         if on_missing not in ("error", "ignore"):
             raise ConfigError(f"data.on_missing_map={on_missing}: must be error or ignore.")
         self.store, self.classes = store, classes
-        self.placed = square_maps == "placed" and store.about.get("coverage") == "center square"
+        self.placed = center_square_maps == "placed" and store.about.get("coverage") == "center square"
         self._refuse(check_names(store, classes))
         self.records: NDArray[np.int64] = store.indices(keys)
         missing = int((self.records < 0).sum())

@@ -1,0 +1,272 @@
+"""The annotation job: label maps for every image of a split, on one or several processes, interrupted at will."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, multiprocessing
+from torch.utils.data import DataLoader
+
+from vitrail.data import Augmentation, ImageDataModule
+from vitrail.data.datamodule import ViewDataset, collate
+from vitrail.data.label_maps import LabelMapStore, LabelMapWriter
+from vitrail.data.label_maps.checks import measure_agreement
+from vitrail.data.sampling import Draw
+from vitrail.data.sources import Split
+from vitrail.errors import ConfigError
+from vitrail.models.pretrained import PretrainedClassifier
+from vitrail.reporting.label_maps import annotation_report, preview
+from vitrail.runs.config import check_choices, check_keys, instantiate, plain
+from vitrail.runs.logs import set_up_logging
+from vitrail.types import IGNORE, InputSpec
+
+log = logging.getLogger(__name__)
+
+_CHOICES = {
+    "split": ("train", "val"),
+    "crop": ("whole", "official"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("fp32", "bf16", "fp16"),
+}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def annotate(config: DictConfig) -> LabelMapStore:
+    """Make the label maps that `config` describes, or what is missing of them; print the summary, draw the preview.
+
+    Raises:
+        ConfigError: a setting cannot work.
+    """
+    set_up_logging()
+    check_keys(config, "annotate")
+    check_choices(config, _CHOICES)
+    out = Path(config.out).expanduser()
+    if config.import_from is not None:
+        store = LabelMapStore.import_official(Path(config.import_from).expanduser(), out)
+        get_console().print(annotation_report(store, None, []), soft_wrap=True)
+        return store
+    job = Job.build(plain(config))
+    _say_match(job)
+    data, split = job.data, job.split
+    names = list(job.data.classes) if job.chosen is not None else job.annotator.classes
+    num_classes = len(names) if names is not None else job.annotator.num_classes
+    if config.top_k < 1 or config.top_k > num_classes:
+        raise ConfigError(f"top_k={config.top_k}: must lie between 1 and the {num_classes} classes.")
+    about = job.describe(names)
+    if (out / "manifest.json").exists():
+        store = LabelMapStore.open(out)
+        asked = (about, len(split), config.top_k, job.grid or store.grid)
+        if (store.about, len(store), store.top_k, store.grid) != asked:
+            raise ConfigError(f"out={out}: holds finished label maps of another kind; name another folder.")
+        log.info("%s is finished already", out)
+    else:
+        rows, columns = job.grid or job.scores(torch.zeros(1, 3, *job.annotator.image_size)).shape[-2:]
+        writer = LabelMapStore.create(
+            out, len(split), config.top_k, (rows, columns), num_classes, split.keys(), **about
+        )
+        _fill(job, writer, out)
+        store = writer.finish()
+    agreement = None
+    if num_classes == data.num_classes and names in (None, list(data.classes)):
+        records = np.arange(len(split))
+        agreement = measure_agreement(store, records, np.asarray(split.labels), num_classes)
+    get_console().print(annotation_report(store, agreement, data.classes), soft_wrap=True)
+    if config.preview:
+        classes = data.classes if agreement else None
+        picture = preview(store, split, int(config.preview), classes, data.hflip)
+        picture.save(out / "preview.png")
+        log.info("preview: %s", out / "preview.png")
+    return store
+
+
+class Job(NamedTuple):
+    """What each process builds for itself from the config."""
+
+    config: dict[str, Any]
+    annotator: PretrainedClassifier
+    data: ImageDataModule
+    split: Split
+    chosen: list[int] | None  # annotator's classes that the maps hold, in the data's order; None: all
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> "Job":
+        """Build annotator and data, and match their classes."""
+        annotator = instantiate(config["annotator"], "annotator")
+        data = instantiate(config["data"], "data", augment=Augmentation())
+        data.prepare_data()
+        return cls(config, annotator, data, data.source.open(config["split"]), annotator.matching(data.classes))
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns that were asked for."""
+        grid = self.config["grid"]
+        if grid is None:
+            return None
+        if not isinstance(grid, list) or len(grid) != 2 or min(grid) < 1:
+            raise ConfigError(f"grid={grid}: give rows and columns, such as [14,14].")
+        return grid[0], grid[1]
+
+    @torch.inference_mode()
+    def scores(self, images: Tensor) -> Tensor:
+        """Raw scores (B, C, H, W), of the chosen classes."""
+        dtype = _DTYPES.get(self.config["precision"])
+        with torch.autocast(images.device.type, dtype) if dtype else nullcontext():
+            scores = self.annotator(images, self.grid, self.config["flip"]).float()
+        return scores if self.chosen is None else scores[:, self.chosen]
+
+    def describe(self, names: list[str] | None) -> dict[str, Any]:
+        """What the manifest says of these maps."""
+        whole = self.config["crop"] == "whole"
+        return {
+            "annotator": self.annotator.name,
+            "weights_sha256": self.annotator.weights_sha256(),
+            "image_size": list(self.annotator.image_size),
+            "mean": list(self.annotator.mean),
+            "std": list(self.annotator.std),
+            "interpolation": self.annotator.interpolation,
+            "coverage": "whole image" if whole else "center square",
+            "flip": self.config["flip"],
+            "precision": self.config["precision"],
+            "split": self.config["split"],
+            "class_names": names,
+        }
+
+
+def _say_match(job: Job) -> None:
+    """Say how the annotator's classes and the data's belong together, where they are not the same."""
+    known, count = job.annotator.classes, job.data.num_classes
+    if job.chosen is not None:
+        log.info("maps hold the data's %d classes out of the annotator's %d", count, job.annotator.num_classes)
+    elif known is None and job.annotator.num_classes == count:
+        log.warning("the annotator's classes have no names; they are taken to be the data's, in the data's order")
+    elif known != list(job.data.classes):
+        log.warning(
+            "the annotator knows %d other classes than the data's %d: these maps are for looking at, not for training",
+            job.annotator.num_classes,
+            count,
+        )
+
+
+def _fill(job: Job, writer: LabelMapWriter, out: Path) -> None:
+    """Write every record that is not there yet, and show how it goes."""
+    todo = np.flatnonzero(writer.done == 0)
+    devices = _devices(job.config)
+    parts = [part for part in np.array_split(todo, len(devices)) if len(part)]
+    log.info(
+        "%s at %d x %d pixels, %d x %d cells, top %d: %d of %d images to annotate on %s",
+        job.annotator.name,
+        *job.annotator.image_size,
+        *writer.layout.shape[1:],
+        writer.layout.shape[0],
+        len(todo),
+        writer.num_samples,
+        ", ".join(devices),
+    )
+    columns = (TextColumn("{task.fields[speed]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    started, finished_before = time.monotonic(), writer.num_samples - len(todo)
+    with Progress("annotating", BarColumn(), MofNCompleteColumn(), *columns, console=get_console()) as progress:
+        bar = progress.add_task("", total=writer.num_samples, completed=finished_before, speed="")
+
+        def show() -> None:
+            done = int(np.count_nonzero(writer.done))
+            speed = (done - finished_before) / max(time.monotonic() - started, 1e-9)
+            progress.update(bar, completed=done, speed=f"{speed:,.1f} images/s")
+
+        if len(parts) == 1:
+            for _ in _annotate(job, writer, parts[0], devices[0], out):
+                show()
+        elif parts:
+            _in_processes(job.config, parts, devices, show)
+    if len(todo):
+        seconds = time.monotonic() - started
+        log.info("%d images in %.1f s, %.1f images/s", len(todo), seconds, len(todo) / seconds)
+
+
+def _devices(config: dict[str, Any]) -> list[str]:
+    """The device of each process."""
+    gpus = torch.cuda.device_count() if config["device"] in ("auto", "cuda") else 0
+    if config["device"] == "cuda" and not gpus:
+        raise ConfigError("device=cuda: PyTorch sees no GPU here; device=cpu annotates on the processor.")
+    count = config["processes"] or max(gpus, 1)
+    return [f"cuda:{number % gpus}" if gpus else "cpu" for number in range(count)]
+
+
+def _annotate(
+    job: Job, writer: LabelMapWriter, records: NDArray[np.int64], device: str, out: Path, processes: int = 1
+) -> Iterator[int]:
+    """Write the maps of some records, batch by batch; gives the number of each batch."""
+    annotator, config = job.annotator, job.config
+    cropping = "squash" if config["crop"] == "whole" else "center"
+    augmentation = Augmentation(crop_pct=1.0, crop_mode=cropping, eval_interpolation=annotator.interpolation)
+    transform = augmentation.evaluation(InputSpec(annotator.image_size, annotator.mean, annotator.std))
+    skipped = out / "skipped.txt" if config["data"]["on_corrupt"] == "skip" else None
+    dataset = ViewDataset(job.split, transform, None, skipped, fill=False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config["num_workers"]
+    loader = DataLoader(
+        dataset,
+        batch_size=config["batch_size"],
+        sampler=[Draw(int(record), 0, False) for record in records],
+        num_workers=min(8, cores // processes) if workers is None else workers,
+        pin_memory=device != "cpu",
+        collate_fn=collate,
+    )
+    annotator.to(device)
+    start, top_k = 0, writer.layout.shape[0]
+    for batch in loader:
+        best = job.scores(batch.image.to(device, non_blocking=True)).topk(top_k, dim=1)
+        scores, classes = best.values.clamp(-65504, 65504).half().cpu().numpy(), best.indices.cpu().numpy()
+        unreadable = (batch.label == IGNORE).numpy()  # training never asks for them either
+        scores[unreadable] = 0
+        if not np.isfinite(scores).all():
+            raise ConfigError(
+                f"precision={config['precision']}: the annotator's scores are not finite; fp32 or bf16 may do."
+            )
+        for offset, record in enumerate(records[start : start + len(scores)]):
+            writer.write(int(record), scores[offset], classes[offset])
+        start += len(scores)
+        yield len(scores)
+
+
+def _in_processes(config: dict[str, Any], parts: list[Any], devices: list[str], show: Any) -> None:
+    """Let each part be written by a process of its own.
+
+    Raises:
+        ConfigError: what went wrong in one of them.
+    """
+    context = multiprocessing.start_processes(
+        _process, (config, parts, devices), nprocs=len(parts), join=False, start_method="spawn"
+    )
+    assert context is not None
+    try:
+        while not context.join(timeout=0.5):
+            show()
+        show()
+    except multiprocessing.ProcessRaisedException as error:
+        kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+        raise (ConfigError if kind.endswith(("ConfigError", "ImageError")) else RuntimeError)(message) from error
+    except multiprocessing.ProcessExitedException as error:
+        raise RuntimeError(f"a process was ended ({error}); the same command again goes on") from error
+
+
+def _process(number: int, config: dict[str, Any], parts: list[NDArray[np.int64]], devices: list[str]) -> None:
+    """One of several processes."""
+    if devices[number] == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(parts)))
+    job = Job.build(config)
+    out = Path(config["out"]).expanduser()
+    writer = LabelMapWriter.join(out)
+    if len(job.split) != writer.num_samples:
+        raise ConfigError(f"data.root: {len(job.split)} images where there were {writer.num_samples} a moment ago.")
+    for _ in _annotate(job, writer, parts[number], devices[number], out, len(parts)):
+        pass

@@ -1,0 +1,129 @@
+"""The doctor's job: everything about a data set and its label maps that would spoil a training, found beforehand."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+from rich import get_console
+
+from vitrail.data import Augmentation, ImageDataModule
+from vitrail.data.label_maps import LabelMapStore
+from vitrail.data.label_maps.checks import (
+    Finding,
+    check_agreement,
+    check_coverage,
+    check_keys_match,
+    check_names,
+    check_parts,
+    check_values,
+    measure_agreement,
+    sample_of,
+)
+from vitrail.data.sources import Split
+from vitrail.errors import ConfigError, ImageError
+from vitrail.reporting.tables import findings_table
+from vitrail.runs.config import check_keys, instantiate
+from vitrail.runs.logs import set_up_logging
+
+
+def examine(config: DictConfig) -> bool:
+    """Print what is found about the data of `config`; whether nothing is wrong.
+
+    Raises:
+        ConfigError: a key that nothing reads.
+    """
+    set_up_logging()
+    check_keys(config, "doctor")
+    findings = list(_findings(config))
+    get_console().print(findings_table(findings))
+    return all(finding.level != "error" for finding in findings)
+
+
+def _findings(config: DictConfig) -> Iterator[Finding]:
+    try:
+        data: ImageDataModule = instantiate(config.data, "data", augment=Augmentation())
+        data.prepare_data()
+        splits = {name: data.source.open(name) for name in ("train", "val")}
+    except ConfigError as error:
+        yield Finding("folders", "error", str(error), "fix the folders, or the key that is named")
+        return
+    counts = ", ".join(f"{len(split):,} {name} images" for name, split in splits.items())
+    yield Finding("folders", "ok", f"{counts} of {data.num_classes} classes")
+    yield _balance(splits["train"], data.classes)
+    yield _overlap(splits)
+    shapes: Counter[bool] = Counter()
+    for name, split in splits.items():
+        yield _images(name, split, config.sample, shapes)
+    if data.label_maps is not None:
+        yield from _label_maps(data, splits["train"], config, shapes[False] / max(shapes.total(), 1))
+
+
+def _balance(split: Split, classes: list[str]) -> Finding:
+    counts = np.bincount(split.labels, minlength=len(classes))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    text = f"{counts[least]} images of {classes[least]} to {counts[most]} of {classes[most]}"
+    if counts[most] > 20 * counts[least]:
+        return Finding("balance", "warning", text, "rare classes will be learnt badly")
+    return Finding("balance", "ok", text)
+
+
+def _overlap(splits: dict[str, Split]) -> Finding:
+    train, val = (set(splits[name].keys()) for name in ("train", "val"))
+    if both := sorted(train & val):
+        return Finding(
+            "overlap",
+            "warning",
+            f"{len(both)} images have the same name in train and val, the first is {both[0]}",
+            "if they are the same pictures, the validation is worth nothing",
+        )
+    return Finding("overlap", "ok", "no image of val has the name of one in train")
+
+
+def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Finding:
+    """Decode some images; count in `shapes` how many are square."""
+
+    def look(index: int) -> tuple[int, int] | str:
+        try:
+            return split[index].image.size
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(look, map(int, sample_of(len(split), sample))))
+    broken = [item for item in found if isinstance(item, str)]
+    sizes = [item for item in found if not isinstance(item, str)]
+    shapes.update(width == height for width, height in sizes)
+    if broken:
+        text = f"{len(broken)} of {len(found)} images looked at cannot be read: {broken[0]}"
+        return Finding(f"{name} images", "error", text, "remove them, or data.on_corrupt=skip")
+    sides = sorted(min(size) for size in sizes)
+    text = f"{len(found)} decoded; shorter sides {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}"
+    return Finding(f"{name} images", "ok", text)
+
+
+def _label_maps(data: ImageDataModule, split: Split, config: DictConfig, oblong: float) -> Iterator[Finding]:
+    try:
+        store = LabelMapStore.open(Path(str(data.label_maps)))
+    except ConfigError as error:
+        yield Finding("label maps", "error", str(error), "annotate, or name the right folder")
+        return
+    yield Finding("label maps", "ok", f"{len(store):,} maps by {store.about.get('annotator', 'an unknown annotator')}")
+    names = check_names(store, data.classes)
+    yield names
+    keys = split.keys()
+    records = store.indices(keys)
+    yield check_keys_match(store, keys, records)
+    yield check_coverage(store, oblong)
+    images = np.flatnonzero(records >= 0)
+    images = images[sample_of(len(images), config.sample)]
+    if len(images):
+        yield check_values(store, records[images])
+    if len(images) and store.num_classes == data.num_classes:
+        agreement = measure_agreement(store, records[images], np.asarray(split.labels)[images], store.num_classes)
+        yield check_agreement(agreement, data.classes)
+    if config.checksums:
+        yield from check_parts(store)

@@ -1,0 +1,240 @@
+"""Export a run's network for programs that know nothing about runs."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from vitrail.errors import ConfigError
+from vitrail.runs.config import check_choices, check_keys
+from vitrail.runs.logs import set_up_logging
+from vitrail.runs.trained import TrainedModel, load_run
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, in their standard deviations, between a run's network and what was exported."""
+
+
+class Exported(NamedTuple):
+    """A network, and what has to be known to use it."""
+
+    model: nn.Module
+    name: str
+    """timm's name."""
+    arguments: dict[str, Any]
+    """Of timm.create_model, besides classes and image size."""
+    size: tuple[int, int]
+    input: dict[str, Any]
+    """timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode."""
+    classes: list[str]
+    card: str
+
+
+def export(config: DictConfig) -> Path:
+    """Write what `config` asks for into a folder, and check it against the run's network; the folder.
+
+    Raises:
+        ConfigError: a setting cannot work, or the checkpoint is of no run.
+    """
+    set_up_logging()
+    check_keys(config, "export")
+    check_choices(config, {"to": tuple(_WRITERS), "weights": ("best", "ema", "raw")})
+    trained = load_run(config.ckpt, config.weights)
+    exported = describe_export(trained)
+    out = Path(config.out).expanduser() if config.out else _run_directory(trained) / "export" / config.to
+    out.mkdir(parents=True, exist_ok=True)
+    load = _WRITERS[config.to](exported, out)
+    (out / "README.md").write_text(exported.card + _use(config.to, exported.name, out.name), encoding="utf-8")
+    difference = compare(exported, load)
+    log.info("%s: logits differ by %.1e of their standard deviation", out, difference)
+    return out
+
+
+def _run_directory(trained: TrainedModel) -> Path:
+    assert trained.path is not None
+    folder = trained.path.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def describe_export(trained: TrainedModel) -> Exported:
+    """Collect what the exported files say about a trained network."""
+    node, spec = trained.config["model"], trained.input
+    ours = ("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path")
+    fed = {
+        "input_size": [3, *spec.size],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_pct,
+        "crop_mode": spec.crop_mode,
+    }
+    arguments = {key: value for key, value in node.items() if key not in ours and value is not None}
+    classes = trained.classes or [str(number) for number in range(trained.num_classes)]
+    return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, _card(trained, classes, fed))
+
+
+def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str:
+    """Write a model card: what the network is, how images are fed to it, what it reached."""
+    results = _run_directory(trained) / "results.json"
+    reached = json.loads(results.read_text()) if results.is_file() else {}
+    top1 = reached.get("val/top1_ema" if trained.weights == "ema" else "val/top1")
+    epochs = f" for {trained.config['epochs']} epochs" if "epochs" in trained.config else ""
+    lines = [
+        *("---", "library_name: timm", "pipeline_tag: image-classification", "tags: [image-classification, timm]"),
+        *("---", f"# {trained.name}", ""),
+        f"Trained with vitrail{epochs}, {len(classes)} classes; {trained.weights} weights.",
+        "" if top1 is None else f"Top-1 of its own validation images: {top1:.2f} % (the best epoch).",
+        *("", "| Images | |", "|---|---|"),
+        *(f"| {key} | {value} |" for key, value in fed.items()),
+        *("", f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.", ""),
+    ]
+    return "\n".join(lines)
+
+
+def compare(exported: Exported, load: Callable[[], Callable[[Tensor], Tensor]]) -> float:
+    """Largest difference of logits for three random images, in standard deviations of the logits.
+
+    Raises:
+        ConfigError: what was written does not give the same logits.
+    """
+    images = torch.randn(3, 3, *exported.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = exported.model(images), load()(images)
+    difference = float((expected - found).abs().max() / expected.std())
+    if not difference < TOLERANCE:
+        raise ConfigError(f"to: what was written gives other logits, by {difference:.1e} of their standard deviation.")
+    return difference
+
+
+def _write_config(exported: Exported, out: Path) -> None:
+    description = {
+        "architecture": exported.name,
+        "num_classes": len(exported.classes),
+        "label_names": exported.classes,
+        "model_args": {**exported.arguments, "img_size": list(exported.size)},
+        "pretrained_cfg": {**exported.input, "num_classes": len(exported.classes)},
+    }
+    (out / "config.json").write_text(json.dumps(description, indent=1))
+
+
+def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:
+    """The architecture by timm alone.
+
+    Raises:
+        ConfigError: timm does not know it with these arguments.
+    """
+    size = exported.size if timm.get_pretrained_cfg_value(exported.name, "fixed_input_size") else None
+    more = {} if size is None else {"img_size": size}
+    try:
+        return timm.create_model(
+            exported.name, num_classes=len(exported.classes), **more, **exported.arguments, **kwargs
+        ).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"model.name={exported.name}: timm cannot load it as the run built it ({str(error).splitlines()[0]});"
+            " to=onnx and to=torch_export keep any network."
+        ) from error
+
+
+def _write_safetensors(exported: Exported, out: Path) -> Callable[[], nn.Module]:
+    path = out / "model.safetensors"
+    save_file({key: value.contiguous() for key, value in exported.model.state_dict().items()}, path)
+    _write_config(exported, out)
+    return lambda: _rebuilt(exported, checkpoint_path=str(path))
+
+
+def _write_timm(exported: Exported, out: Path) -> Callable[[], nn.Module]:
+    path = out / f"{exported.name}.pth"
+    torch.save(exported.model.state_dict(), path)
+    _write_config(exported, out)
+    return lambda: _rebuilt(exported, checkpoint_path=str(path))
+
+
+def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
+    fixed = timm.get_pretrained_cfg_value(exported.name, "fixed_input_size")
+    arguments = exported.arguments | ({"img_size": list(exported.size)} if fixed else {})
+    more = {"num_classes": len(exported.classes), "label_names": exported.classes, "pretrained_cfg": exported.input}
+    # Both formats, as on timm's own hub: older versions of timm cannot read safetensors from a folder.
+    save_for_hf(exported.model, str(out), model_config=more, model_args=arguments, safe_serialization="both")
+
+    def load() -> nn.Module:
+        try:
+            return timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"to=hub: timm cannot load {exported.name} as the run built it ({str(error).splitlines()[0]});"
+                " to=onnx and to=torch_export keep any network."
+            ) from error
+
+    return load
+
+
+def _write_onnx(exported: Exported, out: Path) -> Callable[[], Callable[[Tensor], Tensor]]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # PyTorch's exporter asks for it
+    except ModuleNotFoundError as error:
+        raise ConfigError("to=onnx: not installed, pip install 'vitrail[export]'.") from error
+    path = out / "model.onnx"
+    program = torch.onnx.export(
+        exported.model,
+        (torch.zeros(2, 3, *exported.size),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    for key, value in {"classes": json.dumps(exported.classes), **exported.input}.items():
+        program.model.metadata_props[key] = str(value)
+    program.save(str(path))
+
+    def load() -> Callable[[Tensor], Tensor]:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(np.asarray(session.run(None, {"images": images.numpy()})[0]))
+
+    return load
+
+
+def _write_torch_export(exported: Exported, out: Path) -> Callable[[], Callable[[Tensor], Tensor]]:
+    path = out / "model.pt2"
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(exported.model, (torch.zeros(2, 3, *exported.size),), dynamic_shapes=shapes)
+    torch.export.save(program, path, extra_files={"classes.json": json.dumps(exported.classes)})
+    return lambda: torch.export.load(path).module()
+
+
+_WRITERS: dict[str, Callable[[Exported, Path], Callable[[], Callable[[Tensor], Tensor]]]] = {
+    "safetensors": _write_safetensors,
+    "timm": _write_timm,
+    "hub": _write_hub,
+    "onnx": _write_onnx,
+    "torch_export": _write_torch_export,
+}
+
+_USES = {
+    "safetensors": "model = timm.create_model({name!r}, checkpoint_path='model.safetensors', **arguments)",
+    "timm": "model = timm.create_model({name!r}, checkpoint_path='{name}.pth', **arguments)",
+    "hub": "model = timm.create_model('local-dir:{folder}', pretrained=True)",
+    "onnx": "logits = onnxruntime.InferenceSession('model.onnx').run(None, {{'images': images}})[0]",
+    "torch_export": "model = torch.export.load('model.pt2').module()",
+}
+
+
+def _use(to: str, name: str, folder: str) -> str:
+    """How to load it, in Python."""
+    code = _USES[to].format(name=name, folder=folder)
+    library = {"onnx": "import onnxruntime", "torch_export": "import torch"}.get(to, "import timm, vitrail")
+    more = "\narguments = {...}  # num_classes and model_args of config.json" if "**arguments" in code else ""
+    return f"\n```python\n{library}{more}\n{code}\n```\n"

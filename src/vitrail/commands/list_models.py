@@ -1,0 +1,65 @@
+"""List the backbones: what they cost, what was published, which weights there are."""
+
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich import get_console
+from torch import nn
+
+from vitrail.errors import ConfigError
+from vitrail.models.cost import measure_cost
+from vitrail.reporting.backbones import (
+    BackboneRow,
+    backbone_table,
+    layer_tree,
+    published,
+    published_names,
+    released_weights,
+    weights_line,
+)
+from vitrail.runs.assembly import build_model, model_name
+from vitrail.runs.config import check_keys
+from vitrail.types import height_width
+
+
+def show(config: DictConfig) -> None:
+    """Print the table of all backbones, or `config.model` with its layers.
+
+    Raises:
+        ConfigError: a key that nothing reads, or an image size that does not fit the backbone.
+    """
+    check_keys(config, "list_models")
+    console = get_console()
+    if config.model is not None:
+        row, model = measure(config.model, config.image_size, config.num_classes)
+        console.print(backbone_table([row]), weights_line(row), layer_tree(model, config.depth))
+        return
+    nodes = [{"_target_": "vitrail.models.create_model", "name": name} for name in known_backbones()]
+    rows = [measure(OmegaConf.create(node), config.image_size, config.num_classes)[0] for node in nodes]
+    console.print(backbone_table(sorted(rows, key=lambda row: (row.family, row.cost.parameters))))
+
+
+def known_backbones() -> list[str]:
+    """Return the names of vitrail's own backbones, and of those of timm's with a published accuracy here."""
+    own = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vitrail.")}
+    return sorted(own | set(published_names()))
+
+
+def measure(node: DictConfig, image_size: Any, num_classes: int) -> tuple[BackboneRow, nn.Module]:
+    """Build the backbone of a config without memory and count what it costs.
+
+    Raises:
+        ConfigError: the image size does not fit the backbone.
+    """
+    name = model_name(node)
+    default = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    sides = height_width(image_size or (default.input_size[1:] if default else (224, 224)))
+    with torch.device("meta"):
+        model = build_model({**node, "pretrained": False}, num_classes, sides)
+    try:
+        cost = measure_cost(model, sides)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"image_size={image_size}: {name} does not take it ({error}).") from error
+    return BackboneRow(name, sides, cost, published(name), released_weights(name)), model

@@ -1,0 +1,150 @@
+"""Train: build everything from a config, check that it fits together, fit, report."""
+
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import timm
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich import get_console
+
+from vitrail.checkpoints.writing import check_space
+from vitrail.data import ImageDataModule
+from vitrail.errors import ConfigError
+from vitrail.reporting import training_report
+from vitrail.runs.assembly import build_data, build_module, build_trainer, check_devices, given_processes, model_name
+from vitrail.runs.config import check_keys, defaults_of, plain, restore, settle_model
+from vitrail.runs.directory import RunDirectory, is_rank_zero
+from vitrail.runs.loggers import MetricsCSV
+from vitrail.runs.logs import set_up_logging
+from vitrail.runs.preemption import Stopped, explain_dead_children, lost_process
+from vitrail.runs.reproduction import comparison, recorded_config
+from vitrail.runs.resume import checkpoint_to_resume, continue_restarted
+from vitrail.training import ImageClassifier
+from vitrail_runtime.secrets import redacted
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Run the training that `config` describes; returns the contents of results.json.
+
+    Args:
+        config: of the program, or `vitrail.runs.compose("train", overrides)` in a notebook.
+
+    Raises:
+        ConfigError: a setting cannot work; raised before any process or training starts, if that can be known.
+    """
+    run = RunDirectory(HydraConfig.get().runtime.output_dir)
+    set_up_logging()
+    config = _settled(config, run)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config)
+    module = build_module(config, data)
+    check_space(run.checkpoints, module.model, averaged=bool((config.callbacks or {}).get("ema")))
+    csv_log = MetricsCSV(run.path / "metrics.csv")
+    trainer = build_trainer(config, run, data, csv_log)
+    if is_rank_zero():
+        run.record(redacted(plain(config)), redacted(list(HydraConfig.get().overrides.task)))
+    _log_settings(config, module, data, trainer, run)
+    explain_dead_children(run.path)
+    started = time.monotonic()
+    _fit(trainer, module, data, checkpoint_to_resume(config, run, module.model), run)
+    results = _summarise(csv_log, trainer, time.monotonic() - started, run)
+    if trainer.is_global_zero:
+        run.write_results(results)
+        get_console().print(training_report(results, run.path), soft_wrap=True)
+        if config.get("reproduce"):
+            table, same = comparison(Path(config.reproduce), run.path)
+            get_console().print(table)
+            run.write_results({**results, "reproduced": same})
+    return results
+
+
+def _settled(config: DictConfig, run: RunDirectory) -> DictConfig:
+    """Return the config to train with: as given, of the run to resume, or of the run to reproduce."""
+    check_keys(config, "train")
+    settle_model(config)
+    if config.resume and config.reproduce:
+        raise ConfigError("reproduce=... starts a new run and cannot be combined with resume=...")
+    if config.resume:
+        config = restore(config, defaults_of("train"), run.path)
+    if is_rank_zero():
+        managed = {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys()
+        run.claim(120 if managed else 0)  # a file server may notice that late that a machine has died
+    if config.get("reproduce"):
+        config = recorded_config(config, defaults_of("train"), run.path)
+    elif not config.resume and run.last.is_file():
+        config = continue_restarted(config, run)
+    config.trainer = given_processes(config.trainer)
+    check_devices(config.trainer)
+    return config
+
+
+def _fit(
+    trainer: L.Trainer, module: ImageClassifier, data: ImageDataModule, checkpoint: Path | None, run: RunDirectory
+) -> None:
+    """Train, and end as a user expects if the training is stopped or loses a process."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except Stopped as stopped:
+        log.info("%s in epoch %d, saved; resume=%s continues", stopped, trainer.current_epoch + 1, run.path)
+        sys.exit(stopped.status(trainer))
+    except RuntimeError as error:
+        if lost := lost_process(error, run.path):
+            raise lost from error
+        raise
+    except SystemExit:  # how Lightning ends after a Ctrl-C that comes before the first step
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _log_settings(
+    config: DictConfig, module: ImageClassifier, data: ImageDataModule, trainer: L.Trainer, run: RunDirectory
+) -> None:
+    """Log what is about to happen, above all the learning rate and the effective batch."""
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    name, (height, width) = model_name(config.model), data.input.size
+    log.info("run directory %s", run.path)
+    log.info("%s, %.2f M parameters, %d x %d px, %d classes", name, parameters / 1e6, height, width, data.num_classes)
+    if module.optimizer is not None:
+        log.info("%s", module.optimizer.describe(batch))
+    log.info("%d x %s, precision %s", trainer.world_size, trainer.accelerator.name(), config.trainer.precision)
+    made_for = timm.get_pretrained_cfg(name).input_size[-1] if timm.is_model(name) else 0
+    if getattr(data.source, "is_demo", False) and made_for >= 2 * max(height, width):
+        log.warning(
+            "%s is made for %d pixels, the embedded digits have %d: this run only shows that everything works. Real"
+            " data: data=imagenet data.root=/data/imagenet, or VITRAIL_DATASET and VITRAIL_IMAGENET in .env",
+            name,
+            made_for,
+            max(height, width),
+        )
+
+
+def _summarise(csv_log: MetricsCSV, trainer: L.Trainer, seconds: float, run: RunDirectory) -> dict[str, Any]:
+    """Return the best accuracies over all epochs, and how the training ran."""
+    rows = csv_log.rows.values()
+    speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
+    skipped = run.path / "skipped.txt"
+    best = {metric: csv_log.best(metric) for metric in ("val/top1", "val/top5", "val/top1_ema", "val/top5_ema")}
+    return {
+        **{metric: value for metric, value in best.items() if value is not None},
+        "epochs": trainer.current_epoch,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(statistics.median(speeds), 1) if speeds else 0.0,
+        "skipped_images": len(set(skipped.read_text(encoding="utf-8").splitlines())) if skipped.is_file() else 0,
+        "last": _floats(trainer.callback_metrics),
+    }
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,27 @@
+"""Data sets as two splits of pictures: folders, arrays in memory, torchvision's, ImageNet and its variants.
+
+A source has `classes` and opens the splits `train` and `val`; a split has a length and gives `Sample(PIL image, class
+index, key)` by index. Nothing is decoded before it is asked for. Your own source is a class anywhere and a config with
+a `source:` node.
+"""
+
+from vitrail.data.sources.arrays import ArraySplit, Digits, TorchvisionDataset
+from vitrail.data.sources.contract import Source, Split, SplitName
+from vitrail.data.sources.folders import FolderSplit, ImageFolder
+from vitrail.data.sources.imagenet import ImageNet, ImageNetReal, ImageNetVariant
+from vitrail.data.sources.images import load_image
+
+__all__ = [
+    "ArraySplit",
+    "Digits",
+    "FolderSplit",
+    "ImageFolder",
+    "ImageNet",
+    "ImageNetReal",
+    "ImageNetVariant",
+    "Source",
+    "Split",
+    "SplitName",
+    "TorchvisionDataset",
+    "load_image",
+]

@@ -1,0 +1,93 @@
+"""Data sets that lie in memory: scikit-learn's digits and torchvision's small sets."""
+
+import csv
+import gzip
+import importlib.resources
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitrail.data.sources.contract import SplitName
+from vitrail.errors import ConfigError
+from vitrail.types import Sample
+
+
+class ArraySplit:
+    """Pictures held in memory: `images` (N, H, W) or (N, H, W, 3) uint8, `labels` (N,)."""
+
+    def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.name, self.images, self.labels = name, images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return Sample(image, int(self.labels[index]), f"{self.name}/{index:06d}")
+
+    def keys(self) -> list[str]:
+        """The keys of all samples, in order."""
+        return [f"{self.name}/{index:06d}" for index in range(len(self))]
+
+
+class Digits:
+    """1,797 handwritten digits of 8 by 8 pixels, embedded in scikit-learn (UCI, Alpaydin and Kaynak).
+
+    The file lists writers one after another; every fifth sample is held out, so both splits see every writer.
+    """
+
+    classes = [str(digit) for digit in range(10)]
+    is_demo = True
+    """Too small for the published networks: a training says so."""
+
+    def prepare(self) -> None:
+        """Nothing to do: the file is part of the installed package."""
+
+    def open(self, split: SplitName) -> ArraySplit:
+        """1,438 training or 359 validation samples."""
+        # Read without importing scikit-learn, whose import takes longer than the whole file.
+        packed = importlib.resources.files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes()
+        rows = np.array(list(csv.reader(gzip.decompress(packed).decode().splitlines())), dtype=np.float64)
+        held_out = np.arange(len(rows)) % 5 == 4
+        rows = rows[held_out if split == "val" else ~held_out]
+        images = np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+        return ArraySplit(f"digits/{split}", images, rows[:, 64].astype(np.int64))
+
+
+class TorchvisionDataset:
+    """A data set of torchvision with a `train` flag and arrays in memory.
+
+    Args:
+        name: class of `torchvision.datasets`: FashionMNIST, CIFAR10, CIFAR100, MNIST, ...
+        root: folder that holds its files, in torchvision's layout.
+        download: fetch missing files.
+        classes: class names.
+    """
+
+    def __init__(self, name: str, root: str, download: bool, classes: list[str]) -> None:
+        self.name, self.root, self.download, self.classes = name, root, download, list(classes)
+
+    def prepare(self) -> None:
+        """Download what is missing, where allowed.
+
+        Raises:
+            ConfigError: the files are not there and cannot be had.
+        """
+        self._open("train", download=self.download)
+
+    def open(self, split: SplitName) -> ArraySplit:
+        """The training split, or torchvision's test split as validation."""
+        data = self._open(split, download=False)
+        return ArraySplit(f"{self.name}/{split}", np.asarray(data.data), np.asarray(data.targets, dtype=np.int64))
+
+    def _open(self, split: SplitName, download: bool):  # type: ignore[no-untyped-def]  # torchvision has no common base
+        from torchvision import datasets
+
+        try:
+            return getattr(datasets, self.name)(self.root, train=split == "train", download=download)
+        except AttributeError as error:
+            raise ConfigError(f"data.name={self.name}: torchvision has no such data set.") from error
+        except (RuntimeError, OSError) as error:  # also what a failed download raises
+            how = "downloading it failed" if download else "data.download=false"
+            raise ConfigError(f"data.root={self.root}: {self.name} is not there and {how}.") from error

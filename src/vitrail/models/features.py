@@ -1,0 +1,98 @@
+"""Spatial features of any timm model, and its classifier applied at every place of them.
+
+Feature maps (B, D, H, W) or (B, H, W, D) and token sequences (B, prefix + N, D) are all read as a grid of N = H * W
+places, row by row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.errors import ConfigError
+
+
+def classify_places(
+    model: nn.Module, features: Tensor, image_size: tuple[int, int], forward_head: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, tuple[int, int]]:
+    """Apply `forward_head` to every place as if the feature map consisted of that place alone.
+
+    Args:
+        model: backbone that gave the features.
+        features: result of `model.forward_features`.
+        image_size: (height, width) of the images in pixels.
+        forward_head: maps features of M images to (M, C), such as `model.forward_head`.
+
+    Returns:
+        (B, N, C), and the grid (rows, columns).
+
+    Raises:
+        ConfigError: the features are no grid of places.
+    """
+    timm_model: Any = model
+    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+        raise ConfigError(f"model: {type(model).__name__} has no spatial feature map.")
+    if features.ndim == 3:
+        rows, columns, prefix = sequence_grid(model, features.shape[1], image_size)
+        patches = features[:, prefix:].flatten(0, 1)
+        # Repeated in the prefix, so that pooling of any kind gives the place back.
+        scores = forward_head(patches[:, None].expand(-1, prefix + 1, -1))
+    else:
+        channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC" or (
+            features.shape[1] != timm_model.num_features == features.shape[3]
+        )
+        places = features if channels_last else features.permute(0, 2, 3, 1)  # (B, H, W, D)
+        rows, columns = places.shape[1:3]
+        alone = places.reshape(-1, 1, 1, places.shape[-1])
+        scores = forward_head(alone if channels_last else alone.permute(0, 3, 1, 2))
+    return scores.reshape(len(features), rows * columns, -1), (rows, columns)
+
+
+def sequence_grid(model: nn.Module, tokens: int, image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """Return rows and columns of the patch tokens in a sequence, and the number of tokens before them.
+
+    Raises:
+        ConfigError: the sequence is no grid of patches.
+    """
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(patch_embed, "dynamic_feat_size"):
+        rows, columns = patch_embed.dynamic_feat_size(image_size)
+        prefix = tokens - rows * columns
+        if 0 <= prefix == getattr(model, "num_prefix_tokens", prefix):
+            return rows, columns, prefix
+    else:  # no declared grid: the one with the aspect ratio of the image
+        height, width = image_size
+        declared = getattr(model, "num_prefix_tokens", None)
+        for prefix in (0, 1, 2) if declared is None else (declared,):
+            rows = round(((tokens - prefix) * height / width) ** 0.5)
+            if rows and (tokens - prefix) % rows == 0 and rows * width == (tokens - prefix) // rows * height:
+                return rows, (tokens - prefix) // rows, prefix
+    raise ConfigError(f"model: {type(model).__name__} gives {tokens} tokens, which are no grid of patches.")
+
+
+def feature_shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of `model.forward_features` for one image of (height, width) pixels, without computing it."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {f"model.{name}": torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    image = torch.empty(1, 3, *image_size, device="meta")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            features = torch.func.functional_call(_Features(model), shapes, (image,))
+    finally:
+        model.train(training)
+    return tuple(features.shape)
+
+
+class _Features(nn.Module):
+    """`forward_features` as a module's forward, which `functional_call` asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Any = self.model
+        return features.forward_features(images)

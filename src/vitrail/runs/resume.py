@@ -1,0 +1,102 @@
+"""Resume a training: which config, which checkpoint, and which batch comes next."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from vitrail.checkpoints.reading import backbone_weights, check_weights, read_checkpoint
+from vitrail.errors import ConfigError
+from vitrail.runs.config import plain
+from vitrail.runs.directory import RunDirectory
+from vitrail_runtime.compat import (
+    completed_batches,
+    epochs_in_checkpoint,
+    next_batch,
+    reopen_train_loader,
+    skip_batches,
+)
+from vitrail_runtime.renames import upgraded
+from vitrail_runtime.secrets import redacted
+
+log = logging.getLogger(__name__)
+
+
+def continue_restarted(config: DictConfig, run: RunDirectory) -> DictConfig:
+    """`config`, to resume the training that its run directory holds: torchrun or SLURM has started it again.
+
+    Raises:
+        ConfigError: it holds another training.
+    """
+    before, now = (redacted(upgraded(plain(tree))) for tree in (OmegaConf.load(run.path / "config.yaml"), config))
+    for tree in (before, now):
+        tree.pop("resume")
+        for key in ("devices", "num_nodes"):
+            tree["trainer"].pop(key)
+    if before != now:
+        raise ConfigError(f"hydra.run.dir={run.path}: holds another training; give this one another (or --rdzv-id).")
+    log.info("started again in %s: going on", run.path)
+    with open_dict(config):
+        config.resume = str(run.path)
+    return config
+
+
+def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module) -> Path | None:
+    """The run's last checkpoint when resuming; None starts at the beginning.
+
+    Raises:
+        ConfigError: the run is finished, or its checkpoint is of another architecture than `model`.
+    """
+    if not config.resume:
+        return None
+    if not run.last.is_file():
+        log.warning("resume=%s: no checkpoint yet, starting at the beginning.", config.resume)
+        return None
+    checkpoint = read_checkpoint(run.last, values=False)
+    check_weights(model, backbone_weights(checkpoint, ema=False), source=f"resume={run.last}")
+    epochs = epochs_in_checkpoint(checkpoint)
+    if epochs >= config.trainer.max_epochs:
+        raise ConfigError(
+            f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on."
+        )
+    return run.last
+
+
+class ResumePosition(L.Callback):
+    """Let a resumed training begin with the batch that comes next, of the epoch that it is in.
+
+    Lightning opens the loader before it knows where the training was, and counts on it from there. Where the processes
+    are more or fewer than before, it goes on after the same images, which are other batches.
+    """
+
+    def __init__(self) -> None:
+        self.images_per_batch: int | None = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep how many images a batch has, on all processes."""
+        checkpoint["images_per_batch"] = _images_per_batch(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read it."""
+        self.images_per_batch = checkpoint.get("images_per_batch")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the loader again where the checkpoint says."""
+        if trainer.ckpt_path is None:
+            return
+        now = _images_per_batch(trainer)
+        if self.images_per_batch not in (None, now):
+            done = completed_batches(trainer)
+            skip_batches(trainer, done * self.images_per_batch // now - done)
+        epoch, batches = next_batch(trainer)
+        loader: Any = trainer.train_dataloader
+        loader.sampler.resume(epoch, batches * loader.batch_size)
+        reopen_train_loader(trainer)
+
+
+def _images_per_batch(trainer: L.Trainer) -> int:
+    loader: Any = trainer.train_dataloader
+    return loader.batch_size * trainer.world_size

@@ -1,0 +1,262 @@
+"""Open any trained network: a run, an exported folder, or a file of weights with a model to go with it."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+from omegaconf import OmegaConf
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from torch import nn
+
+from vitrail.checkpoints.reading import backbone_weights, load_checkpoint, read_checkpoint, weight_sets
+from vitrail.errors import ConfigError
+from vitrail.models.pretrained import PretrainedClassifier
+from vitrail.runs.assembly import build_model, model_name
+from vitrail.runs.config import plain
+from vitrail.runs.directory import find_checkpoint
+from vitrail.types import ImageSize, InputSpec, height_width
+from vitrail_runtime.renames import upgraded
+
+log = logging.getLogger(__name__)
+
+_EXPORTED = ("model.safetensors", "pytorch_model.bin")  # as timm names them in a folder for the hub
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained network, and what has to be known to use it.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, with `weights` loaded.
+        input: what it is fed.
+        classes: names of its classes, in the order of its logits; None if nobody recorded them.
+        config: of the run that trained it; of other networks `model` only.
+        weights: which weights are loaded: `raw` or `ema`.
+        weight_sets: which weights there are.
+        path: the file that they came from; None for weights that timm downloaded.
+    """
+
+    model: nn.Module
+    input: InputSpec
+    classes: list[str] | None
+    config: dict[str, Any]
+    weights: str
+    weight_sets: tuple[str, ...]
+    path: Path | None = field(default=None)
+
+    @property
+    def name(self) -> str:
+        """timm's name of the network, or that of its class."""
+        return model_name(self.config["model"])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of its classes, C."""
+        return len(self.classes) if self.classes is not None else int(self.model.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def is_run(self) -> bool:
+        """Whether vitrail trained it."""
+        return "data" in self.config
+
+
+def load_run(
+    path: str | Path | None,
+    weights: str = "best",
+    model: str | Mapping[str, Any] | None = None,
+    image_size: ImageSize | None = None,
+    key: str = "ckpt",
+) -> TrainedModel:
+    """Open a trained network, whoever trained it.
+
+    Args:
+        path: run directory (its best checkpoint), checkpoint of a run, folder that `export.py` wrote, or any file of
+            weights; None downloads timm's weights of `model`.
+        weights: `ema`, `raw`, or `best`: the averaged ones if there are any.
+        model: timm's name, or a model's config; only for weights that do not say which network they are of.
+        image_size: to build the network for; None takes the recorded one.
+        key: what a config calls `path`, for messages.
+
+    Raises:
+        ConfigError: nothing says which network it is, or the weights are not there or do not fit.
+    """
+    if weights not in ("best", "ema", "raw"):
+        raise ConfigError(f"weights={weights}: choose best, ema or raw.")
+    file, described = _locate(path, key)
+    if described is not None:
+        _refuse_model(model, file, "its config.json")
+        return _open_export(file, described, weights, image_size, key)
+    checkpoint = {} if file is None or file.suffix == ".npz" else read_checkpoint(file, values=False, key=key)
+    if "config" in checkpoint and "classes" in checkpoint:
+        _refuse_model(model, file, "the checkpoint")
+        return _open_run(file, checkpoint, weights, image_size, key)
+    if model is None:
+        missing = f"{key}={file}: contains no config, so it was not written by train.py" if file else f"{key}: not set"
+        raise ConfigError(f"{missing}; model=... says which network it is, such as model=t2t_vit_14.")
+    node = {"_target_": "vitrail.models.create_model", "name": model} if isinstance(model, str) else dict(model)
+    return _open_published(file, checkpoint, node, weights, image_size, key)
+
+
+def _locate(path: str | Path | None, key: str) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the file of weights, and the `config.json` beside it if it is an export."""
+    if path is None:
+        return None, None
+    folder = Path(path).expanduser().absolute()
+    if folder.is_dir() and (folder / "config.json").is_file():
+        found = [folder / name for name in _EXPORTED if (folder / name).is_file()] or sorted(folder.glob("*.pth"))
+        if not found:
+            raise ConfigError(f"{key}={path}: an export without weights that can be trained or evaluated.")
+        return found[0], _read_config(folder / "config.json", key)
+    file = find_checkpoint(str(path), key)
+    beside = file.with_name("config.json")
+    is_export = file.name in _EXPORTED or file.suffix == ".pth"
+    return file, _read_config(beside, key) if is_export and beside.is_file() else None
+
+
+def _read_config(path: Path, key: str) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(described, dict) or "architecture" not in described:
+            raise ValueError("it names no architecture")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={path}: not a config.json of timm ({error}).") from error
+    return described
+
+
+def _refuse_model(model: Any, file: Path | None, where: str) -> None:
+    if model is not None:
+        raise ConfigError(f"model: {file} comes with its model in {where}; omit model=...")
+
+
+def _choose(sets: tuple[str, ...], weights: str, file: Path | None) -> str:
+    """Return which weights to load.
+
+    Raises:
+        ConfigError: there are none of that kind.
+    """
+    chosen = sets[-1] if weights == "best" else weights
+    if chosen not in sets:
+        word = {"raw": "raw", "ema": "averaged"}[chosen]
+        raise ConfigError(f"weights={weights}: {file} holds no {word} weights.")
+    return chosen
+
+
+def _open_run(
+    file: Path | None, checkpoint: dict[str, Any], weights: str, image_size: ImageSize | None, key: str
+) -> TrainedModel:
+    config, classes = upgraded(checkpoint["config"]), list(checkpoint["classes"])
+    sets = tuple(weight_sets(checkpoint))
+    chosen = _choose(sets, weights, file)
+    data, augment = config["data"], config["augment"]
+    sides = height_width(image_size or data["image_size"])
+    config["model"] = {**config["model"], "num_classes": None}
+    if "pretrained" in config["model"]:
+        config["model"]["pretrained"] = False
+    model = build_model(config["model"], len(classes), sides)
+    load_checkpoint(model, file or "", ema=chosen == "ema", same_classes=True, key=key)
+    spec = InputSpec(
+        sides,
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        augment["eval_interpolation"],
+        augment["crop_pct"],
+        augment["crop_mode"],
+    )
+    return TrainedModel(model.eval(), spec, classes, config, chosen, sets, file)
+
+
+def _open_export(
+    file: Path | None, described: dict[str, Any], weights: str, image_size: ImageSize | None, key: str
+) -> TrainedModel:
+    chosen = _choose(("raw",), "best" if weights == "best" else weights, file)
+    fed = described.get("pretrained_cfg", {})
+    arguments = {name: value for name, value in described.get("model_args", {}).items() if name != "num_classes"}
+    classes = described.get("label_names") or None
+    count = described.get("num_classes") or fed.get("num_classes") or len(classes or ())
+    sides = height_width(image_size or arguments.pop("img_size", None) or fed["input_size"][1:])
+    arguments.pop("img_size", None)
+    node = {"_target_": "vitrail.models.create_model", "name": described["architecture"], **arguments}
+    model = build_model(node, count, sides)
+    load_checkpoint(model, file or "", same_classes=True, key=key)
+    spec = InputSpec(
+        sides,
+        tuple(fed["mean"]),
+        tuple(fed["std"]),
+        fed.get("interpolation", "bicubic"),
+        fed.get("crop_pct", 1.0),
+        fed.get("crop_mode") or "center",
+    )
+    return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, ("raw",), file)
+
+
+def _open_published(
+    file: Path | None,
+    checkpoint: dict[str, Any],
+    node: dict[str, Any],
+    weights: str,
+    image_size: ImageSize | None,
+    key: str,
+) -> TrainedModel:
+    """Open a network of timm or of an official release, fed as timm's configuration of it says."""
+    if file is None and not node.get("pretrained"):
+        raise ConfigError(f"{key}: not set; give a file of weights, or model.pretrained=true to download timm's.")
+    name = node.get("name")
+    cfg = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
+    fed = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
+    sides = height_width(image_size or fed["input_size"][1:])
+    count = node.get("num_classes") or _classes_in(checkpoint, cfg) or (cfg.num_classes if cfg else 1000)
+    if file is not None:
+        node["pretrained"] = False
+    sets = ("raw",) if not checkpoint else tuple(weight_sets(checkpoint))
+    chosen = _choose(sets, weights, file)
+    model = build_model({**node, "num_classes": None}, count, sides)
+    if file is not None:
+        load_checkpoint(model, file, ema=chosen == "ema", same_classes=True, key=key)
+    subset = infer_imagenet_subset({"num_classes": count})
+    classes = ImageNetInfo(subset).label_names() if subset else None
+    spec = InputSpec(
+        sides, tuple(fed["mean"]), tuple(fed["std"]), fed["interpolation"], fed["crop_pct"], fed["crop_mode"]
+    )
+    return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, sets, file)
+
+
+def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
+    """Return how many classes the classifier in a checkpoint knows; None if it has none under timm's name."""
+    classifier = getattr(cfg, "classifier", None) or "head"
+    name = classifier if isinstance(classifier, str) else classifier[0]
+    weight = backbone_weights(checkpoint).get(f"{name}.weight") if checkpoint else None
+    return None if weight is None else len(weight)
+
+
+def run_classifier(
+    ckpt: str,
+    weights: str = "best",
+    image_size: ImageSize | None = None,
+    key: str = "annotator",
+    **kwargs: Any,
+) -> PretrainedClassifier:
+    """Open a network that vitrail trained or exported as an annotator or teacher.
+
+    Args:
+        ckpt: run directory, checkpoint, or exported folder.
+        weights: as in `load_run`.
+        image_size: pixels, or (height, width); None takes the run's.
+        key: what the config calls it, for messages.
+        kwargs: of the model, over those of the run (`output_stride`).
+
+    Raises:
+        ConfigError: as `load_run`.
+    """
+    opened = load_run(ckpt, weights, image_size=image_size, key=f"{key}.ckpt")
+    if kwargs:
+        node = plain(OmegaConf.merge(OmegaConf.create(opened.config["model"]), kwargs))
+        model = build_model(node, len(opened.classes or ()), opened.input.size)
+        load_checkpoint(model, opened.path or "", ema=opened.weights == "ema", same_classes=True)
+    else:
+        model = opened.model
+    spec = opened.input
+    return PretrainedClassifier(model, opened.name, spec.size, spec.mean, spec.std, spec.interpolation, opened.classes)

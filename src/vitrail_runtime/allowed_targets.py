@@ -1,0 +1,117 @@
+"""What a config may build: `_target_` names code to be called, so a YAML from somebody else must not name just any.
+
+Every `_target_` is checked before it is resolved, and the object that it resolved to is checked again by where it was
+defined: `vitrail.runs.directory.subprocess.run` is Python's, not ours. `VITRAIL_TARGETS` (in the environment or `.env`)
+and `--allow` (on the command line), which no config can set, allow more: packages, modules, or single names, separated
+by commas.
+
+Hydra's own part of a config names code in its logging, too, and can set environment variables; both are checked.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from vitrail_runtime.compat import start_checks, target_check
+
+# Whatever lies below these names may be built; functions only where they are vitrail's.
+_ALLOWED = (
+    *(f"vitrail.{room}" for room in ("checkpoints", "data", "models", "objectives", "training", "reporting")),
+    *(f"vitrail.runs.{module}" for module in ("loggers", "preemption", "trained")),
+    "vitrail_runtime.sweep_report",
+    *(
+        "hydra_plugins.vitrail_launchers",
+        "hydra_plugins.vitrail_sweeps",
+        "hydra._internal.core_plugins",
+        "lightning.Trainer",
+        "builtins.str",
+    ),
+    *(
+        f"lightning.pytorch.{part}"
+        for part in ("trainer", "callbacks", "strategies", "loggers", "plugins", "profilers")
+    ),
+    *("lightning.fabric.plugins", "torch.nn", "torch.optim", "torchmetrics"),
+    *("timm.layers", "timm.loss", "timm.optim", "timm.scheduler"),
+)
+
+# What Hydra's logging may name: it prints, and writes files.
+_LOGGING = (
+    *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
+    *("logging.handlers.RotatingFileHandler", "rich.logging.RichHandler", "colorlog.ColoredFormatter"),
+    *("ext://sys.stdout", "ext://sys.stderr"),
+)
+
+
+VARIABLE = "VITRAIL_TARGETS"
+
+
+def allow(names: str) -> None:
+    """Allow more names, separated by commas, for this process and those that it starts."""
+    os.environ[VARIABLE] = ",".join(filter(None, (os.environ.get(VARIABLE, ""), names)))
+
+
+def allowed() -> tuple[str, ...]:
+    """Return the names below which everything may be built."""
+    return (*_ALLOWED, *(name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()))
+
+
+def check_target(target: str, built: Any = None) -> None:
+    """Refuse a name, and what it resolved to, that are not below an allowed one.
+
+    Raises:
+        HydraException: says which, and how to allow it.
+    """
+    names = [target]
+    if built is not None:
+        module, name = getattr(built, "__module__", None), getattr(built, "__qualname__", None)
+        names.append(f"{module}.{name}")
+    for name in names:
+        below = [root for root in allowed() if name == root or name.startswith(f"{root}.")]
+        if not below:
+            what = target if name == target else f"{target}, which is {name},"
+            raise HydraException(
+                f"_target_: {what} is none of the packages that a config may build from; if you trust it, add"
+                f" --allow {name.rpartition('.')[0]}, or set VITRAIL_TARGETS to it in the environment or .env."
+            )
+    is_function = built is not None and not isinstance(built, type)
+    if is_function and not names[-1].startswith("vitrail.") and all(root in _ALLOWED for root in below):
+        raise HydraException(f"_target_: {target} is a function; of other packages a config may build classes only.")
+
+
+def check_logging(tree: Any) -> None:
+    """Refuse code in a logging config, which Python's logging would import and call, but for what prints and writes.
+
+    Raises:
+        HydraException: says which.
+    """
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        names_code = key in ("class", "()") or (isinstance(value, str) and "://" in value)
+        if names_code and value not in _LOGGING:
+            raise HydraException(f"hydra.job_logging, hydra.hydra_logging: {value} is none of {', '.join(_LOGGING)}.")
+        check_logging(value)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Check every `_target_`, logging config and environment variable that Hydra handles within the block.
+
+    Only vitrail's own programs and `vitrail.runs.config.instantiate` work in such a block; other Hydra programs in the
+    same environment are left alone.
+    """
+    with target_check(check_target), start_checks(_check_log_config, _check_variables):
+        yield
+
+
+def _check_log_config(log_config: Any) -> None:
+    if log_config is not None:
+        check_logging(OmegaConf.to_container(log_config, resolve=True))
+
+
+def _check_variables(env: dict[str, str]) -> None:
+    if env:
+        raise HydraException(f"hydra.job.env_set.{next(iter(env))}: a config sets no variables; set it in .env.")

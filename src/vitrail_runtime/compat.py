@@ -1,0 +1,144 @@
+"""Every private name of Lightning, Hydra and Optuna that vitrail uses, what for, and nothing else.
+
+Each function has a test (`tests/runtime/test_compat.py`), so that a new release that renames one is noticed at once.
+Packages are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning as L
+
+# Lightning: where a training is. Its loops count this, and offer no public view of it.
+
+
+def batches_seen(trainer: L.Trainer) -> int:
+    """Return how many training batches this training has started in all epochs, resumed ones included."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def completed_batches(trainer: L.Trainer) -> int:
+    """Return how many batches of the current epoch have been started."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def is_last_batch(trainer: L.Trainer) -> bool:
+    """Return whether the current batch is the last one of its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def is_accumulating(trainer: L.Trainer) -> bool:
+    """Return whether the current batch is followed by another one before the optimiser steps."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def next_batch(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the epoch that a training is about to start or resume in, and how many batches of it are done."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    within = epochs.processed < epochs.ready
+    if within and not batches.is_last_batch:
+        return epochs.processed, batches.current.ready
+    return epochs.processed + within, 0
+
+
+def skip_batches(trainer: L.Trainer, count: int) -> None:
+    """Count `count` more batches of the current epoch as done; fewer if negative."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(progress, name, getattr(progress, name) + count)
+
+
+def reopen_train_loader(trainer: L.Trainer) -> None:
+    """Let the training start a new pass over its loader: Lightning opens it before it knows where to resume."""
+    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def epochs_in_checkpoint(checkpoint: dict[str, Any]) -> int:
+    """Return the number of epochs that a checkpoint of Lightning has finished."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+# Hydra
+
+
+def hydra_flags(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line with Hydra's own parser, for flags that a job of a sweep has to repeat."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser().parse_args(arguments)
+
+
+@contextmanager
+def target_check(check: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call `check(name, None)` before Hydra resolves a `_target_`, and `check(name, object)` after.
+
+    Hydra has no hook for this.
+    """
+    from hydra._internal.instantiate import _instantiate2
+
+    resolve = _instantiate2._resolve_target
+
+    def checked(target: Any, full_key: str) -> Any:
+        if isinstance(target, str):
+            check(target, None)
+            built = resolve(target, full_key)
+            check(target, built)
+            return built
+        check(f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}", target)
+        return resolve(target, full_key)
+
+    _instantiate2._resolve_target = checked
+    try:
+        yield
+    finally:
+        _instantiate2._resolve_target = resolve
+
+
+@contextmanager
+def start_checks(
+    check_logging: Callable[[Any], None], check_variables: Callable[[dict[str, str]], None]
+) -> Iterator[None]:
+    """Call the checks before Hydra applies a config's logging and its environment variables.
+
+    `hydra.main` binds both functions by name in private modules.
+    """
+    import hydra._internal.hydra
+    import hydra.core.utils
+
+    configure, override = hydra.core.utils.configure_log, hydra.core.utils.env_override
+
+    def configure_checked(log_config: Any, verbose_config: Any = False) -> None:
+        check_logging(log_config)
+        configure(log_config, verbose_config)
+
+    def override_checked(env: dict[str, str]) -> Any:
+        check_variables(env)
+        return override(env)
+
+    hydra.core.utils.configure_log = hydra._internal.hydra.configure_log = configure_checked
+    hydra.core.utils.env_override = override_checked
+    try:
+        yield
+    finally:
+        hydra.core.utils.configure_log = hydra._internal.hydra.configure_log = configure
+        hydra.core.utils.env_override = override
+
+
+# Optuna
+
+
+def resumed_trial(study: Any, number: int) -> Any:
+    """Return the trial of that number, which an earlier process began, to continue it; None if there is none.
+
+    A study hands out finished copies only.
+    """
+    import optuna
+
+    begun = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    return optuna.Trial(study, begun[number]._trial_id) if number in begun else None

@@ -1,0 +1,157 @@
+"""vitrail's programs: `python src/train.py ...` in a checkout, `vitrail train ...` once installed.
+
+Each composes conf/<config_name>.yaml from the command line and hands it to one function of `vitrail.commands`.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from dotenv import dotenv_values
+from omegaconf import DictConfig
+
+from vitrail_runtime import resolvers
+from vitrail_runtime.allowed_targets import allow, guarded
+from vitrail_runtime.project import CONF, home
+from vitrail_runtime.secrets import redacted
+from vitrail_runtime.sentences import sentence
+
+log = logging.getLogger("vitrail")
+
+
+class Program(NamedTuple):
+    """One program: its config, the function that runs it, and one line of help."""
+
+    config_name: str
+    command: Callable[[DictConfig], str]
+    """Returns `module:function` below `vitrail.commands` for a config."""
+    help: str
+
+
+PROGRAMS = {
+    "train": Program("train", lambda config: "plan:plan" if config.plan else "train:train", "train a backbone"),
+    "eval": Program("eval", lambda _: "eval:evaluate", "evaluate a run, an export, or anybody's weights"),
+    "annotate": Program("annotate", lambda _: "annotate:annotate", "make or import label maps"),
+    "doctor": Program("doctor", lambda _: "doctor:examine", "look for problems in data and label maps"),
+    "export": Program("export", lambda _: "export:export", "export a run's network"),
+    "benchmark": Program("benchmark", lambda _: "benchmark:benchmark", "measure speed and memory of a backbone"),
+    "list_models": Program("list_models", lambda _: "list_models:show", "list the backbones and what they cost"),
+}
+
+_subcommand: list[str] = []
+"""What stands between the program's file and Hydra's arguments: the name after `vitrail`."""
+
+
+def main() -> None:
+    """Run the program that the first argument of `vitrail` names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in PROGRAMS:
+        _subcommand[:] = [name]
+        run_program(name)
+        return
+    known = "\n".join(f"  vitrail {name:<12} {program.help}" for name, program in PROGRAMS.items())
+    print(f"vitrail trains vision transformers.\n\n{known}\n\nvitrail <program> --help shows its keys.")
+    if name not in ("--help", "-h", "help"):
+        print(f"error: vitrail {name}: no such program.", file=sys.stderr)
+        sys.exit(1)
+
+
+def command_line() -> list[str]:
+    """Return the command that starts this program again, up to its arguments."""
+    return [sys.executable, str(Path(sys.argv[0]).absolute()), *_subcommand]
+
+
+def run_program(name: str) -> None:
+    """Compose the program's config from the command line, run its command, and exit.
+
+    The exit status is 0, 1 after an error told in one sentence (or where the command returns False), or 130 after
+    Ctrl-C. The full traceback goes to the run's log file; `debug=...` shows it on the terminal.
+    """
+    program = PROGRAMS[name]
+    full = list(sys.argv)
+
+    def job(config: DictConfig) -> Any:
+        sys.argv = full  # Lightning starts the other processes of this training with it
+        try:
+            module, _, function = program.command(config).partition(":")
+            result = getattr(importlib.import_module(f"vitrail.commands.{module}"), function)(config)
+        except Exception as error:
+            if _is_debugging():
+                raise
+            log.debug("failed", exc_info=error)
+            _fail(error)
+        if result is False:
+            sys.exit(1)
+        return None
+
+    _load_dotenv(home() / ".env")
+    try:
+        sys.argv = [full[0], *_take_allowed(full[1 + len(_subcommand) :])]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; the sentence is written here
+        _check_launcher()
+        resolvers.register()
+        with guarded():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(job)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if _is_debugging():
+            raise
+        _fail(error)
+
+
+def _take_allowed(arguments: list[str]) -> list[str]:
+    """Take `--allow names` out of the arguments and allow configs to build what lies below these names.
+
+    The user's code is also looked for in the current folder.
+    """
+    left = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--allow":
+            allow(next(waiting, ""))
+        elif argument.startswith("--allow="):
+            allow(argument.removeprefix("--allow="))
+        else:
+            left.append(argument)
+    if os.environ.get("VITRAIL_TARGETS"):
+        sys.path.append(str(Path.cwd()))
+    return left
+
+
+def _check_launcher() -> None:
+    """Refuse a launcher without a multirun, which Hydra would silently not use."""
+    chosen = [arg for arg in sys.argv[1:] if arg.startswith("launcher=") and arg != "launcher=local"]
+    multirun = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv[1:]}
+    if chosen and not multirun:
+        print(f"error: {chosen[0]}: launchers need a multirun: add -m, even for one job.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_debugging() -> bool:
+    chosen = any(arg.startswith("debug=") and arg not in ("debug=", "debug=null") for arg in sys.argv[1:])
+    return chosen or os.environ.get("VITRAIL_TRACEBACK", "") == "1"
+
+
+def _fail(error: Exception) -> None:
+    rank = os.environ.get("LOCAL_RANK", "0")
+    prefix = "error" if rank == "0" else f"error on rank {rank}"
+    print(f"{prefix}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if rank == "0" or "WORLD_SIZE" not in os.environ:
+        sys.exit(1)
+    os._exit(1)  # a rank that unwinds normally would wait for the others in collective calls
+
+
+def _load_dotenv(path: Path) -> None:
+    """Put the variables of a `.env` file into the environment; set ones win, empty values are skipped."""
+    if not path.is_file():
+        return
+    for name, value in dotenv_values(path, encoding="utf-8-sig").items():
+        if value:
+            os.environ.setdefault(name, value)

@@ -1,0 +1,17 @@
+"""Where things lie: the checkout, if this is one, and the packaged configs."""
+
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parent / "conf"
+"""The config files: a link to the checkout's `conf/`, and a copy of it in an installed package."""
+
+
+def checkout() -> Path | None:
+    """Return the root of the checkout that this package lies in; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "vitrail_runtime").is_dir() else None
+
+
+def home() -> Path:
+    """Return the folder that `logs/`, `data/` and `.env` belong to: the checkout, or the current folder without one."""
+    return checkout() or Path.cwd()

@@ -1,0 +1,79 @@
+"""What configs can ask for by `${vitrail.name:...}`."""
+
+import os
+import secrets
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from vitrail_runtime.project import home
+
+
+@cache
+def _stamp() -> str:
+    """Return the name of this job's directory, one for all of its processes; names sort in the order of their start.
+
+    Processes that compose their configs each for itself, and may be restarted, have to find the same name, so SLURM's
+    or torchrun's id is used if there is one. Otherwise the time in microseconds, and two digits at random.
+    """
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return f"slurm_{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # of one srun, requeued or not
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id and run_id != "none":  # torchrun's --rdzv-id, or what it drew for one machine
+        return f"torchrun_{run_id}"
+    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}-{secrets.token_hex(1)}"
+    return _agree(stamp) if run_id else stamp
+
+
+def _agree(stamp: str) -> str:
+    """The first stamp that a process of a torchrun without an id proposes, through torchrun's store.
+
+    (The ranks that Lightning starts are given the run directory on their command line.)
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("--rdzv-id: torchrun needs one with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.compare_set("vitrail/stamp", "", stamp).decode()
+
+
+def _run_dir(logs: str, task: str, resume: str | None) -> str:
+    if not resume:
+        return str(Path(logs) / task / "runs" / _stamp())
+    directory = Path(resume).expanduser().absolute()
+    if not (directory / "config.yaml").is_file():
+        raise ValueError(f"resume={resume}: no run directory (it would hold a config.yaml).")
+    return str(directory)
+
+
+def _needed(key: str, what: str) -> str:
+    """For values that an experiment cannot do without; OmegaConf's ??? gives way to the group's null."""
+    raise ValueError(f"{key}: not set; this experiment needs {what}, {key}=...")
+
+
+def _auto_precision() -> str:
+    import torch
+
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _imagenet(folder: str = "") -> str | None:
+    """`VITRAIL_IMAGENET`, or a folder below it; None if it is not set."""
+    root = os.environ.get("VITRAIL_IMAGENET")
+    return str(Path(root) / folder) if root else None
+
+
+def register() -> None:
+    """Register what configs ask for by `${vitrail.name:...}`; done by vitrail's entry points, not on import."""
+    for name, resolver in {
+        "home": lambda: str(home()),
+        "run_dir": _run_dir,
+        "sweep_dir": lambda logs, task: str(Path(logs) / task / "multiruns" / _stamp()),
+        "needed": _needed,
+        "imagenet": _imagenet,
+        "auto_precision": _auto_precision,
+    }.items():
+        OmegaConf.register_new_resolver(f"vitrail.{name}", resolver, replace=True)

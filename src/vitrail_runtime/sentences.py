@@ -1,0 +1,85 @@
+"""Errors as one sentence: our own messages as they are, Hydra's and everybody else's in a line."""
+
+import difflib
+import re
+
+from hydra.errors import HydraException
+
+from vitrail_runtime.project import CONF
+from vitrail_runtime.renames import RENAMED_CHOICES, RENAMED_KEYS
+
+_OURS = ("ConfigError", "ImageError", "TrainingError")  # whose message is written for the user
+
+
+def sentence(error: BaseException) -> str:
+    """Return what to tell the user about an exception: our own message, or one line of anybody else's."""
+    text = str(error).strip()
+    if "Original Traceback (most recent call last)" in text:  # raised in a loader's worker, traceback and all
+        last = text.splitlines()[-1]
+        name, _, message = last.partition(": ")
+        return message if name.rsplit(".", 1)[-1] in _OURS else last
+    if type(error).__name__ in _OURS:
+        return text
+    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return _composition(error, text)
+    if isinstance(error, OSError):
+        return f"{error.filename or type(error).__name__}: {error.strerror or text}"
+    first = text.splitlines()[0] if text else ""
+    return f"{type(error).__name__}: {first} (debug=default shows where)"
+
+
+def _composition(error: BaseException, text: str) -> str:
+    """Shorten Hydra's and OmegaConf's messages to what was asked for and what there is."""
+    if (override := getattr(error, "override", None)) is not None:
+        return f"{override}: cannot be read as key=value ({text.splitlines()[0]})."
+    if match := re.search(r"Could not override '([^']+)'", text):
+        if match[1] == "hydra/launcher":
+            return "hydra/launcher: use launcher=... instead."
+        if "No match in the defaults list" in text:
+            return f"{match[1]}: no such config group{_hint(match[1], _groups())}."
+        if match[1] in RENAMED_KEYS:
+            return f"{match[1]}: renamed to {RENAMED_KEYS[match[1]]}."
+        return (
+            f"{match[1]}: no such config key{_hint(match[1], _keys())}; to add it nevertheless, write +{match[1]}=..."
+        )
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, name = match[1].rpartition("/")
+        if name in RENAMED_CHOICES.get(group, {}):
+            return f"{group}={name}: write {RENAMED_CHOICES[group][name]}."
+        names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        near = difflib.get_close_matches(name, names, n=3)
+        known = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}."
+        return f"{group}={name}: no such file in conf/{group}/; {known}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    cause = error.__cause__
+    for told in (error, cause):
+        if type(told) is HydraException:  # ours, a sentence already
+            return str(told)
+    if cause is not None and str(cause).strip() not in text:
+        lines.append(sentence(cause))
+    return " ".join(line for line in lines if "HYDRA_FULL_ERROR" not in line) or type(error).__name__
+
+
+def _hint(wrong: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _groups() -> list[str]:
+    return [path.name for path in (CONF).iterdir() if path.is_dir()]
+
+
+def _keys() -> list[str]:
+    """Every dotted key that the config files name; good enough for a hint."""
+    keys = set()
+    for path in (CONF).rglob("*.yaml"):
+        group = path.parent.relative_to(CONF).as_posix().replace("/", ".")
+        stack: list[tuple[int, str]] = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.match(r"^(\s*)([A-Za-z_]\w*):", line):
+                while stack and stack[-1][0] >= len(match[1]):
+                    stack.pop()
+                stack.append((len(match[1]), match[2]))
+                parts = [name for _, name in stack]
+                keys.add(".".join(parts if group == "." else [group, *parts]))
+    return sorted(keys)

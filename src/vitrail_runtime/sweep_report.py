@@ -1,0 +1,181 @@
+"""What a sweep shows at its end: its jobs as a table, and pictures by Optuna of what mattered.
+
+Hydra builds the callback at every start, so matplotlib, Optuna and rich are imported where they are used.
+"""
+
+import csv
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+_JOBS_FOR_IMPORTANCE = 5
+
+
+class SweepTable(Callback):
+    """At the end of a sweep: its jobs as a table and a picture, best first; a failing exit status if one failed.
+
+    Args:
+        metric: key of the jobs' results that orders the table.
+    """
+
+    def __init__(self, metric: str = "val/top1") -> None:
+        self.metric = metric
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table, draw `sweep.png`, and exit with 1 where a job failed."""
+        from rich.console import Console
+        from rich.table import Table
+
+        directory = Path(config.hydra.sweep.dir)
+        record = directory / "jobs.json"
+        if not record.is_file():
+            return
+        jobs = json.loads(record.read_text())
+        metric, largest = self.metric, True
+        if "metric" in config.hydra.sweeper:  # a search says itself what is best
+            metric, largest = config.hydra.sweeper.metric, config.hydra.sweeper.direction == "maximize"
+        for job in jobs:
+            if job["status"] == "pruned":
+                job["results"] = _best_so_far(Path(job["directory"]), metric, largest)
+        sign, worst = (-1 if largest else 1), float("-inf" if largest else "inf")
+        differing = varied(jobs)
+        table = Table(title=f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}")
+        columns = list(dict.fromkeys((metric, "val/top1", "val/top1_ema")))
+        for name in ("job", *differing, *columns, "seconds", "status"):
+            table.add_column(name, overflow="fold")
+        for job in sorted(jobs, key=lambda job: sign * (job["results"] or {}).get(metric, worst)):
+            values = dict(item.split("=", 1) for item in job["overrides"])
+            scores = [_number((job["results"] or {}).get(key)) for key in columns]
+            chosen = [_short(values.get(key, "")) for key in differing]
+            table.add_row(str(job["number"]), *chosen, *scores, f"{job['seconds']:.0f}", _status(job["status"]))
+        Console().print(table)
+        if differing:
+            _draw(jobs, metric, largest, directory)
+        failed = [job for job in jobs if job["status"] not in (0, "pruned")]
+        if failed:
+            names = ", ".join(f"job {job['number']} ({' '.join(job['overrides'])})" for job in failed)
+            print(f"error: {len(failed)} of {len(jobs)} jobs failed: {names}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _draw(jobs: list[dict[str, Any]], metric: str, largest: bool, directory: Path) -> None:
+    """Write `sweep.png`, and say where; nothing without Optuna and matplotlib, or with fewer than two results."""
+    try:
+        figure = sweep_figure(jobs, metric, largest)
+    except ImportError:
+        return
+    if figure is not None:
+        figure.savefig(directory / "sweep.png", dpi=110, bbox_inches="tight")
+        print(f"picture {directory / 'sweep.png'}")
+
+
+def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) -> Any:
+    """Draw each job as a line through its values (Optuna's parallel coordinates) and the importance of each key.
+
+    The importance is fANOVA's (Hutter et al., ICML 2014), from five finished jobs on.
+
+    Args:
+        jobs: contents of `jobs.json`: `overrides` of each job, its `status` and its `results`; for a job that was
+            pruned, its best so far.
+        metric: key of the results.
+        largest: whether the largest is the best.
+
+    Returns:
+        matplotlib's figure; None with fewer than two results, or if no key differs.
+    """
+    import matplotlib
+    import optuna
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    finished = [job for job in jobs if metric in (job["results"] or {})]
+    values = [dict(item.split("=", 1) for item in job["overrides"]) for job in finished]
+    names = [name for name in varied(finished) if all(name in row for row in values)]
+    if len(finished) < 2 or not names:
+        return None
+    spaces = {name: _space([row[name] for row in values]) for name in names}
+    study = optuna.create_study(direction="maximize" if largest else "minimize")
+    for row, job in zip(values, finished, strict=True):
+        params = {name: float(row[name]) if _is_numeric(space) else row[name] for name, space in spaces.items()}
+        study.add_trial(optuna.create_trial(params=params, distributions=spaces, value=float(job["results"][metric])))
+    early = sum(job.get("status") == "pruned" for job in finished)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both plots are marked as experimental
+        axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study, params=names, target_name=metric)
+        figure = axes.figure
+        figure.set_size_inches(3 + 2.2 * len(names), 4.8)
+        title = f"{len(finished)} jobs" + (f", {early} of them pruned" if early else "")
+        axes.set_title(f"{title}; the best {study.best_value:.4g}")
+        if len(finished) - early >= _JOBS_FOR_IMPORTANCE and len(names) > 1:
+            shares = optuna.importance.get_param_importances(
+                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+            )
+            text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            figure.text(0.5, -0.02, f"importance: {text}", ha="center", va="top")
+    pyplot.close(figure)
+    return figure
+
+
+def _space(values: list[str]) -> Any:
+    """Return Optuna's distribution of one key: a range of numbers, in decades if they are far apart, or choices."""
+    import optuna
+
+    if not all(map(_is_number, values)):
+        return optuna.distributions.CategoricalDistribution(sorted(set(values)))
+    low, high = min(map(float, values)), max(map(float, values))
+    return optuna.distributions.FloatDistribution(low, high, log=low > 0 and high / low >= 10)
+
+
+def _is_numeric(space: Any) -> bool:
+    return hasattr(space, "low")
+
+
+def epochs_of(file: Path, metric: str) -> list[float]:
+    """Return a metric of each epoch from a metrics.csv."""
+    with file.open(newline="", encoding="utf-8") as rows:
+        return [float(row[metric]) for row in csv.DictReader(rows) if row.get(metric)]
+
+
+def _best_so_far(directory: Path, metric: str, largest: bool) -> dict[str, float] | None:
+    file = directory / "metrics.csv"
+    values = epochs_of(file, metric) if file.is_file() else []
+    return {metric: max(values) if largest else min(values)} if values else None
+
+
+def _status(status: int | str) -> str:
+    if status == 0:
+        return "done"
+    return "ended early" if status == "pruned" else f"[red]failed ({status})"
+
+
+def _short(value: str) -> str:
+    """A sampled number in a few digits."""
+    return f"{float(value):.4g}" if "." in value and _is_number(value) else value
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def varied(jobs: list[dict[str, Any]]) -> list[str]:
+    """Return the keys that not all jobs have the same value of."""
+    values: dict[str, set[str]] = {}
+    for job in jobs:
+        for item in job["overrides"]:
+            key, _, value = item.partition("=")
+            values.setdefault(key, set()).add(value)
+    return [key for key, seen in values.items() if len(seen) > 1]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
