@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from vitrail.data.mixing import Mix
 
 ImageSize = int | Sequence[int]
 """An image size as a config gives it: the side of a square, or (height, width), in pixels."""
@@ -111,6 +109,27 @@ class Item(NamedTuple):
     label_map: LabelMap | None = None
 
 
+class Mix(Protocol):
+    """How one batch is mixed with its reverse: one draw, which pixels, labels, label maps and tokens follow."""
+
+    @property
+    def token_box(self) -> Tensor | None:
+        """(4,) top, left, bottom, right in cells: tokens to swap within the network; None if pixels are mixed."""
+        ...
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return the mixed images (B, 3, H, W); may change its argument."""
+        ...
+
+    def probabilities(self, values: Tensor) -> Tensor:
+        """Mix what is known of whole images: class probabilities or a teacher's logits (B, C)."""
+        ...
+
+    def tokens(self, targets: SparseTokens, grid: tuple[int, int]) -> SparseTokens:
+        """Mix token targets (B, N, C) of a grid (rows, columns)."""
+        ...
+
+
 class Batch(NamedTuple):
     """Collated items; what a training or validation step gets."""
 
@@ -121,7 +140,7 @@ class Batch(NamedTuple):
     key: list[str]
     label_map: LabelMap | None = None
     mix: Mix | None = None
-    """How this batch was mixed (`vitrail.data.mixing`); None if it was not."""
+    """How this batch was mixed; None if it was not."""
 
 
 class Outputs(NamedTuple):
@@ -148,11 +167,19 @@ class Outputs(NamedTuple):
 
     def chunk(self, passes: int) -> list[Outputs]:
         """Split the outputs of a batch that was repeated `passes` times into one `Outputs` per pass."""
-        parts = [[None] * passes if logits is None else logits.chunk(passes) for logits in self[:3]]
-        extras = [
-            {name: value.chunk(passes)[number] for name, value in self.extras.items()} for number in range(passes)
+
+        def part(logits: Tensor | None, number: int) -> Any:
+            return None if logits is None else logits.chunk(passes)[number]
+
+        return [
+            Outputs(
+                part(self.cls, number),
+                part(self.tokens, number),
+                part(self.distill, number),
+                {name: part(value, number) for name, value in self.extras.items()},
+            )
+            for number in range(passes)
         ]
-        return [Outputs(*heads, more) for heads, more in zip(zip(*parts, strict=True), extras, strict=True)]  # type: ignore[arg-type]
 
 
 class SparseTokens(NamedTuple):

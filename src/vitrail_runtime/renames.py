@@ -108,6 +108,9 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     for old, new in (("ckpt", "init_from"), ("checkpointing", "grad_checkpointing")):
         if old in config and "objective" in config:  # a training's; eval and export have a ckpt of their own
             config[new] = config.pop(old)
+    if "objective" in config:
+        config.setdefault("mixing", None)
+        config.setdefault("targets", {"_target_": "vitrail.training.TargetBuilder"})
     _upgrade_token_labels(config)
     _upgrade_data(config.get("data") or {})
     return config

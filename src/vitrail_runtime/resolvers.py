@@ -2,9 +2,11 @@
 
 import os
 import secrets
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -68,12 +70,13 @@ def _imagenet(folder: str = "") -> str | None:
 
 def register() -> None:
     """Register what configs ask for by `${vitrail.name:...}`; done by vitrail's entry points, not on import."""
-    for name, resolver in {
+    resolvers: dict[str, Callable[..., Any]] = {
         "home": lambda: str(home()),
         "run_dir": _run_dir,
         "sweep_dir": lambda logs, task: str(Path(logs) / task / "multiruns" / _stamp()),
         "needed": _needed,
         "imagenet": _imagenet,
         "auto_precision": _auto_precision,
-    }.items():
+    }
+    for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"vitrail.{name}", resolver, replace=True)

@@ -87,9 +87,7 @@ def open_trained(config: DictConfig) -> TrainedModel:
     named = size is not None and _is_named("data.image_size")
     model = None if config.model is None else plain(config.model)
     weights = "best" if config.weights == "both" else config.weights
-    trained = load_run(
-        config.ckpt, weights, model, image_size=(size if isinstance(size, int) else tuple(size)) if named else None
-    )
+    trained = load_run(config.ckpt, weights, model, image_size=size if named else None)
     if not trained.is_run and (config.data is None or "_target_" not in config.data):
         raise ConfigError("data: not set; choose data=imagenet, imagenet_v2, imagefolder, ... with data.root=...")
     return trained

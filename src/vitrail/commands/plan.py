@@ -41,7 +41,7 @@ def make_plan(config: DictConfig) -> Plan:
     missing = _take_missing(config)
     images, classes = _data_size(config, missing)
     sides = height_width(config.data.get("image_size") or 224)
-    model = build_model(config.model, config.model.get("num_classes") or classes, sides)
+    model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides)
     if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing()
     optimizer: OptimizerFactory = instantiate(config.optimizer, "optimizer")

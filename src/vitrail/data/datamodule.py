@@ -89,7 +89,9 @@ class ViewDataset(Dataset[Item]):
 def collate(items: list[Item]) -> Batch:
     """Join items into a batch."""
     images, labels, keys, maps = zip(*items, strict=True)
-    label_map = None if maps[0] is None else LabelMap(*map(default_collate, zip(*maps, strict=True)))
+    label_map = (
+        None if maps[0] is None else LabelMap(*(default_collate(list(parts)) for parts in zip(*maps, strict=True)))
+    )
     return Batch(default_collate(list(images)), torch.tensor(labels), list(keys), label_map)
 
 

@@ -17,36 +17,19 @@ from torch import Tensor
 
 from vitrail.data.randomness import seeded
 from vitrail.errors import ConfigError
-from vitrail.types import SparseTokens
+from vitrail.types import Mix, SparseTokens
 
 Key = tuple[int, ...]
 """What the draws are a function of: (seed, batches seen, rank)."""
 
 
-class Mix(Protocol):
-    """How one batch is mixed."""
-
-    token_box: Tensor | None
-    """(4,) top, left, bottom, right in cells: tokens to swap within the network; None if pixels are mixed."""
-
-    def images(self, images: Tensor) -> Tensor:
-        """Return the mixed images (B, 3, H, W); may change its argument."""
-        ...
-
-    def probabilities(self, values: Tensor) -> Tensor:
-        """Mix what is known of whole images: class probabilities or a teacher's logits (B, C)."""
-        ...
-
-    def tokens(self, targets: SparseTokens, grid: tuple[int, int]) -> SparseTokens:
-        """Mix token targets (B, N, C) of a grid (rows, columns)."""
-        ...
-
-
 class Mixing(Protocol):
     """Draws a `Mix` for each training batch."""
 
-    needs: frozenset[str]
-    """What it needs of objective and model: `token_targets`, or `mixes_tokens` of the backbone."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it needs of objective and model: `token_targets`, or `mixes_tokens` of the backbone."""
+        ...
 
     def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> Mix | None:
         """Draw for a batch of images (B, 3, H, W) on a grid of tokens (rows, columns); None leaves it unmixed."""
@@ -254,8 +237,8 @@ class MixToken:
     def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> TokenMix:
         """Draw one box for the whole batch on a grid of tokens (rows, columns)."""
         assert grid is not None, "MixToken needs a grid of tokens"
-        box, share = self.box(grid, key)
-        return TokenMix(box, share)
+        seed, batches, *rest = key
+        return TokenMix(*self.box(grid, (seed, batches + 1, *rest)))  # version 0.1 drew after counting the batch
 
     def describe(self) -> str:
         """Return the mixing in words."""

@@ -231,7 +231,7 @@ def _new_head(model: nn.Module, dim: int) -> nn.Module:
 
 
 @cache
-def _with_head(mixin: type[nn.Module], backbone: type[nn.Module]) -> type[nn.Module]:
+def _with_head(mixin: Any, backbone: Any) -> Any:
     return type(f"{backbone.__name__}WithTokenHead", (mixin, backbone), {})
 
 
@@ -248,13 +248,14 @@ def add_token_head(model: nn.Module) -> nn.Module:
     if "tokens" in declared_outputs(model):
         return model
     vit: Any = model
+    backbone: Any = type(model)
     if isinstance(model, VisionTransformer):
-        vit.__class__ = _with_head(TokenHead, type(model))
+        vit.__class__ = _with_head(TokenHead, backbone)
         vit.reset_aux_head()
         return model
     if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features")):
         raise ConfigError(f"model.token_head=true: {type(model).__name__} has no spatial features.")
-    vit.__class__ = _with_head(FeatureTokenHead, type(model))
+    vit.__class__ = _with_head(FeatureTokenHead, backbone)
     vit.has_own_aux_head = isinstance(getattr(model, "aux_head", None), nn.Module)
     vit.reset_aux_head()
     return model

@@ -25,8 +25,8 @@ class CosineSchedule:
         cooldown_epochs: epochs at `min_lr` at the end; the cosine takes the others.
         per_step: change the rate after each optimiser step rather than after each epoch.
         warmup_prefix: let the cosine begin after the warm-up.
-        epoch_lag: give each epoch the rate of the one before it, as DeiT's and DeiT-III's code does: epochs 0 and 1 both
-            run at `warmup_lr`.
+        epoch_lag: give each epoch the rate of the one before it, as DeiT's and DeiT-III's code does: epochs 0
+            and 1 both run at `warmup_lr`.
         late: the earlier name of `epoch_lag`, for code.
 
     Raises:
