@@ -14,7 +14,7 @@ from pathlib import Path
 import timm
 import torch
 
-from vitrail.run.preservation import AtomicCheckpointIO
+from vitrail.checkpoints.writing import AtomicCheckpointIO
 
 
 def main() -> None:

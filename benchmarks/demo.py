@@ -247,7 +247,7 @@ def main() -> None:
     annotator = build_annotator(out, data, max(2, round(5 * options.scale)))
     if options.compare == "teacher":
         console.print("[bold]2. DeiT-nano with and without the convnet as its teacher")
-        student = ("model=deit_nano_distilled", "model.patch_size=8")
+        student = ("model=vit", "model.name=deit_nano_distilled", "model.patch_size=8")
         learn = ("objective=distillation", "teacher=run", f"teacher.ckpt={annotator}")
         kinds = {"with": (*student, *learn), "without": (*student, "objective=cross_entropy")}
         (out / "teacher").mkdir(exist_ok=True)
@@ -258,7 +258,7 @@ def main() -> None:
     maps = annotate_digits(out, data, annotator)
     console.print("[bold]2. LV-ViT-nano with and without token labels")
     kinds = {
-        "with": ("model=lvvit_nano", "model.dense_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
+        "with": ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
         "without": ("model=lvvit_nano", "objective=cross_entropy"),
     }
     # Crops may lose the digit, as the published ones lose the object: the image's label is then wrong, its map is not.

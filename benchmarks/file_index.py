@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitrail.data.index import FileIndex
+from vitrail.data.sources.index import FileIndex
 
 FILES, FOLDERS = 14_197_122, 21_841  # of ImageNet-21k
 READS = 100_000

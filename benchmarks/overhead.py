@@ -23,18 +23,19 @@ from timm.optim import create_optimizer_v2
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from vitrail.data import Augmentation, DigitsDataModule
+from vitrail.data import Augmentation, ImageDataModule
+from vitrail.data.sources import Digits
 from vitrail.models import create_model
 from vitrail.objectives import CrossEntropy
-from vitrail.run.loggers import MetricsCSV
-from vitrail.training import EMA, CosineSchedule, ImageClassifier, NumberGuard, OptimizerFactory, SpeedMonitor
+from vitrail.runs.loggers import MetricsCSV
+from vitrail.training import EMA, CosineSchedule, ImageClassifier, NonfiniteGuard, OptimizerFactory, SpeedMonitor
 
 
-class Fixed(DigitsDataModule):
+class Fixed(ImageDataModule):
     """Batches made once, so that only the loops differ."""
 
     def __init__(self, steps: int, batch: int) -> None:
-        super().__init__(augment=Augmentation(), image_size=32, batch_size=batch, num_workers=0)
+        super().__init__(Digits(), Augmentation(), image_size=32, batch_size=batch, num_workers=0)
         self.setup()
         self.batches = [made for made, _ in zip(super().train_dataloader(), range(steps), strict=False)]
 
@@ -58,7 +59,7 @@ class Clock(L.Callback):
 def framework(model: torch.nn.Module, data: Fixed, folder: str) -> float:
     """Seconds for one epoch of the Trainer."""
     module = ImageClassifier(model, CrossEntropy(0.1), 10, OptimizerFactory(), CosineSchedule(per_step=True))
-    clock, guard = Clock(), NumberGuard(Path(folder) / "bad_step.pt", Path(folder) / "last.ckpt")
+    clock, guard = Clock(), NonfiniteGuard(Path(folder) / "bad_step.pt", Path(folder) / "last.ckpt")
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -18,10 +18,10 @@ from rich import get_console
 from rich.table import Table
 from torch import Tensor
 
+from vitrail.commands.benchmark import extra_memory
 from vitrail.data.label_maps import sparse_token_targets, token_targets
 from vitrail.objectives import TokenLabelingLoss
-from vitrail.run.benchmark import extra_memory
-from vitrail.types import Heads, Targets
+from vitrail.types import Outputs, Targets
 
 CLASSES, TOP_K, CELLS, GRID = 1000, 5, 18, 14
 
@@ -78,7 +78,7 @@ class Sides:
         grid = (GRID, GRID)
         with torch.no_grad():
             made = form(self.scores, self.classes, self.boxes, self.flipped, grid, CLASSES, 0.1, transpose_crops=True)
-        value = self.loss(Heads(self.cls, self.tokens), Targets(made.cls, made.tokens))["loss"]
+        value = self.loss(Outputs(self.cls, self.tokens), Targets(made.cls, made.tokens))["loss"]
         value.backward()
         return value
 

@@ -5,13 +5,11 @@ from pathlib import Path
 import lightning as L
 from hydra import compose, initialize_config_dir
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT
 from vitrail.data import ImageDataModule
-from vitrail.run.config import instantiate
-from vitrail.run.directory import RunDirectory
-from vitrail.run.loggers import MetricsCSV
-from vitrail.run.training import build_module, build_trainer
+from vitrail.runs.assembly import build_data, build_module, build_trainer
+from vitrail.runs.directory import RunDirectory
+from vitrail.runs.loggers import MetricsCSV
 from vitrail.training import ImageClassifier
 
 
@@ -21,7 +19,7 @@ def assemble(folder: Path, *overrides: str) -> tuple[L.Trainer, ImageClassifier,
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [*quiet, "callbacks.model_summary=null", *overrides, f"paths.run={folder}"])
         L.seed_everything(config.seed, workers=True, verbose=False)
-        data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+        data = build_data(config)
         module = build_module(config, data)
         trainer = build_trainer(config, RunDirectory(folder), data, MetricsCSV(folder / "metrics.csv"))
     return trainer, module, data

@@ -3,7 +3,10 @@ import os
 import pytest
 import torch
 
+from vitrail_runtime import resolvers
+
 os.environ["WANDB_MODE"] = "offline"
+resolvers.register()  # of the configs that tests compose themselves
 torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
 
 

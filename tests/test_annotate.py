@@ -90,7 +90,7 @@ def test_annotate__with_a_network_of_ones_own(image_tree, tmp_path):
     doctor = run("doctor.py", f"data.root={image_tree}", f"data.label_maps={maps}", logs=tmp_path)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert "Nothing wrong" in doctor.stdout
-    network = ("model=lvvit_nano", "model.dense_head=true", "augment=lvvit")
+    network = ("model=lvvit_nano", "model.token_head=true", "augment=lvvit")
     objective = ("objective=token_labeling", f"data.label_maps={maps}", "epochs=1")
     trained = train(*data, *quick, *network, *objective, logs=tmp_path)
     with Image.open(trained / "label_maps.png") as picture:

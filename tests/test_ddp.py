@@ -18,7 +18,7 @@ from programs import (
     start_ranks,
     train,
 )
-from vitrail.models.checkpoints import read_checkpoint
+from vitrail.checkpoints.reading import read_checkpoint
 
 
 def test_ddp__same_loss_curve_as_one_process(tmp_path):
@@ -72,7 +72,7 @@ def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_pa
     """Four, killed within an epoch, and then one, as after the loss of machines: after the same images."""
     options = ("trainer=ddp_cpu_2", "data.batch_size=8", "epochs=1", "schedule.per_step=true", *QUICK[3:])
     id_ = {"TORCHELASTIC_RUN_ID": "mine", "LOGS_SECRET": str(tmp_path)}  # all paths in the config hold it
-    processes = start_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=4, **id_)
+    processes = start_ranks("train.py", *options, "callbacks.preemption.minutes=0", logs=tmp_path, ranks=4, **id_)
     directory = tmp_path / "train" / "runs" / "torchrun_mine"
     last = directory / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 60
@@ -84,7 +84,7 @@ def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_pa
         process.join()
     before = read_checkpoint(last)
     again = {**id_, "TORCHELASTIC_MAX_RESTARTS": "3"}
-    (result,) = run_ranks("train.py", *options, "callbacks.keep.minutes=0", logs=tmp_path, ranks=1, **again)
+    (result,) = run_ranks("train.py", *options, "callbacks.preemption.minutes=0", logs=tmp_path, ranks=1, **again)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in result.stdout
     assert "started again in" in result.stdout

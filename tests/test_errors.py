@@ -11,9 +11,15 @@ from programs import QUICK, error_of, run, run_directories, train
     [
         (["optimizer.lrr=1"], "optimizer.lrr: no such config key; did you mean optimizer.lr"),
         (["modle=vit_tiny"], "modle: no such config key"),
-        (["model=vit_tinny"], "model=vit_tinny: no such file in conf/model/; did you mean vit_tiny"),
+        (["model=vit_tinny"], "model=vit_tinny: no such file in conf/model/; did you mean vit_nano"),
         (["logger=mail"], "logger=mail: no such file in conf/logger/; there is mlflow, tensorboard, wandb"),
         (["trainer=ddp_9gpu"], "trainer=ddp_9gpu: no such file"),
+        (["augment.mix=null"], "augment.mix: renamed to mixing (mixing=none, mixup_cutmix, mixtoken)."),
+        (["ckpt=weights.pth"], "ckpt: renamed to init_from."),
+        (["checkpointing=true"], "checkpointing: renamed to grad_checkpointing."),
+        (["optimizer.backbone_lr=0.1"], "optimizer.backbone_lr: renamed to optimizer.backbone_lr_scale."),
+        (["callbacks.keep.minutes=1"], "callbacks.keep.minutes: renamed to callbacks.preemption.minutes."),
+        (["model=deit_tiny"], "model=deit_tiny: write model=deit model.name=deit_tiny_patch16_224."),
         (["optimizer.lr=[1"], "optimizer.lr"),
     ],
 )
@@ -39,7 +45,10 @@ def test_config__misspelt(arguments, sentence, tmp_path):
         ),
         (["optimizer.name=adamm"], "optimizer.name=adamm"),
         (["resume=/nowhere"], "resume=/nowhere: no run directory"),
-        (["data=fashion_mnist", "data.download=false"], "FashionMNIST is not there and data.download=false."),
+        (
+            ["data=fashion_mnist", "data.source.download=false"],
+            "FashionMNIST is not there and data.source.download=false.",
+        ),
     ],
 )
 def test_values__that_cannot_work(arguments, sentence, tmp_path):

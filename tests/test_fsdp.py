@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from programs import error_of, metrics, run, run_directories, run_ranks, start_ranks, train
-from vitrail.models.checkpoints import read_checkpoint
-from vitrail.models.shards import put_back, rows_of
+from vitrail.checkpoints.reading import read_checkpoint
+from vitrail.checkpoints.shards import put_back, rows_of
 
 COMMON = ("epochs=2", "trainer.limit_train_batches=4", "callbacks.model_summary=null", "callbacks.progress=null")
 
@@ -28,13 +28,25 @@ def shared(*args, logs, ranks=2, **kwargs):
 @pytest.mark.parametrize(
     ("trainer", "options"),
     [
-        ("cpu", ("model=deit_nano_distilled", "trainer.gradient_clip_val=0.5", "callbacks.ema.decay=0.9")),
+        (
+            "cpu",
+            ("model=vit", "model.name=deit_nano_distilled", "trainer.gradient_clip_val=0.5", "callbacks.ema.decay=0.9"),
+        ),
         (
             "ddp_cpu_2",
-            ("model=lvvit_nano", "checkpointing=true", "trainer.accumulate_grad_batches=2", "optimizer=lamb"),
+            ("model=lvvit_nano", "grad_checkpointing=true", "trainer.accumulate_grad_batches=2", "optimizer=lamb"),
         ),
         pytest.param(
-            *("ddp_cpu_2", ("model=t2t_vit_7", "+model.depth=2", "data.image_size=16", "strategy.offload=true")),
+            *(
+                "ddp_cpu_2",
+                (
+                    "model=t2t_vit",
+                    "model.name=t2t_vit_7",
+                    "+model.depth=2",
+                    "data.image_size=16",
+                    "strategy.offload=true",
+                ),
+            ),
             marks=pytest.mark.slow,
         ),
     ],
@@ -131,7 +143,7 @@ def test_bad_numbers__end_all_processes_with_one_sentence(tmp_path):
     """The weights explode at once; every return to the last checkpoint finds them so."""
     results = run_ranks(
         *("train.py", "trainer=fsdp_cpu_2", "data.batch_size=16", *COMMON, "optimizer.lr=1e30", "epochs=5"),
-        *("trainer.limit_train_batches=1", "schedule.warmup_epochs=0", "callbacks.numbers.on_bad=rollback"),
+        *("trainer.limit_train_batches=1", "schedule.warmup_epochs=0", "callbacks.nonfinite_guard.on_bad=rollback"),
         logs=tmp_path,
     )
     assert [result.returncode for result in results] == [1, 1], results
@@ -148,7 +160,7 @@ def test_last__survives_kills_while_it_is_written(kills, tmp_path):
         "trainer=fsdp_cpu_2",
         "data.batch_size=16",
         *COMMON,
-        "callbacks.keep.minutes=0",
+        "callbacks.preemption.minutes=0",
         "epochs=50",
     )
     draw = random.Random(kills)

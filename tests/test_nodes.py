@@ -10,7 +10,7 @@ import time
 import pytest
 
 from programs import PROJECT, environment, metrics, run_directories
-from vitrail.models.checkpoints import read_checkpoint
+from vitrail.checkpoints.reading import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def test_two_machines__one_training(nodes, tmp_path):
 
 def test_a_machine_dies__the_other_goes_on_from_the_last_checkpoint(nodes, tmp_path):
     """Killed with all it ran; the one that is left starts its processes again, after the same images."""
-    arguments = ("trainer=ddp_cpu_2", "epochs=6", "callbacks.keep.minutes=0", "schedule.per_step=true", *QUICK)
+    arguments = ("trainer=ddp_cpu_2", "epochs=6", "callbacks.preemption.minutes=0", "schedule.per_step=true", *QUICK)
     both = [agent(number, nodes, "1:2", *arguments, logs=tmp_path) for number in range(2)]
     last = tmp_path / "train" / "runs" / "torchrun_test" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120

@@ -155,7 +155,7 @@ def test_launcher__a_job_that_dies_is_told_of(cluster, begin, tmp_path):
 
 def test_launcher__out_of_time_goes_on_in_its_run_directory(cluster, begin, tmp_path):
     """A limit of two minutes with a warning 25 seconds (or more) before: SIGUSR1 goes to all processes."""
-    arguments = ("-m", "launcher=slurm", "trainer=ddp_cpu_2", "epochs=400", *QUICK, "callbacks.keep.minutes=null")
+    arguments = ("-m", "launcher=slurm", "trainer=ddp_cpu_2", "epochs=400", *QUICK, "callbacks.preemption.minutes=null")
     limits = ("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=25")
     process = begin(*command(*arguments, *limits), logs=tmp_path, cluster=cluster)
 
@@ -176,7 +176,7 @@ def test_launcher__out_of_time_goes_on_in_its_run_directory(cluster, begin, tmp_
 
 def test_preempted__saves_and_goes_on(cluster, begin, tmp_path):
     """A job of a partition of more weight takes the node; SLURM queues the training again, which goes on after it."""
-    arguments = ("-m", "launcher=slurm", "trainer=ddp_cpu_2", "epochs=400", *QUICK, "callbacks.keep.minutes=null")
+    arguments = ("-m", "launcher=slurm", "trainer=ddp_cpu_2", "epochs=400", *QUICK, "callbacks.preemption.minutes=null")
     process = begin(*command(*arguments), logs=tmp_path, cluster=cluster)
     until(lambda: list(tmp_path.glob("train/multiruns/*/0/checkpoints/last.ckpt")), "the training")
     directory = sweep_of(tmp_path) / "0"

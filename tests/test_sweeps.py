@@ -180,7 +180,7 @@ def test_search__refuses(tmp_path):
 def test_launcher__without_a_sweep(tmp_path):
     result = run("train.py", "launcher=slurm", logs=tmp_path)
     assert result.returncode == 1
-    assert result.stderr == "error: launcher=slurm: add -m; a launcher starts the jobs of a sweep, be it one.\n"
+    assert result.stderr == "error: launcher=slurm: launchers need a multirun: add -m, even for one job.\n"
 
 
 @pytest.mark.slow

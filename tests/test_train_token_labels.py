@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from programs import error_of, run, train
-from vitrail.data import Augmentation, ImageDataModule, MixToken
-from vitrail.data.sources import Digits
-from vitrail.errors import ConfigError
-from vitrail.models import create_model
-from vitrail.objectives import CrossEntropy, TokenLabelingLoss
-from vitrail.run.training import check_token_labels
 
-SMALL = ("model=lvvit_t", "+model.embed_dim=32", "+model.depth=2", "+model.num_heads=2", "model.patch_size=8")
+SMALL = (
+    "model=lvvit",
+    "model.name=lvvit_t",
+    "+model.embed_dim=32",
+    "+model.depth=2",
+    "+model.num_heads=2",
+    "model.patch_size=8",
+)
 DATA = ("data=imagefolder", "data.image_size=32", "data.batch_size=8", "data.num_workers=0")
 QUICK = ("trainer=cpu", "callbacks.model_summary=null", "augment=lvvit", "objective=token_labeling")
 
@@ -23,40 +24,15 @@ def losses(directory):
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("model", [SMALL, ("model=t2t_vit_7", "+model.depth=2", "model.dense_head=true")])
+@pytest.mark.parametrize(
+    "model", [SMALL, ("model=t2t_vit", "model.name=t2t_vit_7", "+model.depth=2", "model.token_head=true")]
+)
 def test_train__token_losses_fall(model, image_tree, label_maps, tmp_path):
     arguments = (*model, *DATA, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=10")
     rows = losses(train(*arguments, "optimizer.lr=3e-3", "augment.auto_augment=null", logs=tmp_path))
     assert rows[-1]["train/token_loss"] < 0.9 * rows[0]["train/token_loss"]
     for row in rows:
         assert row["train/loss"] == pytest.approx(row["train/cls_loss"] + row["train/token_loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("model", "objective", "mix", "label_maps", "message"),
-    [
-        (
-            "deit_nano",
-            TokenLabelingLoss(),
-            None,
-            None,
-            "token logits, which VisionTransformer has not; set model.dense_",
-        ),
-        (
-            "lvvit_t",
-            TokenLabelingLoss(),
-            None,
-            None,
-            "data.label_maps: not set, but objective=token_labeling reads them",
-        ),
-        ("lvvit_t", CrossEntropy(), None, "/maps", "data.label_maps: this objective reads none"),
-        ("lvvit_t", CrossEntropy(), MixToken(), None, "augment.mix: MixToken needs targets of tokens"),
-    ],
-)
-def test_parts__that_do_not_fit_together(model, objective, mix, label_maps, message):
-    data = ImageDataModule(Digits(), Augmentation(mix=mix), image_size=32, label_maps=label_maps)
-    with pytest.raises(ConfigError, match=message):
-        check_token_labels(create_model(model, 10, 32, depth=1), objective, data)
 
 
 def test_train__refuses_before_it_starts(image_tree, tmp_path):
@@ -78,7 +54,7 @@ def test_train__missing_maps_are_named(image_tree, label_maps, tmp_path):
 def test_finetune__starts_from_weights_of_another_resolution(image_tree, label_maps, tmp_path):
     common = (*SMALL, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=1")
     first = train(*DATA, *common, logs=tmp_path)
-    larger = (*DATA, *common, "data.image_size=48", f"ckpt={first}", "optimizer.lr=0", "schedule.warmup_lr=0")
+    larger = (*DATA, *common, "data.image_size=48", f"init_from={first}", "optimizer.lr=0", "schedule.warmup_lr=0")
     second = train(*larger, "schedule.min_lr=0", logs=tmp_path)
     assert "position embeddings resized from 4x4 to 6x6" in (second / "train.log").read_text()
     before, after = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (first, second))
@@ -90,7 +66,11 @@ def test_finetune__starts_from_weights_of_another_resolution(image_tree, label_m
     ("experiment", "given", "message"),
     [
         ("lvvit_s", (), "data.label_maps: not set; this experiment needs a folder of label maps, data.label_maps=..."),
-        ("lvvit_s_384", ("data.label_maps=x",), "ckpt: not set; this experiment needs weights to start from, ckpt=..."),
+        (
+            "lvvit_s_384",
+            ("data.label_maps=x",),
+            "init_from: not set; this experiment needs weights to start from, init_from=...",
+        ),
     ],
 )
 def test_experiment__asks_for_what_it_needs(experiment, given, message, image_tree, tmp_path):

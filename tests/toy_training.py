@@ -12,9 +12,9 @@ sys.path.insert(0, str(PROJECT / "src"))
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.core.plugins import Plugins  # noqa: E402
 
-from hydra_plugins.vitrail_secrets import redacted  # noqa: E402
+from vitrail_runtime import resolvers  # noqa: E402
+from vitrail_runtime.secrets import redacted  # noqa: E402
 
 
 def main(config):
@@ -43,5 +43,5 @@ def main(config):
 
 
 if __name__ == "__main__":
-    Plugins.instance()
+    resolvers.register()
     hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="train")(main)()

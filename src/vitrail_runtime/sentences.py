@@ -46,7 +46,7 @@ def _composition(error: BaseException, text: str) -> str:
         group, _, name = match[1].rpartition("/")
         if name in RENAMED_CHOICES.get(group, {}):
             return f"{group}={name}: write {RENAMED_CHOICES[group][name]}."
-        names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
         near = difflib.get_close_matches(name, names, n=3)
         known = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}."
         return f"{group}={name}: no such file in conf/{group}/; {known}"

@@ -9,8 +9,8 @@ from timm.data.auto_augment import RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from vitrail.data import Augmentation
-from vitrail.data.augment import Pixels
 from vitrail.data.randomness import seeded
+from vitrail.types import InputSpec
 
 DRAWS = 20_000
 
@@ -58,7 +58,7 @@ def histograms():
     options = {"color_jitter": None, "auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bilinear"}
     timms = create_transform(4, is_training=True, hflip=0.5, **options)
     augment = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", interpolation="bilinear")
-    ours = augment.viewed(Pixels(4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 0.5)
+    ours = augment.viewed(InputSpec(4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 0.5)
     return drawn(ours, [], [], 1), drawn(timms, [], [], 2)
 
 

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from vitrail.data import Augmentation, DigitsDataModule, ImageFolderDataModule, ImageNetDataModule, Mixing
+from vitrail.data import Augmentation, ImageDataModule, ImageFolderDataModule, ImageNetDataModule, MixupCutMix
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
+from vitrail.data.sources import Digits
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE
 
 
 def digits(**kwargs):
     defaults = {"augment": Augmentation(scale=(0.6, 1.0)), "image_size": 16, "batch_size": 8, "num_workers": 0}
-    data = DigitsDataModule(**{**defaults, **kwargs})
+    data = ImageDataModule(Digits(), **{**defaults, **kwargs})
     data.setup()
     return data
 
@@ -104,23 +105,24 @@ def test_mixing__equals_timm_with_the_same_draws():
         for step in range(8):
             with seeded(0, step, 0):
                 expected = timms(images.clone(), labels)
-            mixed = Mixing(0.8, 1.0, mode=mode)(images.clone(), labels, 7, key=(0, step, 0))
+            mix = MixupCutMix(0.8, 1.0, mode=mode).for_batch(images.shape, None, (0, step, 0))
+            mixed = mix.images(images.clone()), mix.probabilities(torch.eye(7)[labels])
             torch.testing.assert_close(mixed, expected, rtol=0, atol=0)
 
 
 def test_mixing__ranks_and_steps_draw_their_own():
-    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    draws = [Mixing()(images.clone(), labels, 4, key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0))]
-    assert len({tuple(target.flatten().tolist()) for _, target in draws}) == 3
-    for _, target in draws:
+    mixes = [MixupCutMix().for_batch(torch.Size((4, 3, 8, 8)), None, key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0))]
+    targets = [mix.probabilities(torch.eye(4)) for mix in mixes]
+    assert len({tuple(target.flatten().tolist()) for target in targets}) == 3
+    for target in targets:
         torch.testing.assert_close(target.sum(1), torch.ones(4))
 
 
 def test_mixing__refuses():
-    with pytest.raises(ConfigError, match=r"augment.mix: mixup and cutmix are both 0"):
-        Mixing(0, 0)
-    with pytest.raises(ConfigError, match=r"augment.mix.mode=pairs"):
-        Mixing(mode="pairs")
+    with pytest.raises(ConfigError, match=r"mixing: mixup and cutmix are both 0"):
+        MixupCutMix(0, 0)
+    with pytest.raises(ConfigError, match=r"mixing.mode=pairs"):
+        MixupCutMix(mode="pairs")
 
 
 @pytest.mark.parametrize("name", ["rand-m10-n8-inc1", "rand-m10-n8", "original", "v0"])
@@ -128,10 +130,10 @@ def test_posterize__down_to_no_bits_at_all(name):
     """Current Pillow refuses 0 bits, which timm draws at the highest magnitude; older ones gave a black picture."""
     from PIL import Image
 
-    from vitrail.data.augment import Pixels
+    from vitrail.types import InputSpec
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    transform = Augmentation(auto_augment=name).training(Pixels(16, (0.5,) * 3, (0.5,) * 3), hflip=0.0)
+    transform = Augmentation(auto_augment=name).training(InputSpec((16, 16), (0.5,) * 3, (0.5,) * 3), hflip=0.0)
     (stage,) = [stage for stage in transform.transforms if hasattr(stage, "ops") or hasattr(stage, "policy")]
     operations = getattr(stage, "ops", None) or [operation for policy in stage.policy for operation in policy]
     posterize = [operation for operation in operations if operation.name.startswith("Posterize")]

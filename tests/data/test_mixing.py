@@ -1,66 +1,103 @@
-"""What mixup and CutMix leave of each image, and token labels that follow it."""
+"""One draw: pixels, labels and token labels all follow it."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.data import Mixup
 
-from vitrail.data import Mixing
+from vitrail.data import MixToken, MixupCutMix
+from vitrail.data.randomness import seeded
 from vitrail.errors import ConfigError
-from vitrail.models import create_model
 from vitrail.objectives import TokenLabelingLoss
-from vitrail.training import ImageClassifier
-from vitrail.types import LabelMap, Sample
+from vitrail.training import TargetBuilder
+from vitrail.types import Batch, LabelMap
+
+SHAPE = torch.Size((8, 3, 16, 16))
+MODES = pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+ALPHAS = pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 
 
 def mixed_batch(mixing, key=(1, 2, 3)):
-    """Eight images of 16 pixels, each of its own grey and class, mixed; (images, probabilities, shares)."""
+    """Eight images of 16 pixels, each of its own grey and class, mixed, with maps that say their class everywhere."""
     images = torch.arange(8.0)[:, None, None, None].repeat(1, 3, 16, 16)
-    shares = mixing.shares(images, key)
-    images, probabilities = mixing(images, torch.arange(8), 8, key)
-    return images, probabilities, shares
-
-
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_shares__say_what_happened_to_the_pixels(alphas, mode):
-    mixing = Mixing(*alphas, mode=mode)
-    for draw in range(10):
-        images, probabilities, shares = mixed_batch(mixing, (draw,))
-        own = torch.arange(8.0)[:, None, None]
-        torch.testing.assert_close(images[:, 0], shares * own + (1 - shares) * own.flip(0), atol=1e-5, rtol=0)
-        left = probabilities.diagonal()
-        torch.testing.assert_close(shares.mean((1, 2)), left, atol=1e-6, rtol=0)
-
-
-def token_targets_of(mixing, shares, probabilities, images):
-    """Token targets of images that are their own class everywhere, (8, 16, 8) on a grid of 4 x 4 tokens."""
-    model = create_model("deit_nano", 8, 16, dense_head=True, depth=1)
-    module = ImageClassifier(model, TokenLabelingLoss(smoothing=0.0), 8, mixing=mixing)
     classes = torch.arange(8, dtype=torch.int32)[:, None, None, None].repeat(1, 1, 2, 2)
     box, flipped = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(8, 1), torch.zeros(8, dtype=torch.bool)
     maps = LabelMap(torch.full((8, 1, 2, 2), 40.0).half(), classes, box, flipped)
-    return module._targets(Sample(images, probabilities, ["k"] * 8, maps, shares))
+    mix = mixing.for_batch(SHAPE, (4, 4), key)
+    return Batch(mix.images(images), torch.arange(8), ["k"] * 8, maps, mix)
+
+
+def own_share(batch):
+    """The share of each pixel's own image, read off the greys, (8, 16, 16)."""
+    own = torch.arange(8.0)[:, None, None]
+    return (batch.image[:, 0] - own.flip(0)) / (own - own.flip(0))
+
+
+@MODES
+@ALPHAS
+def test_pixels_and_labels__are_timms_to_the_bit(alphas, mode):
+    mixing = MixupCutMix(*alphas, mode=mode)
+    peer = Mixup(*alphas, mode=mode, label_smoothing=0.0, num_classes=8)
+    for draw in range(20):
+        images = torch.randn(SHAPE, generator=torch.Generator().manual_seed(draw))
+        with seeded(draw):
+            expected = peer(images.clone(), torch.arange(8))
+        mix = mixing.for_batch(SHAPE, None, (draw,))
+        found = mix.images(images.clone()), mix.probabilities(torch.eye(8))
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@MODES
+@ALPHAS
+def test_token_shares__are_those_of_their_pixels(alphas, mode):
+    mixing = MixupCutMix(*alphas, mode=mode)
+    for draw in range(10):
+        batch = mixed_batch(mixing, (draw,))
+        covered = F.avg_pool2d(own_share(batch)[:, None], 4)[:, 0].flatten(1)
+        torch.testing.assert_close(batch.mix.token_shares(8, (4, 4)), covered, atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch.mix.probabilities(torch.eye(8)).diagonal(), covered.mean(1), atol=1e-5, rtol=0)
+
+
+def test_no_mix__for_one_image_and_below_prob():
+    assert MixupCutMix().for_batch(torch.Size((1, 3, 4, 4)), None, (0,)) is None
+    assert MixupCutMix(prob=0.0).for_batch(SHAPE, None, (0,)) is None
+    kept = MixupCutMix(prob=0.0, mode="elem").for_batch(SHAPE, None, (0,))
+    torch.testing.assert_close(kept.probabilities(torch.eye(8)), torch.eye(8))
 
 
 def test_token_targets__follow_the_pixels_of_cutmix():
-    mixing = Mixing(0.0, 1.0, mode="elem")
-    images, probabilities, shares = mixed_batch(mixing)
-    targets = token_targets_of(mixing, shares, probabilities, images)
+    batch = mixed_batch(MixupCutMix(0.0, 1.0, mode="elem"))
+    targets = TargetBuilder(smoothing=0.0)(batch, TokenLabelingLoss(), 8, (4, 4))
     own = targets.tokens.to_dense()[torch.arange(8), :, torch.arange(8)].unflatten(1, (4, 4))
-    covered = torch.nn.functional.avg_pool2d(shares[:, None], 4)[:, 0]
+    covered = F.avg_pool2d(own_share(batch)[:, None], 4)[:, 0]
     torch.testing.assert_close(own, covered, atol=1e-5, rtol=0)
     assert own.min() < 0.01, "some token lies within another image"
     assert own.max() > 0.99
-    torch.testing.assert_close(targets.cls, probabilities, atol=1e-5, rtol=0)
-    torch.testing.assert_close(targets.truth, probabilities)
+    torch.testing.assert_close(targets.cls, batch.mix.probabilities(torch.eye(8)), atol=1e-5, rtol=0)
 
 
 def test_token_targets__published_blends_all_alike():
-    mixing = Mixing(0.0, 1.0, tokens="published")
-    images, probabilities, shares = mixed_batch(mixing)
-    tokens = token_targets_of(mixing, shares, probabilities, images).tokens.to_dense()
+    batch = mixed_batch(MixupCutMix(0.0, 1.0, tokens="published"))
+    tokens = TargetBuilder(smoothing=0.0)(batch, TokenLabelingLoss(), 8, (4, 4)).tokens.to_dense()
+    probabilities = batch.mix.probabilities(torch.eye(8))
     torch.testing.assert_close(tokens, probabilities[:, None].expand(-1, 16, -1), atol=1e-5, rtol=0)
 
 
+def test_mixtoken__mixes_the_class_token_and_leaves_the_patch_tokens():
+    mixing = MixToken()
+    key = next((1, step) for step in range(99) if mixing.for_batch(SHAPE, (4, 4), (1, step)).share < 1)
+    batch = mixed_batch(mixing, key)
+    targets = TargetBuilder(smoothing=0.0)(batch, TokenLabelingLoss(), 8, (4, 4))
+    top, left, bottom, right = batch.mix.token_box.tolist()
+    share = 1 - (bottom - top) * (right - left) / 16
+    assert 0 < share < 1
+    expected = share * torch.eye(8) + (1 - share) * torch.eye(8).flip(0)
+    torch.testing.assert_close(targets.cls, expected, atol=1e-5, rtol=0)
+    own = torch.eye(8)[:, None].expand(-1, 16, -1)
+    torch.testing.assert_close(targets.tokens.to_dense(), own, atol=1e-5, rtol=0)
+    assert torch.equal(batch.image[:, 0, 0, 0], torch.arange(8.0))
+
+
 def test_mixing__refuses_what_it_does_not_know():
-    with pytest.raises(ConfigError, match=r"augment.mix.tokens=pixels: must be position or published"):
-        Mixing(tokens="pixels")
+    with pytest.raises(ConfigError, match=r"mixing.tokens=pixels: must be position or published"):
+        MixupCutMix(tokens="pixels")

@@ -7,15 +7,14 @@ from PIL import Image
 
 from peers.recorded import recorded
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.augment import Pixels
 from vitrail.data.datamodule import ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
 from vitrail.errors import ConfigError
-from vitrail.types import Sample, View
+from vitrail.types import InputSpec, Sample, View
 
-PIXELS = Pixels((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PIXELS = InputSpec((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def position_image(width, height):
@@ -79,7 +78,7 @@ def test_view__says_where_the_pixels_come_from():
         assert down[-1].item() == pytest.approx(y2 - (y2 - y1) / 112, abs=0.02)
 
 
-def position_maps(axis, cells, folder, square_maps="placed", **about):
+def position_maps(axis, cells, folder, center_square_maps="placed", **about):
     """Maps of the two pictures, whose class is the column (or row) of the cell."""
     position = np.arange(cells)
     classes = np.broadcast_to(position[None, :] if axis == "column" else position[:, None], (cells, cells))
@@ -87,7 +86,7 @@ def position_maps(axis, cells, folder, square_maps="placed", **about):
     for index in range(2):
         writer.write(index, np.full((1, cells, cells), 40.0), classes[None])
     names = [str(cell) for cell in range(cells)]
-    return LabelMapJoin(writer.finish(), ["c/0", "c/1"], names, square_maps=square_maps)
+    return LabelMapJoin(writer.finish(), ["c/0", "c/1"], names, center_square_maps=center_square_maps)
 
 
 def targets_and_pixels(transform, axis, cells, folder, epochs):
@@ -133,10 +132,10 @@ def test_token_targets__follow_rotations_shears_and_shifts(axis, crop_last, tmp_
     assert (sure[empty] < 0.1).float().mean() > 0.9, "at its border a token sees cells of the picture, too"
 
 
-@pytest.mark.parametrize(("square_maps", "x"), [("placed", (0.2, 0.8)), ("stretched", (0.0, 1.0))])
-def test_join__maps_of_the_central_square(square_maps, x, tmp_path):
+@pytest.mark.parametrize(("center_square_maps", "x"), [("placed", (0.2, 0.8)), ("stretched", (0.0, 1.0))])
+def test_join__maps_of_the_central_square(center_square_maps, x, tmp_path):
     """The first picture is 200 x 120 pixels: its central square begins at a fifth of its width."""
-    maps = position_maps("column", 60, tmp_path / "maps", square_maps, coverage="center square")
+    maps = position_maps("column", 60, tmp_path / "maps", center_square_maps, coverage="center square")
     made = maps(0, 0, View((0.0, 0.0, 1.0, 1.0), False), (200, 120))
     said = made.scores[0].bool()
     columns = (torch.arange(60) + 0.5) / 60
@@ -146,7 +145,7 @@ def test_join__maps_of_the_central_square(square_maps, x, tmp_path):
 
 
 def test_view__without_warps_labels_stay(tmp_path):
-    augment = Augmentation(auto_augment="rand-n2-m9-mstd0.5-inc1", maps_follow=False)
+    augment = Augmentation(auto_augment="rand-n2-m9-mstd0.5-inc1", warp_label_maps=False)
     views = []
     for draw in range(20):
         with seeded(draw):
@@ -222,7 +221,7 @@ def test_mixtoken__is_a_function_of_its_key_and_knows_its_share():
         assert 0 <= left <= right <= 20
         assert share == pytest.approx(1 - (bottom - top) * (right - left) / 280)
     assert len({tuple(box.tolist()) for box, _ in boxes}) > 30
-    with pytest.raises(ConfigError, match=r"augment.mix.alpha=0"):
+    with pytest.raises(ConfigError, match=r"mixing.alpha=0"):
         MixToken(alpha=0)
 
 

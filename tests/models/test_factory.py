@@ -1,36 +1,38 @@
 import pytest
 import timm
 import torch
-import yaml
+from hydra import compose, initialize_config_dir
 
 import vitrail  # noqa: F401
 from programs import PROJECT
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
+from vitrail.runs.config import instantiate
 
 # Parameters with 1000 classes, as published: the DeiT paper's table (5M, 22M, 86M) in full, and timm's own ViTs.
 PARAMETERS = {
-    "deit_tiny": 5_717_416,
-    "deit_small": 22_050_664,
-    "deit_base": 86_567_656,
-    "deit_tiny_distilled": 5_910_800,
-    "deit_small_distilled": 22_436_432,
-    "deit_base_distilled": 87_338_192,
-    "vit_tiny": 5_717_416,
-    "vit_small": 22_050_664,
-    "vit_base": 86_567_656,
-    "vit_large": 304_326_632,
-    "vit_huge": 632_045_800,
-    "vit_giant": 1_012_611_432,
-    "vit_gigantic": 1_844_440_680,
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_small_patch16_224": 22_050_664,
+    "deit_base_patch16_224": 86_567_656,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_distilled_patch16_224": 22_436_432,
+    "deit_base_distilled_patch16_224": 87_338_192,
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_large_patch16_224": 304_326_632,
+    "vit_huge_patch14_224": 632_045_800,
+    "vit_giant_patch14_224": 1_012_611_432,
+    "vit_gigantic_patch14_224": 1_844_440_680,
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_configs__build_the_published_size(name):
-    config = yaml.safe_load((PROJECT / "conf" / "model" / f"{name}.yaml").read_text())
+def test_families__name_networks_of_the_published_size(name):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        config = compose("train", [f"model={name.partition('_')[0]}", f"model.name={name}"])
     with torch.device("meta"):
-        model = create_model(config["name"], num_classes=1000, img_size=224)
+        model = instantiate(config.model, "model", num_classes=1000, img_size=224)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 

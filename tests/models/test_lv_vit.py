@@ -92,7 +92,7 @@ def test_training__same_gradients_with_checkpointing(name):
     for checkpointing in (False, True):
         model = small(name)
         model.set_grad_checkpointing(checkpointing)
-        sum(head.square().mean() for head in forward_heads(model, images) if head is not None).backward()
+        sum(head.square().mean() for head in forward_heads(model, images)[:3] if head is not None).backward()
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(grads[0], grads[1])
 

@@ -114,7 +114,7 @@ def test_export__in_evaluation(name):
     torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_export__with_dense_head():
-    model = create_model("deit_nano", 5, img_size=16, dense_head=True).eval()
+def test_export__with_token_head():
+    model = create_model("deit_nano", 5, img_size=16, token_head=True).eval()
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))

@@ -145,7 +145,7 @@ def test_training__last_block_computes_the_class_token_alone():
         counts = {str(op): flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
         work.append(sum(macs for op, macs in counts.items() if "attention" not in op))
     assert work[0] - work[1] == 9 * (64 * 64 + 64 * 64 + 2 * 64 * 128)
-    model = create_model("t2t_vit_7", 5, img_size=48, dense_head=True, embed_dim=64, depth=2, num_heads=2)
+    model = create_model("t2t_vit_7", 5, img_size=48, token_head=True, embed_dim=64, depth=2, num_heads=2)
     assert model(torch.randn(2, 3, 48, 48)).shape == (2, 5)  # with a dense head the other tokens are needed
     assert forward_heads(model, torch.randn(2, 3, 48, 48)).tokens.shape == (2, 9, 5)
 

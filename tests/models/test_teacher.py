@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
-from vitrail.models.annotator import Annotator
+from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.models.teacher import Teacher
 
 HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -16,7 +16,7 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224
 def classifier(size=32, classes=("a", "b", "c", "d")):
     torch.manual_seed(0)
     model = create_model("test_resnet", len(classes), size)
-    return Annotator(model, "test_resnet", (size, size), *HALF, classes=list(classes))
+    return PretrainedClassifier(model, "test_resnet", (size, size), *HALF, classes=list(classes))
 
 
 def test_logits__of_the_images_as_the_teacher_knows_them():

@@ -6,8 +6,8 @@ from torch import nn
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 from vitrail.objectives import CosubLoss, CrossEntropy
-from vitrail.run.training import check_submodels
-from vitrail.types import Heads, Targets
+from vitrail.runs.assembly import check_passes
+from vitrail.types import Outputs, Targets
 
 
 def published(logits, targets):
@@ -26,7 +26,7 @@ def test_loss_and_gradient__as_published():
     again = logits.detach().clone().requires_grad_()
     targets = torch.zeros(4, 10)
     targets[range(4), [1, 2, 3, 4]], targets[range(4), [5, 2, 0, 9]] = 0.7, 0.3  # mixed
-    losses = CosubLoss()(Heads(logits), Targets(targets))
+    losses = CosubLoss()(Outputs(logits), Targets(targets))
     expected = published(again, targets)
     torch.testing.assert_close(losses["loss"], expected)
     losses["loss"].backward()
@@ -37,7 +37,7 @@ def test_loss_and_gradient__as_published():
 
 def test_loss__class_indices_another_base_and_heads_beside():
     logits, distill, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2])
-    losses = CosubLoss(weight=0.2, base=CrossEntropy(0.1))(Heads(logits, distill=distill), Targets(labels))
+    losses = CosubLoss(weight=0.2, base=CrossEntropy(0.1))(Outputs(logits, distill=distill), Targets(labels))
     smooth = lambda x: F.cross_entropy(x, labels, label_smoothing=0.1)  # noqa: E731
     expected = sum(smooth(part) for head in (logits, distill) for part in head.chunk(2)) / 4
     torch.testing.assert_close(losses["label_loss"], expected)
@@ -52,10 +52,10 @@ def test_loss__class_indices_another_base_and_heads_beside():
 def test_submodels__differ_by_stochastic_depth_alone():
     images = torch.randn(4, 3, 16, 16).repeat(2, 1, 1, 1)
     model = create_model("vit_nano", 10, 16, drop_path_rate=0.5).train()
-    check_submodels(model, CosubLoss())
+    check_passes(model, CosubLoss())
     first, second = forward_heads(model, images).cls.chunk(2)
     assert (first - second).abs().amax() > 1e-3
     same = create_model("vit_nano", 10, 16, drop_path_rate=0.0).train()
-    with pytest.raises(ConfigError, match=r"model\.drop_path_rate: 0, so that the submodels"):
-        check_submodels(same, CosubLoss())
-    check_submodels(same, CrossEntropy())
+    with pytest.raises(ConfigError, match=r"model\.drop_path_rate: 0, so the 2 passes of CosubLoss are all alike"):
+        check_passes(same, CosubLoss())
+    check_passes(same, CrossEntropy())

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from vitrail.objectives import CrossEntropy, DistillationLoss
-from vitrail.types import Heads, Targets
+from vitrail.types import Outputs, Targets
 
 torch.manual_seed(0)
 CLS, DISTILL, TEACHER, LABELS = torch.randn(5, 7), torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
@@ -13,15 +13,15 @@ CLS, DISTILL, TEACHER, LABELS = torch.randn(5, 7), torch.randn(5, 7), torch.rand
 def test_soft__as_the_paper_means_it():
     """Mean over images of KL(teacher || student) at temperature tau, times tau squared."""
     loss = DistillationLoss("soft", 1.0, 2.0, per_class=False)(
-        Heads(CLS, distill=DISTILL), Targets(LABELS, teacher=TEACHER)
+        Outputs(CLS, distill=DISTILL), Targets(LABELS, teacher_logits=TEACHER)
     )
     p, q = (TEACHER / 2).softmax(-1), (DISTILL / 2).softmax(-1)
     assert_close(loss["loss"], 4 * (p * (p / q).log()).sum(-1).mean())
 
 
 def test_without_a_distillation_token__the_class_token_learns_both():
-    loss = DistillationLoss("hard", 0.3)(Heads(CLS), Targets(LABELS, teacher=TEACHER))
-    label, teacher = CrossEntropy(0.1)(Heads(CLS), Targets(LABELS))["loss"], F.cross_entropy(CLS, TEACHER.argmax(-1))
+    loss = DistillationLoss("hard", 0.3)(Outputs(CLS), Targets(LABELS, teacher_logits=TEACHER))
+    label, teacher = CrossEntropy(0.1)(Outputs(CLS), Targets(LABELS))["loss"], F.cross_entropy(CLS, TEACHER.argmax(-1))
     assert_close(loss["loss"], 0.7 * label + 0.3 * teacher)
     assert_close(loss["distill_loss"], teacher)
 
@@ -38,4 +38,4 @@ def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         DistillationLoss(**arguments)
     with pytest.raises(ValueError, match="needs the logits of a teacher"):
-        DistillationLoss()(Heads(CLS), Targets(LABELS))
+        DistillationLoss()(Outputs(CLS), Targets(LABELS))

@@ -3,7 +3,7 @@ import torch
 
 from vitrail.data.label_maps import sparse_token_targets
 from vitrail.objectives import TokenLabelingLoss
-from vitrail.types import Heads, Targets
+from vitrail.types import Outputs, Targets
 
 
 def batch(num_classes=50, grid=(4, 5), dtype=torch.float32):
@@ -25,7 +25,7 @@ def test_sparse__same_loss_and_gradient_as_dense(dtype, mixed):
         cls, tokens, targets = batch(dtype=dtype)
         sparse = targets.tokens.mixed(torch.linspace(0, 1, 20)) if mixed else targets.tokens
         losses = TokenLabelingLoss(0.5)(
-            Heads(cls, tokens), Targets(targets.cls, sparse.to_dense() if dense else sparse)
+            Outputs(cls, tokens), Targets(targets.cls, sparse.to_dense() if dense else sparse)
         )
         (3 * losses["loss"]).backward()
         results.append((losses["loss"].detach(), losses["token_loss"].detach(), tokens.grad, cls.grad))
@@ -36,7 +36,7 @@ def test_sparse__same_loss_and_gradient_as_dense(dtype, mixed):
 def test_sparse__extreme_logits():
     cls, _, targets = batch()
     tokens = (torch.randn(6, 20, 50) * 300).requires_grad_()
-    losses = TokenLabelingLoss()(Heads(cls, tokens), Targets(targets.cls, targets.tokens))
+    losses = TokenLabelingLoss()(Outputs(cls, tokens), Targets(targets.cls, targets.tokens))
     losses["loss"].backward()
     assert losses["loss"].isfinite()
     assert tokens.grad.isfinite().all()
@@ -44,33 +44,20 @@ def test_sparse__extreme_logits():
 
 def test_sparse__differentiated_once_only():
     cls, tokens, targets = batch()
-    loss = TokenLabelingLoss()(Heads(cls, tokens), Targets(targets.cls, targets.tokens))["loss"]
+    loss = TokenLabelingLoss()(Outputs(cls, tokens), Targets(targets.cls, targets.tokens))["loss"]
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         loss.backward()
 
 
-@pytest.mark.parametrize(("mode", "share_where_wrong"), [("published", 0.9), ("intended", 0.1)])
-def test_ground_truth__as_the_code_and_as_its_comment(mode, share_where_wrong):
-    logits, tokens = torch.randn(2, 3), torch.randn(2, 1, 3)
-    label = torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]])
-    truth = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
-    loss = TokenLabelingLoss(dense_weight=0, ground_truth=mode)(Heads(logits, tokens), Targets(label, None, truth))
-    share = torch.tensor([[0.5], [share_where_wrong]])
-    expected = -((share * label + (1 - share) * truth) * logits.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(loss["loss"], expected)
-
-
 def test_class_indices__are_taken_too():
     logits, tokens = torch.randn(2, 3), torch.randn(2, 4, 3)
-    losses = TokenLabelingLoss()(Heads(logits, tokens), Targets(torch.tensor([2, 0])))
+    losses = TokenLabelingLoss()(Outputs(logits, tokens), Targets(torch.tensor([2, 0])))
     torch.testing.assert_close(losses["cls_loss"], torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0])))
     each = torch.nn.functional.cross_entropy(tokens.flatten(0, 1), torch.tensor([2] * 4 + [0] * 4))
     torch.testing.assert_close(losses["token_loss"], each)
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match=r"needs token logits; set model.dense_head=true"):
-        TokenLabelingLoss()(Heads(torch.randn(2, 3)), Targets(torch.tensor([0, 1])))
-    with pytest.raises(ValueError, match=r"objective.ground_truth=maybe: choose none, published or intended"):
-        TokenLabelingLoss(ground_truth="maybe")
+    with pytest.raises(ValueError, match=r"needs token logits; set model.token_head=true"):
+        TokenLabelingLoss()(Outputs(torch.randn(2, 3)), Targets(torch.tensor([0, 1])))

@@ -10,12 +10,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT
 from vitrail.data import ImageFolderDataModule
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
-from vitrail.run.config import instantiate
+from vitrail.runs.config import instantiate
 
 FILES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
 # What the official commands pass to timm's create_transform.

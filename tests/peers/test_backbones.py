@@ -105,7 +105,7 @@ def test_outputs_and_gradients__as_official(name, recipe):
 
 def assert_gradients(model, x, expected):
     model.train()
-    losses = [head.logsumexp(-1).mean() for head in forward_heads(model, x) if head is not None]
+    losses = [head.logsumexp(-1).mean() for head in forward_heads(model, x)[:3] if head is not None]
     loss = sum(losses)
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from peers.recorded import recorded
 from vitrail.objectives import BinaryCrossEntropy, CrossEntropy, DistillationLoss
-from vitrail.types import Heads, Targets
+from vitrail.types import Outputs, Targets
 
 BASES = {
     "ce": CrossEntropy(),
@@ -34,7 +34,7 @@ def test_loss_and_gradients__as_official(case):
     cls, distill, teacher, labels = inputs(case)
     cls.requires_grad_(), distill.requires_grad_()
     objective = DistillationLoss(case["type"], case["alpha"], case["tau"], base=BASES[case["base"]])
-    losses = objective(Heads(cls, distill=distill), Targets(labels, teacher=teacher))
+    losses = objective(Outputs(cls, distill=distill), Targets(labels, teacher_logits=teacher))
     losses["loss"].backward()
     assert losses["loss"].item() == pytest.approx(case["loss"], rel=2e-5)
     assert cls.grad.double().norm().item() == pytest.approx(case["grad_l2_outputs"], rel=1e-4)

@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
-from vitrail.data import Augmentation, DigitsDataModule, Mixing
+from vitrail.data import Augmentation, ImageDataModule, MixupCutMix
+from vitrail.data.sources import Digits
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
 from vitrail.objectives import CrossEntropy
 from vitrail.training import EMA, CosineSchedule, ImageClassifier, OptimizerFactory
-from vitrail.types import IGNORE, Sample
+from vitrail.types import IGNORE, Batch
 
 
 def build(mixing=None, **kwargs):
     torch.manual_seed(0)
     model = create_model("deit_nano", 10, 8, depth=2)
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    data = DigitsDataModule(augment=Augmentation(mix=mixing), image_size=8, batch_size=16, num_workers=0)
+    data = ImageDataModule(Digits(), augment=Augmentation(), image_size=8, batch_size=16, num_workers=0)
     return ImageClassifier(model, CrossEntropy(0.1), 10, mixing=mixing, **kwargs), data
 
 
@@ -42,7 +43,7 @@ class Losses(L.Callback):
 
 def test_training__equals_a_plain_loop(tmp_path):
     """AdamW, per-step cosine, mixing, clipping, accumulation and EMA over 30 optimiser steps, to 1e-5."""
-    mixing = Mixing(0.8, 1.0)
+    mixing = MixupCutMix(0.8, 1.0)
     optimizer = OptimizerFactory(lr=2e-3, lr_scaling="none", betas=(0.9, 0.999), eps=1e-8)
     schedule = CosineSchedule(1, 1e-6, 1e-5, per_step=True)
     module, data = build(mixing, optimizer=optimizer, schedule=schedule, seed=5)
@@ -57,13 +58,14 @@ def test_training__equals_a_plain_loop(tmp_path):
     plain = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
     scheduler = schedule.build(plain, 3, 10)
     losses, step, seen = [], 0, 0
-    sampler_data = DigitsDataModule(augment=Augmentation(), image_size=8, batch_size=16, num_workers=0)
+    sampler_data = ImageDataModule(Digits(), augment=Augmentation(), image_size=8, batch_size=16, num_workers=0)
     sampler_data.setup()
     loader = sampler_data.train_dataloader()
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
         for number, batch in zip(range(20), loader, strict=False):
-            images, target = mixing(batch.image, batch.label, 10, (5, seen, 0))
+            mix = mixing.for_batch(batch.image.shape, None, (5, seen, 0))
+            images, target = mix.images(batch.image), mix.probabilities(torch.eye(10)[batch.label])
             seen += 1
             loss = torch.sum(-(0.9 * target + 0.01) * F.log_softmax(model(images), -1), -1).mean() / 2
             loss.backward()
@@ -95,8 +97,8 @@ def test_validation__counts_and_ignores():
     images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
     labels[[2, 7]] = IGNORE
     for part in (slice(0, 5), slice(5, 12)):
-        module.update_metrics(Sample(images[part], labels[part], None))
-    metrics = module.compute_metrics("val/")
+        module.validation_step(Batch(images[part], labels[part], []), 0)
+    metrics = module.val_metrics.compute_and_reset("val/")
     with torch.no_grad():
         logits = module.model(images)
     kept = labels != IGNORE
@@ -110,8 +112,8 @@ def test_validation__counts_and_ignores():
 def test_validation__fewer_than_five_classes():
     model = create_model("vit_nano", 2, 8, depth=1)
     module = ImageClassifier(model, CrossEntropy(), 2)
-    module.update_metrics(Sample(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]), None))
-    assert module.compute_metrics("")["top5"] == 100
+    module.validation_step(Batch(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]), []), 0)
+    assert module.val_metrics.compute_and_reset("")["top5"] == 100
 
 
 def test_forward__distilled_model_averages_its_heads():
@@ -133,8 +135,8 @@ def test_ema__measured_beside_the_raw_weights_and_kept_apart(tmp_path):
     for model, suffix in ((module, ""), (averaged, "_ema")):
         model.eval()
         for batch in data.val_dataloader():
-            model.update_metrics(batch)
-        for name, value in model.compute_metrics("val/").items():
+            model.validation_step(batch, 0)
+        for name, value in model.val_metrics.compute_and_reset("val/").items():
             assert fit.callback_metrics[f"{name}{suffix}"] == pytest.approx(float(value), rel=1e-5)
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert torch.equal(checkpoint["state_dict"]["model.head.weight"], averaged.model.head.weight)
@@ -146,7 +148,7 @@ def test_ema__averages_float_buffers_and_copies_counters(tmp_path):
     module = ImageClassifier(
         model, CrossEntropy(), 10, OptimizerFactory(lr_scaling="none"), CosineSchedule(per_step=True)
     )
-    data = DigitsDataModule(augment=Augmentation(), image_size=32, batch_size=4, num_workers=0)
+    data = ImageDataModule(Digits(), augment=Augmentation(), image_size=32, batch_size=4, num_workers=0)
     ema = EMA(decay=0.5, warmup=False)
     trainer(tmp_path, [ema], max_epochs=1, limit_train_batches=3, limit_val_batches=1).fit(module, datamodule=data)
     average = ema.average
@@ -163,10 +165,10 @@ def test_checkpointing__same_gradients_or_refused():
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     gradients = []
     for checkpointing in (False, True):
-        module, _ = build(checkpointing=checkpointing)
+        module, _ = build(grad_checkpointing=checkpointing)
         loss = F.cross_entropy(module(images), labels)
         loss.backward()
         gradients.append(module.model.blocks[0].attn.qkv.weight.grad)
     torch.testing.assert_close(*gradients)
-    with pytest.raises(ConfigError, match=r"checkpointing=true: Linear does not support it"):
-        ImageClassifier(torch.nn.Linear(2, 2), CrossEntropy(), 2, checkpointing=True)
+    with pytest.raises(ConfigError, match=r"grad_checkpointing=true: Linear does not support it"):
+        ImageClassifier(torch.nn.Linear(2, 2), CrossEntropy(), 2, grad_checkpointing=True)

@@ -79,9 +79,9 @@ def test_decay_also__what_the_model_exempts():
 @pytest.mark.parametrize(
     ("name", "heads"), [("deit_nano_distilled", ("head.", "head_dist.")), ("lvvit_nano", ("head.",))]
 )
-def test_backbone_lr__all_but_the_classifiers(name, heads):
+def test_backbone_lr_scale__all_but_the_classifiers(name, heads):
     model = create_model(name, 10, 64)
-    optimizer = OptimizerFactory("sgd", 0.05, 5e-4, "none", backbone_lr=0.01).build(model, 64)
+    optimizer = OptimizerFactory("sgd", 0.05, 5e-4, "none", backbone_lr_scale=0.01).build(model, 64)
     fast, slow = names_of(model, optimizer, lr=0.05), names_of(model, optimizer, lr=5e-4)
     assert fast == {key for key, _ in model.named_parameters() if key.startswith(heads)}
     assert fast | slow == {key for key, _ in model.named_parameters()}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from programs import PROJECT
-from vitrail.data import Augmentation, DigitsDataModule
+from vitrail.data import Augmentation, ImageDataModule
+from vitrail.data.sources import Digits
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
 from vitrail.objectives import CrossEntropy
@@ -47,7 +48,7 @@ def test_warmup_prefix__the_cosine_begins_at_the_peak():
 
 
 def test_late__counts_epochs():
-    with pytest.raises(ConfigError, match=r"schedule.late=true: counts epochs; set schedule.per_step=false"):
+    with pytest.raises(ConfigError, match=r"schedule.epoch_lag=true: counts epochs; set schedule.per_step=false"):
         CosineSchedule(late=True, per_step=True)
 
 
@@ -64,7 +65,7 @@ class Rates(L.Callback):
 def test_trainer__steps_the_schedule(per_step, accumulate, tmp_path):
     """Four epochs of four batches: the rate at each batch is the formula's, per epoch or per optimiser step."""
     schedule = CosineSchedule(1, 1e-6, 1e-5, cooldown_epochs=1, per_step=per_step)
-    data = DigitsDataModule(augment=Augmentation(enabled=False), image_size=8, batch_size=8, num_workers=0)
+    data = ImageDataModule(Digits(), augment=Augmentation(enabled=False), image_size=8, batch_size=8, num_workers=0)
     model = create_model("vit_nano", 10, 8, depth=1)
     module = ImageClassifier(model, CrossEntropy(), 10, OptimizerFactory(lr=1e-3, lr_scaling="none"), schedule)
     rates = Rates()

@@ -11,13 +11,12 @@ from hydra import compose, initialize_config_dir
 from timm.optim import Lamb
 from torch import nn
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT
 from vitrail.data.label_maps import token_targets
 from vitrail.models import create_model, forward_heads
-from vitrail.run.config import instantiate
+from vitrail.runs.config import instantiate
 from vitrail.training import ImageClassifier
-from vitrail.types import LabelMap, Sample
+from vitrail.types import Batch, LabelMap
 
 EPOCHS, STEPS, BATCH, CLASSES, SIDE = 10, 3, 8, 5, 64
 
@@ -36,7 +35,7 @@ def batches(label_maps):
             torch.cat((corner, corner + 0.4), 1),
             torch.arange(BATCH) % 2 == number % 2,
         )
-        found.append(Sample(images, labels, [""] * BATCH, maps if label_maps else ()))
+        found.append(Batch(images, labels, [""] * BATCH, maps if label_maps else None))
     return found
 
 
@@ -142,17 +141,17 @@ def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, 
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [
             f"experiment={recipe}", "schedule.warmup_epochs=2", f"schedule.cooldown_epochs={cooldown}",
-            "data.label_maps=maps", "data.root=images", "ckpt=x",
+            "data.label_maps=maps", "data.root=images", "init_from=x",
         ])  # fmt: skip
         objective, schedule = instantiate(config.objective, "objective"), instantiate(config.schedule, "schedule")
         optimizer = instantiate(config.optimizer, "optimizer")
-        mixing = instantiate(config.augment, "augment").mix if recipe == "lvvit_s" else None
+        mixing = instantiate(config.mixing, "mixing") if recipe == "lvvit_s" else None
+        targets = instantiate(config.targets, "targets", teacher=Hat() if recipe == "deit_small_distilled" else None)
     torch.manual_seed(0)
-    model = create_model(name, CLASSES, SIDE, dense_head=name == "lvvit_nano", **SMALL.get(name, {}))
+    model = create_model(name, CLASSES, SIDE, token_head=name == "lvvit_nano", **SMALL.get(name, {}))
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     reference, content = copy.deepcopy(model).train(), batches(recipe == "lvvit_s")
-    teacher = Hat() if recipe == "deit_small_distilled" else None
-    module = ImageClassifier(model, objective, CLASSES, optimizer, schedule, mixing, seed=7, teacher=teacher)
+    module = ImageClassifier(model, objective, CLASSES, optimizer, schedule, mixing, targets, seed=7)
     losses, ema = Losses(), None if config.callbacks.ema is None else instantiate(config.callbacks.ema, "ema")
     assert (ema is None) == (decay is None)
     fit = L.Trainer(

@@ -31,7 +31,7 @@ class Mixing(Protocol):
         """What it needs of objective and model: `token_targets`, or `mixes_tokens` of the backbone."""
         ...
 
-    def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> Mix | None:
+    def for_batch(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> Mix | None:
         """Draw for a batch of images (B, 3, H, W) on a grid of tokens (rows, columns); None leaves it unmixed."""
         ...
 
@@ -139,7 +139,7 @@ class MixupCutMix:
         self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
         self.mode, self.uniform_tokens = mode, tokens == "published"
 
-    def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> PixelMix | None:
+    def for_batch(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> PixelMix | None:
         """Draw for images (B, 3, H, W); None if there is nothing to mix."""
         count, size = image_shape[0], (image_shape[-2], image_shape[-1])
         if count == 1:  # nothing to mix with
@@ -234,7 +234,7 @@ class MixToken:
             raise ConfigError(f"mixing.alpha={alpha}: must be positive; mixing=none turns MixToken off.")
         self.alpha, self.whole_sides = alpha, whole_sides
 
-    def draw(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> TokenMix:
+    def for_batch(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> TokenMix:
         """Draw one box for the whole batch on a grid of tokens (rows, columns)."""
         assert grid is not None, "MixToken needs a grid of tokens"
         seed, batches, *rest = key
@@ -246,11 +246,11 @@ class MixToken:
 
     def box(self, grid: tuple[int, int], key: Key) -> tuple[Tensor, float]:
         """Return a box (4,) of top, left, bottom, right in cells of (rows, columns), and the share outside it."""
-        box = self.draw_box(grid, np.random.RandomState(np.random.SeedSequence(key).generate_state(1)))
+        box = self.draw(grid, np.random.RandomState(np.random.SeedSequence(key).generate_state(1)))
         top, left, bottom, right = box
         return torch.tensor(box), 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])
 
-    def draw_box(self, grid: tuple[int, int], random: np.random.RandomState) -> tuple[int, int, int, int]:
+    def draw(self, grid: tuple[int, int], random: np.random.RandomState) -> tuple[int, int, int, int]:
         """Draw one box with the draws of the official code in their order."""
         cut = np.sqrt(1 - random.beta(self.alpha, self.alpha))
         sides = [int(side * cut) for side in grid]

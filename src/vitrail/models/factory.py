@@ -10,12 +10,13 @@ from torch import nn
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head
 from vitrail.models.tokens_to_token import TokensToToken
+from vitrail.types import ImageSize, height_width
 
 
 def create_model(
     name: str,
     num_classes: int,
-    img_size: int | tuple[int, int] | None = None,
+    img_size: ImageSize | None = None,
     token_head: bool = False,
     constant_drop_path: bool = False,
     **kwargs: Any,
@@ -39,8 +40,14 @@ def create_model(
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() shows all."
         raise ConfigError(f"model.name={name}: no such backbone{hint}")
     fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+    sides = height_width(img_size) if fixed_size and img_size is not None else None
     try:
-        model = timm.create_model(name, num_classes=num_classes, img_size=img_size if fixed_size else None, **kwargs)
+        model = timm.create_model(
+            name,
+            num_classes=num_classes,
+            img_size=height_width(img_size) if fixed_size and img_size is not None else None,
+            **kwargs,
+        )
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model.name={name}: {str(error) or type(error).__name__}") from error
     patch = getattr(model, "patch_embed", None)
@@ -65,11 +72,12 @@ def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
         setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
-def _check_patches(name: str, img_size: int | tuple[int, int], patch_size: tuple[int, int] | None) -> None:
+def _check_patches(name: str, img_size: ImageSize, patch_size: tuple[int, int] | None) -> None:
     """timm cuts off what does not fill a patch; an image that loses a border unnoticed is a mistake of the config."""
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    sides = height_width(img_size)
+    told = sides[0] if sides[0] == sides[1] else list(sides)
     if patch_size is not None and any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
         raise ConfigError(
-            f"data.image_size={img_size}: {name} needs a multiple of its patch size {patch_size[0]}; "
+            f"data.image_size={told}: {name} needs a multiple of its patch size {patch_size[0]}; "
             "change data.image_size or model.patch_size."
         )

@@ -76,8 +76,8 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for column in ("model", "px", "M par.", "G MACs", "tok.", "top-1 % (at)", "arXiv", "files"):
-        text = column in ("model", "top-1 % (at)", "arXiv")
+    for column in ("model", "px", "M par.", "G MACs", "tok.", "top-1 % (at)", "files"):
+        text = column in ("model", "top-1 % (at)")
         wrap = column == "top-1 % (at)"
         table.add_column(column, justify="left" if text else "right", no_wrap=not wrap, min_width=10 if wrap else None)
     previous = None
@@ -92,7 +92,6 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
             f"{row.cost.macs / 1e9:.2f}",
             str(row.cost.tokens or ""),
             "\n".join(f"{entry.top1} ({entry.side})" for entry in row.published),
-            row.published[0].arxiv if row.published else "",
             str(len(row.weights) or ""),
         )
     table.caption = "MACs of one image of this size; published top-1 on ImageNet-1k; files of released weights"
@@ -100,9 +99,10 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
 
 
 def weights_line(row: BackboneRow) -> str:
-    """How to get each released set of weights."""
+    """Return the paper, and how to get each released set of weights."""
     names = ", ".join(f"{row.name}.{tag}" for tag in row.weights)
-    return f"Released weights (model.pretrained=true model.name=...): {names or 'none'}"
+    paper = f"Paper: arXiv:{row.published[0].arxiv}\n" if row.published else ""
+    return f"{paper}Released weights (model.pretrained=true model.name=...): {names or 'none'}"
 
 
 def layer_tree(model: nn.Module, depth: int) -> Tree:

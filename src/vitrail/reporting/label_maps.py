@@ -176,7 +176,7 @@ def _readable(dataset: ViewDataset, count: int) -> dict[int, Sample]:
 
 def _box_of_tokens(mixing: Any, grid: tuple[int, int], row: int) -> tuple[float, float, float, float]:
     """Draw a box of MixToken; x1, y1, x2, y2 in shares of the grid."""
-    top, left, bottom, right = mixing.draw(torch.Size((2, 3, *grid)), grid, (0, row)).token_box.tolist()
+    top, left, bottom, right = mixing.for_batch(torch.Size((2, 3, *grid)), grid, (0, row)).token_box.tolist()
     return left / grid[1], top / grid[0], right / grid[1], bottom / grid[0]
 
 

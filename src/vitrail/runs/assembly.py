@@ -111,7 +111,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     objective = instantiate(config.objective, "objective")
     taught = frozenset() if config.get("teacher") is None else Teacher.provides
     check_contracts(model, objective, mixing, data.provides | taught)
-    _check_passes(model, objective)
+    check_passes(model, objective)
     if config.init_from is not None and not config.resume:
         # A token classifier that is new may start untrained.
         allowed = ["aux_head.*"] if "tokens" in declared_outputs(model) else []
@@ -135,7 +135,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     return module
 
 
-def _check_passes(model: nn.Module, objective: nn.Module) -> None:
+def check_passes(model: nn.Module, objective: nn.Module) -> None:
     """Refuse to compare a network with itself.
 
     Raises:

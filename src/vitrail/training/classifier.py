@@ -117,7 +117,7 @@ class ImageClassifier(L.LightningModule):
         # Lightning's model summary sends its example through here, a bare tensor.
         if not self.training or self.mixing is None or not hasattr(batch, "mix"):
             return batch
-        mix = self.mixing.draw(batch.image.shape, self.token_grid(batch.image), self.batch_key())
+        mix = self.mixing.for_batch(batch.image.shape, self.token_grid(batch.image), self.batch_key())
         return batch if mix is None else batch._replace(image=mix.images(batch.image), mix=mix)
 
     def batch_key(self) -> tuple[int, int, int]:
@@ -227,8 +227,8 @@ class ValidationMetrics(nn.Module):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add logits (B, C) and labels (B,)."""
         counted = labels != IGNORE
-        losses = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-        self.loss.update(losses, weight=counted.float())
+        # No weights: with nan_strategy="disable", torchmetrics ignores them.
+        self.loss.update(nn.functional.cross_entropy(logits[counted], labels[counted], reduction="none"))
         self.accuracies.update(logits, labels)
 
     def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class TorchvisionDataset:
         try:
             return getattr(datasets, self.name)(self.root, train=split == "train", download=download)
         except AttributeError as error:
-            raise ConfigError(f"data.name={self.name}: torchvision has no such data set.") from error
+            raise ConfigError(f"data.source.name={self.name}: torchvision has no such data set.") from error
         except (RuntimeError, OSError) as error:  # also what a failed download raises
-            how = "downloading it failed" if download else "data.download=false"
+            how = "downloading it failed" if download else "data.source.download=false"
             raise ConfigError(f"data.root={self.root}: {self.name} is not there and {how}.") from error

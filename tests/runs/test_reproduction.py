@@ -6,7 +6,7 @@ import re
 import yaml
 
 from programs import QUICK, error_of, metrics, run, run_directories, train
-from vitrail.run.reproduction import changes, comparison
+from vitrail.runs.reproduction import changes, comparison
 
 
 def test_reproduce__the_same_metrics_in_a_new_run(tmp_path):
@@ -20,7 +20,7 @@ def test_reproduce__the_same_metrics_in_a_new_run(tmp_path):
     assert kept == [{key: value for key, value in row.items() if "speed" not in key} for row in metrics(again)]
     config = yaml.safe_load((again / "config.yaml").read_text())
     assert (config["seed"], config["model"]["drop_path_rate"], config["resume"]) == (7, 0.1, None)
-    assert config["callbacks"]["keep"]["path"] == f"{again}/checkpoints/last.ckpt"
+    assert config["callbacks"]["preemption"]["path"] == f"{again}/checkpoints/last.ckpt"
     assert json.loads((again / "results.json").read_text())["reproduced"] is True
 
 

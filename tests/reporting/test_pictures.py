@@ -2,8 +2,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitrail.insight.pictures import batch_grid, denormalise
-from vitrail.types import Sample
+from vitrail.data.mixing import PixelMix
+from vitrail.reporting.pictures import batch_grid, denormalise
+from vitrail.types import Batch
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -19,8 +20,8 @@ def test_grid__shows_each_image_and_its_caption():
     images = (colours[:, :, None, None].expand(3, 3, 8, 8) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
         :, None, None
     ]
-    labels = torch.tensor([[0.7, 0.3], [0.0, 1.0], [0.5, 0.5]])
-    sheet = batch_grid(Sample(images, labels, None), ["apple", "pear"], MEAN, STD, count=2)
+    mix = PixelMix(torch.tensor([0.7, 1.0, 0.5]), None, None, (8, 8))
+    sheet = batch_grid(Batch(images, torch.tensor([0, 1, 1]), [], mix=mix), ["apple", "pear"], MEAN, STD, count=2)
     assert isinstance(sheet, Image.Image)
     assert sheet.getpixel((70, 70)) == (255, 0, 0)
     assert sheet.getpixel((220, 70)) == (0, 255, 0)
@@ -30,5 +31,5 @@ def test_grid__shows_each_image_and_its_caption():
 
 
 def test_grid__plain_labels():
-    sheet = batch_grid(Sample(torch.zeros(1, 3, 4, 4), torch.tensor([1]), None), ["a", "b"], MEAN, STD)
+    sheet = batch_grid(Batch(torch.zeros(1, 3, 4, 4), torch.tensor([1]), []), ["a", "b"], MEAN, STD)
     assert sheet.getpixel((70, 70)) == (102, 128, 153)

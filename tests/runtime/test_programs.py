@@ -1,13 +1,14 @@
-"""What `src/cli.py` does before anything heavy is imported."""
+"""Programs before anything heavy is imported: help, errors as sentences, `.env`."""
 
 import subprocess
 import sys
 
 import pytest
 
-from cli import _load_dotenv, sentence
 from programs import PROJECT, environment, run
 from vitrail.errors import ConfigError, ImageError
+from vitrail_runtime.programs import _load_dotenv
+from vitrail_runtime.sentences import sentence
 
 
 def test_help__shows_groups_and_overrides_without_importing_torch(tmp_path):
@@ -23,7 +24,7 @@ def test_help__shows_groups_and_overrides_without_importing_torch(tmp_path):
 
 
 def test_entry_point__imports_nothing_heavy():
-    code = "import sys; import train; sys.exit('torch' in sys.modules)"
+    code = "import sys; import vitrail_runtime; sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT / "src", check=False)
     assert result.returncode == 0
 
@@ -32,7 +33,7 @@ def test_shell_completion__completes_groups(tmp_path):
     """The function that `eval "$(python src/train.py -sc install=bash)"` installs, called as bash calls it."""
     script = f"""
         eval "$({sys.executable} src/train.py -sc install=bash)"
-        COMP_LINE="python src/train.py model=deit_t"; COMP_POINT=${{#COMP_LINE}}
+        COMP_LINE="python src/train.py model=deit_s"; COMP_POINT=${{#COMP_LINE}}
         HYDRA_COMP_PATHPREFIX= {sys.executable} src/train.py -sc query=bash
     """
     result = subprocess.run(
@@ -43,7 +44,7 @@ def test_shell_completion__completes_groups(tmp_path):
         text=True,
         check=False,
     )
-    assert "model=deit_tiny" in result.stdout + result.stderr
+    assert "model=deit_small" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT, metrics
-from vitrail.data import Mixing
 from vitrail.objectives import CrossEntropy
-from vitrail.run.config import instantiate
-from vitrail.run.directory import RunDirectory
-from vitrail.run.loggers import MetricsCSV
-from vitrail.run.training import build_module, build_trainer
+from vitrail.runs.assembly import build_module, build_trainer
+from vitrail.runs.config import instantiate
+from vitrail.runs.directory import RunDirectory
+from vitrail.runs.loggers import MetricsCSV
 from vitrail.training import ImageClassifier
+from vitrail.types import Batch
 
 EXPERIMENTS = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
 RECORDED = json.loads((PROJECT / "tests" / "peers" / "lr_schedules.json").read_text())
@@ -54,7 +53,7 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
             "callbacks.progress=null",
             f"paths.run={tmp_path}",
         ),
-        *("callbacks.model_summary=null", "ckpt=null", "+callbacks.checkpoint.save_weights_only=true"),
+        *("callbacks.model_summary=null", "init_from=null", "+callbacks.checkpoint.save_weights_only=true"),
     ]
     config = compose("train", [f"experiment={name}", *smaller])
     if config.objective._target_.endswith("TokenLabelingLoss"):
@@ -100,9 +99,7 @@ class Toys(L.LightningDataModule):
         self.batch_size, self.batches = batch_size, batches
 
     def train_dataloader(self):
-        from vitrail.types import Sample
-
-        batch = Sample(torch.ones(1, 3, 2, 2), torch.zeros(1, dtype=torch.long), ["0"])
+        batch = Batch(torch.ones(1, 3, 2, 2), torch.zeros(1, dtype=torch.long), ["0"])
         return torch.utils.data.DataLoader([batch] * self.batches, batch_size=None)
 
 
@@ -119,7 +116,7 @@ class Rates(L.Callback):
     ("case", "name", "batch"), [(case, name, batch) for case, recipes in RECIPES.items() for name, batch in recipes]
 )
 def test_lr__of_every_epoch_as_recorded(case, name, batch, accumulate, tmp_path):
-    config = compose("train", [f"experiment={name}", "data.label_maps=maps", "ckpt=weights", "data.root=images"])
+    config = compose("train", [f"experiment={name}", "data.label_maps=maps", "init_from=weights", "data.root=images"])
     optimizer, schedule = instantiate(config.optimizer, "optimizer"), instantiate(config.schedule, "schedule")
     optimizer.decay_also = ()
     module = ImageClassifier(Toy(), CrossEntropy(), 2, optimizer, schedule)
@@ -139,7 +136,9 @@ def test_lr__of_every_epoch_as_recorded(case, name, batch, accumulate, tmp_path)
     ("strong1", (2, 20), 0.5), ("strong2", (2, 20), 0.8),
 ])  # fmt: skip
 def test_augreg__six_levels(level, ops, mixup):
-    augment = instantiate(compose("train", [f"augment=augreg_{level}"]).augment, "augment")
-    assert augment.auto_augment == f"rand-m{ops[1]}-n{ops[0]}"
-    assert (augment.mix is not None) == (mixup > 0)
-    assert augment.mix is None or isinstance(augment.mix, Mixing)
+    config = compose("train", [f"augment=augreg_{level}"])
+    assert config.augment.auto_augment == f"rand-m{ops[1]}-n{ops[0]}"
+    assert (config.mixing is not None) == (mixup > 0)
+    if mixup:
+        mixing = instantiate(config.mixing, "mixing")
+        assert (mixing.mixup, mixing.cutmix) == (mixup, 0)

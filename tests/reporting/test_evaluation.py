@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from timm.data.real_labels import RealLabelsImagenet
 
-from vitrail.insight import Evaluation, evaluation_picture, evaluation_report
+from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
 from vitrail.training.predictions import Predictions
 
 
@@ -86,8 +86,11 @@ def test_picture_and_report__name_the_worst_class(by_hand):
     assert "50.00" in text.getvalue()
     espresso = next(line for line in text.getvalue().splitlines() if "espresso" in line)
     assert "dog 67%, cat 33%" in espresso
-    picture = np.asarray(evaluation_picture(evaluation, names, "a network"))
-    blue, orange = ((picture == colour).all(-1) for colour in ((0, 110, 200), (220, 90, 0)))
-    assert blue[:, :420].sum() > 3000  # bars of the calibration
-    assert blue[:, 420:780].sum() > 2 * 90 * 290  # two of three classes are all right
-    assert orange.sum() > 500
+    figure = evaluation_figure(evaluation, names, "a network")
+    calibration, classes, confusions = figure.axes
+    assert sorted(bar.get_height() for bar in calibration.patches) == pytest.approx([0, 50, 100, 100])
+    assert [bar.get_height() for bar in classes.patches] == pytest.approx([0, 100, 100])  # worst first
+    (image,) = confusions.images
+    assert image.get_array()[0].tolist() == pytest.approx([0, 100 / 3, 100 * 2 / 3])  # espresso: cat once, dog twice
+    assert next(label.get_text() for label in confusions.get_xticklabels()) == "espresso"
+    figure.savefig(io.BytesIO(), format="png")

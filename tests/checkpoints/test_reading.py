@@ -171,14 +171,14 @@ def test_load__google_release(tmp_path):
 
 
 def test_load__allows_what_it_is_told_to(tmp_path):
-    model = create_model("deit_nano", 4, img_size=16, dense_head=True)
+    model = create_model("deit_nano", 4, img_size=16, token_head=True)
     torch.save(create_model("deit_nano", 4, img_size=16).state_dict(), tmp_path / "plain.pth")
     with pytest.raises(ConfigError, match=r"2 missing keys \(aux_head.bias, aux_head.weight\)"):
         load_checkpoint(model, tmp_path / "plain.pth")
     load_checkpoint(model, tmp_path / "plain.pth", allow=["aux_head.*"])
     torch.save(model.state_dict(), tmp_path / "dense.pth")
     notes = load_checkpoint(create_model("deit_nano", 4, img_size=16), tmp_path / "dense.pth")
-    assert notes == ["classifier of tokens (aux_head) left out; model.dense_head=true keeps it."]
+    assert notes == ["classifier of tokens (aux_head) left out; model.token_head=true keeps it."]
 
 
 def test_load__safetensors_and_old_files(model, tmp_path):

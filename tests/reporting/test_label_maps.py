@@ -6,14 +6,14 @@ import torch
 from PIL import Image
 
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.augment import Pixels
 from vitrail.data.datamodule import ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
+from vitrail.data.mixing import TokenMix
 from vitrail.errors import ImageError
-from vitrail.insight.label_maps import describe, label_map_sheet
-from vitrail.types import Sample
+from vitrail.reporting.label_maps import describe, label_map_sheet
+from vitrail.types import InputSpec, Sample
 
-PIXELS = Pixels(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PIXELS = InputSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Greys:
@@ -90,8 +90,8 @@ def test_sheet__swaps_what_mixtoken_swaps(tmp_path):
     dataset = ViewDataset(Two(), Augmentation(scale=(1.0, 1.0)).viewed(PIXELS, 0.0), 0, maps=maps)
 
     class Corner:
-        def box(self, grid, key):
-            return torch.tensor([0, 0, 2, 2]), 0.75
+        def for_batch(self, image_shape, grid, key):
+            return TokenMix(torch.tensor([0, 0, 2, 2]), 0.75)
 
     sheet = np.asarray(label_map_sheet(dataset, PIXELS, (4, 4), Corner(), ["a", "b"], ["a", "b"], count=2)).astype(int)
     inside, outside = cell(sheet, 0, 4, 0, 1), cell(sheet, 0, 4, 3, 3)

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from programs import QUICK, metrics, run, run_directories
-from vitrail.run.loggers import MetricsCSV, _wandb_mode
+from vitrail.runs.loggers import MetricsCSV, _wandb_mode
 
 
 def test_csv__one_row_an_epoch_and_goes_on_after_resume(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import timm.data
 from PIL import Image
 
-from vitrail.data.imagenet import ImageNet, ImageNetReal, ImageNetVariant, synsets
+from vitrail.data.sources.imagenet import ImageNet, ImageNetReal, ImageNetVariant, synsets
 from vitrail.errors import ConfigError
 
 INFO = Path(timm.data.__path__[0], "_info")

@@ -6,7 +6,7 @@ import torch
 
 from assembly import assemble
 from vitrail.errors import ConfigError, TrainingError
-from vitrail.training import NumberGuard
+from vitrail.training import NonfiniteGuard
 
 POISON = "digits/train/000007"
 
@@ -41,7 +41,7 @@ def fit(folder, poison, *overrides, ckpt=None):
     trainer, module, data = assemble(folder, *common, *overrides)
     trainer.callbacks.append(poison)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
-    (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, NumberGuard))
+    (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, NonfiniteGuard))
     return trainer, guard
 
 
@@ -61,7 +61,7 @@ def test_stop__names_the_module_and_keeps_the_step(tmp_path):
 
 def test_skip__leaves_the_step_out(tmp_path):
     poison = Poison("blocks.1.attn.proj")
-    trainer, guard = fit(tmp_path, poison, "callbacks.numbers.on_bad=skip")
+    trainer, guard = fit(tmp_path, poison, "callbacks.nonfinite_guard.on_bad=skip")
     assert guard.skipped == sum(poison.bad) == 2  # once an epoch
     assert trainer.global_step == 2 * 44
     for step in range(1, 88):
@@ -79,20 +79,24 @@ def test_skip__statistics_of_batchnorm_too(tmp_path):
         "epochs=1",
         "trainer.limit_train_batches=10",
     )
-    trainer, _ = fit(tmp_path, poison, *overrides, "callbacks.numbers.on_bad=skip", "data.batch_size=128")
+    trainer, _ = fit(tmp_path, poison, *overrides, "callbacks.nonfinite_guard.on_bad=skip", "data.batch_size=128")
     assert any(poison.bad)
     assert all(buffer.isfinite().all() for buffer in trainer.lightning_module.model.buffers())
 
 
 def test_skip__not_for_ever(tmp_path):
     with pytest.raises(TrainingError, match=r"first in the output of head.*3 steps in a row were left out before"):
-        fit(tmp_path, Poison("head", always=True), "callbacks.numbers.on_bad=skip")
+        fit(tmp_path, Poison("head", always=True), "callbacks.nonfinite_guard.on_bad=skip")
 
 
 def test_rollback__returns_to_the_checkpoint_with_a_lower_rate(tmp_path):
     """The poisoned image comes in the first epoch, too; so the first checkpoint is of an earlier step."""
     poison = Poison("norm")
-    overrides = ("callbacks.numbers.on_bad=rollback", "callbacks.keep.minutes=0", "schedule.warmup_epochs=0")
+    overrides = (
+        "callbacks.nonfinite_guard.on_bad=rollback",
+        "callbacks.preemption.minutes=0",
+        "schedule.warmup_epochs=0",
+    )
     _, guard = fit(tmp_path, poison, *overrides)
     assert guard.returns == 2
     assert guard.lr_scale == 0.25
@@ -108,7 +112,7 @@ def test_rollback__returns_to_the_checkpoint_with_a_lower_rate(tmp_path):
 
 def test_rollback__without_a_checkpoint(tmp_path):
     with pytest.raises(TrainingError, match="There is no checkpoint yet to return to"):
-        fit(tmp_path, Poison("norm", always=True), "callbacks.numbers.on_bad=rollback")
+        fit(tmp_path, Poison("norm", always=True), "callbacks.nonfinite_guard.on_bad=rollback")
 
 
 class BadGradient(L.Callback):
@@ -126,7 +130,7 @@ def test_gradient__alone_is_named(tmp_path):
 
 
 def test_values__are_checked(tmp_path):
-    with pytest.raises(ConfigError, match=r"callbacks.numbers.on_bad=hope: choose stop, skip or rollback"):
-        NumberGuard(tmp_path, tmp_path, on_bad="hope")
-    with pytest.raises(ConfigError, match=r"callbacks.numbers.factor=2: must lie in \(0, 1\]"):
-        NumberGuard(tmp_path, tmp_path, factor=2)
+    with pytest.raises(ConfigError, match=r"callbacks.nonfinite_guard.on_bad=hope: choose stop, skip or rollback"):
+        NonfiniteGuard(tmp_path, tmp_path, on_bad="hope")
+    with pytest.raises(ConfigError, match=r"callbacks.nonfinite_guard.factor=2: must lie in \(0, 1\]"):
+        NonfiniteGuard(tmp_path, tmp_path, factor=2)

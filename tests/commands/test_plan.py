@@ -5,10 +5,10 @@ import re
 import pytest
 from hydra import compose, initialize_config_dir
 
-import hydra_plugins.vitrail  # noqa: F401  # resolvers
 from programs import PROJECT, run, run_directories
+from vitrail.commands.plan import make_plan
 from vitrail.data.sources import Digits
-from vitrail.run.plan import curve, make_plan
+from vitrail.reporting.plan import curve
 
 
 def planned(*overrides):
@@ -33,7 +33,11 @@ def test_deit_small__as_its_header_says():
 
 @pytest.mark.parametrize(
     ("name", "keys"),
-    [("lvvit_s", ["data.root", "data.label_maps"]), ("deit3_small_384", ["data.root", "ckpt"]), ("fashion_mnist", [])],
+    [
+        ("lvvit_s", ["data.root", "data.label_maps"]),
+        ("deit3_small_384", ["data.root", "init_from"]),
+        ("fashion_mnist", []),
+    ],
 )
 def test_missing__is_asked_for(name, keys):
     assert planned(f"experiment={name}").missing == keys
@@ -42,14 +46,17 @@ def test_missing__is_asked_for(name, keys):
 def test_memory__grows_with_the_batch_and_shrinks_with_checkpointing():
     small, large = planned("data.batch_size=8"), planned("data.batch_size=16")
     assert large.memory - small.memory == pytest.approx(8 * small.activations)
-    assert planned("checkpointing=true").activations < 0.7 * small.activations
+    assert planned("grad_checkpointing=true").activations < 0.7 * small.activations
     assert planned("callbacks.ema=null").memory < planned().memory
     assert planned().images == len(Digits().open("train"))
 
 
 def test_memory__of_a_sharded_model():
     """Weights, gradients, AdamW's moments and the average, 20 bytes a parameter, on eight devices instead of one."""
-    whole, cut = (planned("model=deit_tiny", "data=imagenet", f"trainer={name}_8gpu") for name in ("ddp", "fsdp"))
+    whole, cut = (
+        planned("model=deit", "model.name=deit_tiny_patch16_224", "data=imagenet", f"trainer={name}_8gpu")
+        for name in ("ddp", "fsdp")
+    )
     assert whole.memory - cut.memory == pytest.approx(whole.cost.parameters * 20 * 7 / 8)
 
 
@@ -69,7 +76,7 @@ def test_work__of_a_teacher_and_of_submodels():
 @pytest.mark.slow  # builds every network
 def test_hours__of_every_header_are_what_the_plan_computes(monkeypatch):
     """The headers were not made up: time of the recipe's MACs at the stated share of an A100."""
-    monkeypatch.setattr("vitrail.run.plan.activation_bytes", lambda *_: 0)  # which would take long for large ones
+    monkeypatch.setattr("vitrail.commands.plan.activation_bytes", lambda *_: 0)  # which would take long for large ones
     wrong = {}
     for path in sorted((PROJECT / "conf" / "experiment").glob("*.yaml")):
         text = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))

@@ -1,0 +1,164 @@
+"""What objective, backbone, mixing, data and teacher must agree on, and the targets that follow."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitrail.data import MixToken, MixupCutMix
+from vitrail.data.label_maps import token_targets
+from vitrail.errors import ConfigError
+from vitrail.models import create_model
+from vitrail.objectives import CosubLoss, CrossEntropy, DistillationLoss, Objective, TokenLabelingLoss
+from vitrail.training import TargetBuilder
+from vitrail.training.targets import blend_ground_truth, check_contracts
+from vitrail.types import Batch, LabelMap
+
+TEACHER = frozenset({"teacher_logits", "teacher_features"})
+MAPS = frozenset({"label_maps"})
+NOTHING: frozenset[str] = frozenset()
+
+
+class FeatureLoss(Objective):
+    needs = frozenset({"teacher_features"})
+
+
+class DecisionLoss(Objective):
+    needs = frozenset({"outputs.decisions"})
+
+
+class DepthLoss(Objective):
+    needs = frozenset({"depth_maps"})
+
+
+def check(model, objective, mixing=None, provided=NOTHING):
+    check_contracts(create_model(model, 10, 32, depth=1), objective, mixing, provided)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "mixing", "provided", "message"),
+    [
+        (
+            *("deit_nano", TokenLabelingLoss(), None, MAPS),
+            "TokenLabelingLoss needs token logits, which VisionTransformer has not; set model.token_head",
+        ),
+        ("lvvit_t", TokenLabelingLoss(), None, NOTHING, "data.label_maps: not set, but TokenLabelingLoss needs token"),
+        ("lvvit_t", CrossEntropy(), None, MAPS, "data.label_maps: CrossEntropy reads none"),
+        ("lvvit_t", CrossEntropy(), MixToken(), NOTHING, "mixing: MixToken needs targets of tokens"),
+        ("deit_nano", DistillationLoss(), None, NOTHING, "teacher: not set, but DistillationLoss learns from one"),
+        ("deit_nano", FeatureLoss(), None, NOTHING, "teacher: not set, but FeatureLoss learns from its features"),
+        ("deit_nano", FeatureLoss(), None, MAPS, "teacher: not set, but FeatureLoss learns from its features"),
+        ("deit_nano", CrossEntropy(), None, TEACHER, "teacher: CrossEntropy asks none"),
+        ("deit_nano", DistillationLoss(), None, TEACHER | MAPS, "data.label_maps: hold a teacher's answers already"),
+        (
+            "deit_nano",
+            DecisionLoss(),
+            None,
+            NOTHING,
+            "DecisionLoss needs outputs.decisions; VisionTransformer gives cls",
+        ),
+        ("deit_nano", DepthLoss(), None, MAPS, "DepthLoss needs depth_maps, which nothing provides; known needs are"),
+        ("deit_nano", CosubLoss(base=TokenLabelingLoss()), None, NOTHING, "CosubLoss needs token logits"),
+    ],
+)
+def test_contracts__what_does_not_fit_is_refused_by_name(model, objective, mixing, provided, message):
+    with pytest.raises(ConfigError, match=message):
+        check(model, objective, mixing, provided)
+
+
+def test_contracts__mixtoken_needs_a_backbone_that_mixes_tokens():
+    model = create_model("convnext_atto", 10, token_head=True)
+    with pytest.raises(ConfigError, match=r"mixing: MixToken needs a backbone that swaps tokens.*ConvNeXt"):
+        check_contracts(model, TokenLabelingLoss(), MixToken(), MAPS)
+    check_contracts(model, TokenLabelingLoss(), MixupCutMix(), MAPS)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "mixing", "provided"),
+    [
+        ("lvvit_t", TokenLabelingLoss(), MixToken(), MAPS),
+        ("lvvit_t", TokenLabelingLoss(token_weight=0), None, NOTHING),
+        ("deit_nano", DistillationLoss(), MixupCutMix(), MAPS),
+        ("deit_nano", DistillationLoss(), None, TEACHER),
+        ("deit_nano", FeatureLoss(), None, TEACHER),
+        ("deit_nano", torch.nn.Identity(), None, NOTHING),
+    ],
+)
+def test_contracts__what_fits(model, objective, mixing, provided):
+    check(model, objective, mixing, provided)
+
+
+def batch(mix=None, maps=True):
+    torch.manual_seed(0)
+    box = torch.tensor([[0.1, 0.2, 0.9, 0.8]]).expand(4, 4)
+    classes = torch.rand(4, 5, 6, 6).argsort(1)[:, :2]
+    label_map = LabelMap(3 * torch.randn(4, 2, 6, 6), classes, box, torch.zeros(4, dtype=torch.bool))
+    return Batch(torch.randn(4, 3, 8, 8), torch.tensor([0, 3, 1, 4]), list("abcd"), label_map if maps else None, mix)
+
+
+class Needs(Objective):
+    def __init__(self, *needs):
+        super().__init__()
+        self.needs = frozenset(needs)
+
+
+def test_targets__only_what_is_declared():
+    plain = TargetBuilder()(batch(), CrossEntropy(), 5, None)
+    assert plain.cls.tolist() == [0, 3, 1, 4]
+    assert (plain.tokens, plain.teacher_logits, plain.teacher_features) == (None, None, None)
+    both = TargetBuilder()(batch(), Needs("token_targets", "teacher_logits"), 5, (2, 2))
+    assert both.tokens is not None
+    assert both.teacher_logits.shape == (4, 5)
+
+
+def test_targets__of_a_new_objective_are_token_labellings():
+    """Label maps become token targets for anybody who declares the need, never a teacher's logits."""
+    ours = TargetBuilder(smoothing=0.2)(batch(), Needs("token_targets"), 5, (2, 3))
+    expected = token_targets(*batch().label_map, (2, 3), 5, smoothing=0.2)
+    torch.testing.assert_close(ours.tokens.to_dense(), expected.tokens)
+    torch.testing.assert_close(ours.cls, expected.cls)
+    assert ours.teacher_logits is None
+
+
+def test_targets__of_a_teacher():
+    class Hat(torch.nn.Module):
+        provides = TEACHER
+
+        def forward(self, images):
+            return images.mean((2, 3))
+
+        def features(self, images):
+            return images.flatten(2).transpose(1, 2)
+
+    made = TargetBuilder(teacher=Hat())(batch(), Needs("teacher_logits", "teacher_features"), 5, None)
+    torch.testing.assert_close(made.teacher_logits, batch().image.mean((2, 3)))
+    assert made.teacher_features.shape == (4, 64, 3)
+
+
+def test_targets__without_maps_every_token_learns_its_own_images_label():
+    objective = TokenLabelingLoss(token_weight=0)
+    truth = F.one_hot(torch.tensor([0, 3, 1, 4]), 5) * 0.9 + 0.1 / 5
+    plain = TargetBuilder()(batch(maps=False), objective, 5, (2, 2))
+    torch.testing.assert_close((plain.cls, plain.tokens), (truth, truth[:, None]))
+    mix = MixToken().for_batch(torch.Size((4, 3, 8, 8)), (4, 4), (0, 1))
+    mixed = TargetBuilder()(batch(mix, maps=False), objective, 5, (4, 4))
+    torch.testing.assert_close(mixed.cls, mix.share * truth + (1 - mix.share) * truth.flip(0))
+    torch.testing.assert_close(mixed.tokens, truth[:, None])
+    pixels = MixupCutMix(1.0, 0.0).for_batch(torch.Size((4, 3, 8, 8)), None, (0, 1))
+    blended = TargetBuilder()(batch(pixels, maps=False), objective, 5, (4, 4))
+    torch.testing.assert_close(blended.tokens[:, 0], pixels.probabilities(truth))
+
+
+@pytest.mark.parametrize(("mode", "share_where_wrong"), [("published", 0.9), ("intended", 0.1)])
+def test_ground_truth__as_the_code_and_as_its_comment(mode, share_where_wrong):
+    label = torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]])
+    truth = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
+    share = torch.tensor([[0.5], [share_where_wrong]])
+    torch.testing.assert_close(blend_ground_truth(label, truth, mode), share * label + (1 - share) * truth)
+    torch.testing.assert_close(blend_ground_truth(label, truth, "none"), label)
+
+
+def test_refuses():
+    with pytest.raises(ConfigError, match=r"targets.ground_truth=maybe: choose none, published, intended"):
+        TargetBuilder(ground_truth="maybe")
+    with pytest.raises(ConfigError, match=r"targets.smoothing=1: must lie in"):
+        TargetBuilder(smoothing=1)
