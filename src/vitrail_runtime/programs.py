@@ -16,7 +16,7 @@ from dotenv import dotenv_values
 from omegaconf import DictConfig
 
 from vitrail_runtime import resolvers
-from vitrail_runtime.allowed_targets import allow, guarded
+from vitrail_runtime.allowed_targets import VARIABLE, allow, guarded
 from vitrail_runtime.project import CONF, home
 from vitrail_runtime.secrets import redacted
 from vitrail_runtime.sentences import sentence
@@ -91,7 +91,7 @@ def run_program(name: str) -> None:
 
     _load_dotenv(home() / ".env")
     try:
-        sys.argv = [full[0], *_take_allowed(full[1 + len(_subcommand) :])]
+        sys.argv = [full[0], *_arranged(full[1 + len(_subcommand) :])]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; the sentence is written here
         _check_launcher()
         resolvers.register()
@@ -105,23 +105,29 @@ def run_program(name: str) -> None:
         _fail(error)
 
 
-def _take_allowed(arguments: list[str]) -> list[str]:
-    """Take `--allow names` out of the arguments and allow configs to build what lies below these names.
+_FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
-    The user's code is also looked for in the current folder.
+
+def _arranged(arguments: list[str]) -> list[str]:
+    """Return the arguments for Hydra: its flags first, which it does not find between overrides, and no `--allow`.
+
+    `--allow names` allows configs to build what lies below these names; the user's code is also looked for in the
+    current folder.
     """
-    left = []
+    flags, overrides = [], []
     waiting = iter(arguments)
     for argument in waiting:
         if argument == "--allow":
             allow(next(waiting, ""))
         elif argument.startswith("--allow="):
             allow(argument.removeprefix("--allow="))
+        elif argument in _FLAGS_WITH_VALUE:
+            flags += [argument, *([value] if (value := next(waiting, None)) is not None else [])]
         else:
-            left.append(argument)
-    if os.environ.get("VITRAIL_TARGETS"):
+            (overrides if "=" in argument and not argument.startswith("-") else flags).append(argument)
+    if os.environ.get(VARIABLE):
         sys.path.append(str(Path.cwd()))
-    return left
+    return [*flags, *overrides]
 
 
 def _check_launcher() -> None:

@@ -12,15 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vitrail.run import preservation
-from vitrail.run.preservation import AtomicCheckpointIO, Preemption, Stopped, check_space, lost_process
 
 from assembly import assemble
 from programs import error_of, metrics, run, run_directories, run_ranks, start, start_ranks, train
+from vitrail.checkpoints import writing
+from vitrail.checkpoints.writing import AtomicCheckpointIO, check_space
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.models import create_model
+from vitrail.runs import preemption
 from vitrail.runs.directory import RunDirectory
 from vitrail.runs.loggers import MetricsCSV
+from vitrail.runs.preemption import Preemption, Stopped, lost_process
 
 # Everything that draws or remembers: augmentation, mixing, dropout, drop path, average, accumulation, clipping.
 LIVELY = (
@@ -452,7 +454,7 @@ def test_best__of_several_is_what_best_says(image_tree, folder):
 
 def test_stop__only_when_all_is_written(image_tree, folder, monkeypatch):
     """Who started the processes may kill all when the first of them has ended."""
-    write = preservation._write
+    write = writing._write
 
     def slowly(checkpoint, target):
         time.sleep(0.5)
@@ -465,8 +467,8 @@ def test_stop__only_when_all_is_written(image_tree, folder, monkeypatch):
             super().__init__(signum)
             seen.append(weights(directory)["global_step"])
 
-    monkeypatch.setattr(preservation, "_write", slowly)
-    monkeypatch.setattr(preservation, "Stopped", Noted)
+    monkeypatch.setattr(writing, "_write", slowly)
+    monkeypatch.setattr(preemption, "Stopped", Noted)
     directory = folder("run")
     trainer, module, data = assemble(directory, *LIVELY, f"data.root={image_tree}", "data.num_workers=0")
     (keep,) = (callback for callback in trainer.callbacks if isinstance(callback, Preemption))

@@ -45,7 +45,7 @@ def create_model(
         model = timm.create_model(
             name,
             num_classes=num_classes,
-            img_size=height_width(img_size) if fixed_size and img_size is not None else None,
+            img_size=sides,
             **kwargs,
         )
     except (TypeError, ValueError, AssertionError) as error:
