@@ -1,13 +1,13 @@
-"""Errors written for the user: the message is one sentence that names the config key or the file."""
+"""Errors for the user: each message names the config key or the file, what is wrong, and what to do."""
 
 
 class ConfigError(ValueError):
-    """A setting cannot work. The message starts with the config key or its value."""
+    """An invalid setting. The message starts with the config key or its value."""
 
 
 class ImageError(ValueError):
-    """An image file cannot be read. The message names the file."""
+    """An unreadable image file. The message names the file."""
 
 
 class TrainingError(RuntimeError):
-    """A training cannot continue. The message says where it was and why."""
+    """A training that cannot continue. The message states the step and the reason."""

@@ -1,6 +1,6 @@
-"""Types that flow between rooms: samples from `data`, outputs from `models`, targets for `objectives`.
+"""Types that the packages exchange: samples from `data`, outputs from `models`, targets for `objectives`.
 
-Shapes: B images, C classes, N patch tokens, D channels, K scores per cell, H x W pixels or cells.
+Shapes: B images, C classes, N patch tokens, D channels, K scores per cell, E entries per token, H x W pixels or cells.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageSize = int | Sequence[int]
-"""An image size as a config gives it: the side of a square, or (height, width), in pixels."""
+"""Image size in a config: the side of a square, or (height, width), in pixels."""
 
 IGNORE = -1
-"""Label of a sample that only fills a batch: it counts in no loss and no metric."""
+"""Label of a padding sample: losses and metrics skip it."""
 
 TOKEN_WEIGHT = 0.5
 """Weight of the maximum over token logits in the logits of an image (arXiv:2104.10858, official code)."""
@@ -32,15 +32,15 @@ def height_width(size: ImageSize) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network is fed: image size, normalisation, and how an evaluation image is resized and cropped.
+    """Input of a network: image size, normalisation, and the resize and crop of evaluation images.
 
     Attributes:
         size: (height, width) in pixels.
-        mean: subtracted from R, G and B in [0, 1].
-        std: divides R, G and B.
-        interpolation: of the evaluation resize.
+        mean: value subtracted from R, G and B in [0, 1].
+        std: divisor of R, G and B.
+        interpolation: kernel of the evaluation resize.
         crop_pct: share of the resized image that the evaluation crop covers.
-        crop_mode: of evaluation: `center`, `squash` or `border`.
+        crop_mode: evaluation crop: `center`, `squash` or `border`.
     """
 
     size: tuple[int, int]
@@ -52,9 +52,9 @@ class InputSpec:
 
 
 class Sample(NamedTuple):
-    """One picture from a source.
+    """One image of a source.
 
-    `key` ties the picture to everything else that is known about it, in any storage (`n01440764/n01440764_10026`).
+    `key` identifies the image in every store, such as label maps (`n01440764/n01440764_10026`).
     """
 
     image: Image
@@ -63,22 +63,22 @@ class Sample(NamedTuple):
 
 
 Box = tuple[float, float, float, float]
-"""x1, y1, x2, y2, each in [0, 1] of the (mirrored) image."""
+"""x1, y1, x2, y2, each in [0, 1] of the image, after mirroring if it is mirrored."""
 
 
 class Warp(NamedTuple):
-    """A rotation, shear or translation of RandAugment; coordinates x, y in [0, 1] of the (mirrored) image.
+    """A rotation, shear or translation by RandAugment; coordinates x, y in [0, 1] of the (mirrored) image.
 
-    The warped picture shows at (x, y) what was at (ax + by + c, dx + ey + f).
+    The warped image at (x, y) comes from (ax + by + c, dx + ey + f).
     """
 
     matrix: tuple[float, float, float, float, float, float]
     bounds: Box
-    """Extent of the picture that was warped; anything from outside it is filled with grey."""
+    """Extent of the image before the warp; pixels from outside it are grey."""
 
 
 class View(NamedTuple):
-    """Geometry of one augmentation: mirror the image or not, warp it, and cut this box out of it."""
+    """Geometry of one augmentation: mirror the image if `flipped`, apply the warps, then crop the box."""
 
     box: Box
     flipped: bool
@@ -86,7 +86,7 @@ class View(NamedTuple):
 
 
 class LabelMap(NamedTuple):
-    """Top K scores of an annotator for one image, with the view of it that the network gets; collated to a batch."""
+    """Top K scores of an annotator for one image, and the view that augmentation took of it."""
 
     scores: Tensor
     """(K, H, W) float16; in a batch (B, K, H, W)."""
@@ -110,43 +110,43 @@ class Item(NamedTuple):
 
 
 class Mix(Protocol):
-    """How one batch is mixed with its reverse: one draw, which pixels, labels, label maps and tokens follow."""
+    """Mixing of one batch with its reverse: one draw for pixels, labels, label maps and tokens."""
 
     @property
     def token_box(self) -> Tensor | None:
-        """(4,) top, left, bottom, right in cells: tokens to swap within the network; None if pixels are mixed."""
+        """(4,) top, left, bottom, right in cells: tokens to swap in the network; None if pixels are mixed."""
         ...
 
     def images(self, images: Tensor) -> Tensor:
-        """Return the mixed images (B, 3, H, W); may change its argument."""
+        """Return the mixed images (B, 3, H, W); may modify its argument in place."""
         ...
 
     def probabilities(self, values: Tensor) -> Tensor:
-        """Mix what is known of whole images: class probabilities or a teacher's logits (B, C)."""
+        """Mix values of whole images (B, C): class probabilities or teacher logits."""
         ...
 
     def tokens(self, targets: SparseTokens, grid: tuple[int, int]) -> SparseTokens:
-        """Mix token targets (B, N, C) of a grid (rows, columns)."""
+        """Mix token targets (B, N, C) on a grid (rows, columns)."""
         ...
 
 
 class Batch(NamedTuple):
-    """Collated items; what a training or validation step gets."""
+    """Collated items: the argument of a training or validation step."""
 
     image: Tensor
     """(B, 3, H, W) float32; mixed once `mix` is set."""
     label: Tensor
-    """(B,) int64 class indices, or `IGNORE`; never mixed."""
+    """(B,) int64 class indices, or `IGNORE`; not mixed."""
     key: list[str]
     label_map: LabelMap | None = None
     mix: Mix | None = None
-    """How this batch was mixed; None if it was not."""
+    """Mixing of this batch; None if it is not mixed."""
 
 
 class Outputs(NamedTuple):
     """Outputs of a backbone.
 
-    `extras` holds what a method needs besides logits, by name; an objective asks for it as `outputs.<name>`.
+    `extras` holds further outputs by name. An objective requests one as `outputs.<name>`.
     """
 
     cls: Tensor
@@ -158,9 +158,9 @@ class Outputs(NamedTuple):
     extras: Mapping[str, Tensor] = {}
 
     def merged(self) -> Tensor:
-        """Return the logits (B, C) that classify an image, merged as the papers do.
+        """Return the merged logits (B, C) of all heads, as in the papers.
 
-        The mean of class and distillation logits (DeiT), plus half the maximum over the token logits (LV-ViT).
+        This is the mean of class and distillation logits (DeiT), plus half the maximum over the token logits (LV-ViT).
         """
         logits = self.cls if self.distill is None else (self.cls + self.distill) / 2
         return logits if self.tokens is None else logits + TOKEN_WEIGHT * self.tokens.amax(1)
@@ -183,9 +183,9 @@ class Outputs(NamedTuple):
 
 
 class SparseTokens(NamedTuple):
-    """Probabilities (B, N, C) of patch tokens, of which all but a few classes share one value.
+    """Probabilities (B, N, C) of patch tokens in which all but a few classes share one value.
 
-    The probability of class c is `base` plus the `weights` of the entries whose class is c. E entries per token.
+    The probability of class c is `base` plus the `weights` of the entries whose class is c.
     """
 
     classes: Tensor
@@ -205,7 +205,8 @@ class SparseTokens(NamedTuple):
         """Mix with the reversed batch.
 
         Args:
-            share: (B, N) or broadcastable, the weight of each token's own target; the other image gets the rest.
+            share: (B, N) or broadcastable: weight of each token's own target; the other image's target has weight
+                1 - share.
         """
         share = share.expand_as(self.base)
         return SparseTokens(
@@ -217,16 +218,16 @@ class SparseTokens(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What an objective compares outputs with, built by `vitrail.training.TargetBuilder`.
+    """Targets of an objective, built by `vitrail.training.TargetBuilder`.
 
-    `cls` is always there; the others only if the objective declares that it needs them.
+    `cls` is always set. The others are set only if the objective declares that it needs them.
     """
 
     cls: Tensor
     """Class indices (B,) or probabilities (B, C)."""
     tokens: Tensor | SparseTokens | None = None
-    """`token_targets`: probabilities (B, N, C) of the patch tokens, dense or sparse; (B, 1, C) for all alike."""
+    """`token_targets`: probabilities (B, N, C) of the patch tokens, dense or sparse; (B, 1, C) for one shared target."""
     teacher_logits: Tensor | None = None
-    """`teacher_logits`: (B, C) of the student's classes."""
+    """`teacher_logits`: (B, C), in the student's class order."""
     teacher_features: Tensor | None = None
-    """`teacher_features`: patch tokens (B, N, D) of the teacher, row by row."""
+    """`teacher_features`: patch tokens (B, N, D) of the teacher, in row-major order."""

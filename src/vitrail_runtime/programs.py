@@ -114,7 +114,8 @@ def _arranged(arguments: list[str]) -> list[str]:
     `--allow names` allows configs to build what lies below these names; the user's code is also looked for in the
     current folder.
     """
-    flags, overrides = [], []
+    flags: list[str] = []
+    overrides: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
         if argument == "--allow":

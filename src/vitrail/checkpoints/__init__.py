@@ -1,7 +1,7 @@
-"""Checkpoint files: reading everybody's formats, shards of several processes, and writing whole or not at all.
+"""Checkpoint files: reading the common formats, sharded checkpoints, and atomic writing.
 
-The room knows files and state dicts, no network: `models` builds on it, so that `vitrail.models.load_checkpoint` can
-stay where users look for it. `writing` imports Lightning, so it is not imported here.
+This package knows files and state dicts, but no backbones: `models` imports it and offers
+`vitrail.models.load_checkpoint`. `writing` imports Lightning, so it is not imported here.
 """
 
 from vitrail.checkpoints.reading import load_checkpoint, read_checkpoint

@@ -1,11 +1,14 @@
-"""Checkpoints whose tensors are cut in rows over several files, one for each process that trained.
+"""Sharded checkpoints: tensors are split by rows over several files, one per process of the training.
 
-The checkpoint itself stays one small file of plain containers. A tensor that is cut is a tensor of PyTorch's device
-`meta` in it, which has a shape and no values; these lie in `<checkpoint>.shards-<id>/<process>.safetensors`, under the
-path of keys that leads to the tensor. The file names that folder, and is written last: it is the old checkpoint or the
-new one, and any number of processes can read either.
+The checkpoint itself stays one small file of plain containers. In it, a sharded tensor is on PyTorch's device `meta`,
+with a shape and without values. The values are in `<checkpoint>.shards-<id>/<process>.safetensors`, under the path of
+keys to the tensor. The checkpoint file names this folder and is written last, so it is always either the complete old
+checkpoint or the complete new one. Any number of processes can read it.
 
-PyTorch's own distributed checkpoints pickle their index, and a checkpoint from somebody else must not run code.
+PyTorch's own distributed checkpoints are not used because they pickle their index, and loading a checkpoint must not
+execute code.
+
+Shapes: tensors are (R, ...) with R rows; a process holds (r, ...) of them.
 """
 
 import os
@@ -22,24 +25,24 @@ from torch.distributed.tensor import DTensor, Shard
 from vitrail.errors import ConfigError
 
 FOLDER_KEY = "shards"
-"""Key of a checkpoint that names the folder of its shards."""
+"""Key of a checkpoint under which the folder of its shards is stored."""
 
 Rows = Callable[[int], tuple[int, int]]
-"""First row, and the one after the last, of a tensor with so many."""
+"""Maps the number of rows of a tensor to (first row, last row + 1)."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of `tensor` that this process holds: all, unless it is cut; it shares their memory."""
+    """Return the rows (r, ...) of `tensor` on this process, or all (R, ...) if it is not sharded; shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All rows of `tensor`; every process has to ask."""
+    """Return all rows (R, ...) of `tensor`; collective, so every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_of(rank: int, world_size: int) -> Rows:
-    """Which rows process `rank` holds, as `fully_shard` cuts."""
+    """Return the rows that process `rank` holds, as `fully_shard` splits them."""
 
     def rows(count: int) -> tuple[int, int]:
         each = -(-count // world_size)
@@ -49,7 +52,7 @@ def rows_of(rank: int, world_size: int) -> Rows:
 
 
 def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, whole on every process, cut as `other` is."""
+    """Shard `tensor` (R, ...), which every process holds completely, like `other` (R, ...)."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     mesh = other.device_mesh
@@ -58,13 +61,13 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def as_cut(part: Tensor, shape: torch.Size, mesh: Any) -> DTensor:
-    """The tensor of `shape` of which this process holds the rows `part`."""
+    """Return the sharded tensor of `shape` (R, ...) of which this process holds the rows `part` (r, ...)."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def take_out(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """`tree` with `meta` tensors in place of those that are cut, and this process's rows of these by their path."""
+    """Return `tree` with sharded tensors replaced by `meta` tensors, and this process's rows of them by path."""
     parts: dict[str, Tensor] = {}
 
     def take(path: str, leaf: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def take_out(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def write_shard(folder: Path, rank: int, parts: dict[str, Tensor]) -> None:
-    """Write one process's rows, to the disk."""
+    """Write the rows of one process to a file, and flush it to disk."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{rank:05d}.safetensors").open("wb") as file:
         file.write(save(parts))
@@ -86,24 +89,28 @@ def write_shard(folder: Path, rank: int, parts: dict[str, Tensor]) -> None:
 
 
 def put_back(checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, mesh: Any = None) -> dict[str, Any]:
-    """Fill in what lies in the shards of the checkpoint that was read from `path`; others are given back as they are.
+    """Fill in the values of sharded tensors; return a checkpoint without shards unchanged.
 
     Args:
-        checkpoint: as `take_out` left it.
-        path: its file.
-        rows: which rows of each tensor to read; None reads all.
-        mesh: of processes; with it the rows become tensors cut over them.
+        checkpoint: contents of the checkpoint file, with `meta` tensors from `take_out`.
+        path: path of the checkpoint file.
+        rows: rows to read of each tensor; None reads all.
+        mesh: device mesh; if set, the rows become tensors that are sharded over it.
 
     Raises:
-        ConfigError: the shards are not there, not all of them, or not of this checkpoint.
+        ConfigError: shards are missing or do not belong to this checkpoint.
     """
     if FOLDER_KEY not in checkpoint:
         return checkpoint
-    folder = path.with_name(Path(checkpoint[FOLDER_KEY]["folder"]).name)  # beside the file, whatever it says
+    folder = path.with_name(
+        Path(checkpoint[FOLDER_KEY]["folder"]).name
+    )  # always next to the checkpoint file, so that a moved checkpoint still loads
     count = int(checkpoint[FOLDER_KEY]["count"])
     files = [folder / f"{rank:05d}.safetensors" for rank in range(count)]
     if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(f"ckpt={path}: its part {missing[0]} is not there.")
+        raise ConfigError(
+            f"ckpt={path}: its shard {missing[0]} is missing; copy the whole folder along with the checkpoint."
+        )
     try:
         readers = [safe_open(file, "pt") for file in files]  # mapped, not read
 
@@ -114,12 +121,12 @@ def put_back(checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, m
             return part if mesh is None else as_cut(part.to(mesh.device_type), leaf.shape, mesh)
 
         return _mapped(checkpoint, fill)
-    except Exception as error:  # safetensors has an exception of its own, which is none of Python's kinds
-        raise ConfigError(f"ckpt={path}: its parts in {folder} do not fit it ({error}).") from error
+    except Exception as error:  # SafetensorError derives from Exception directly
+        raise ConfigError(f"ckpt={path}: its shards in {folder} do not fit it ({error}).") from error
 
 
 def _read(readers: list[Any], name: str, leaf: Tensor, rows: Rows | None) -> Tensor:
-    """The asked rows of one tensor out of all files, which hold its rows in their order."""
+    """Read the requested rows of one tensor from all files, which hold its rows in order."""
     first, end = (0, len(leaf)) if rows is None else rows(len(leaf))
     found, start = [], 0
     for reader in readers:
@@ -130,12 +137,12 @@ def _read(readers: list[Any], name: str, leaf: Tensor, rows: Rows | None) -> Ten
             found.append(part[low:high])
         start += length
     if start != len(leaf):
-        raise ConfigError(f"{name} has {start} rows there and {len(leaf)} here")
+        raise ConfigError(f"{name} has {start} rows in the shards and {len(leaf)} in the checkpoint")
     return torch.cat(found) if found else torch.empty((0, *leaf.shape[1:]), dtype=leaf.dtype)
 
 
 def _mapped(tree: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
-    """`tree` of dicts and lists with `change(path, tensor)` in place of its tensors."""
+    """Return `tree` (dicts and lists) with each tensor replaced by `change(path, tensor)`."""
     if isinstance(tree, dict):
         return {key: _mapped(value, change, f"{path}/{key}") for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all."""
+"""Write checkpoints atomically and in the background, check disk space, and keep the best checkpoints."""
 
 import errno
 import os
@@ -20,13 +20,13 @@ from vitrail.errors import ConfigError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its target, to the disk, and only then in its place.
+    """Checkpoint IO that writes to a temporary file next to the target, flushes it to disk, and renames it.
 
-    Whatever happens, the target is the old checkpoint or the new one. Lightning's own goes through a temporary folder,
-    which may lie on another file system, so that a process killed while it copies leaves half a file.
+    The target is always either the complete old checkpoint or the complete new one. Lightning's own IO uses a temporary
+    folder, which may be on another file system; a process that is killed during the copy then leaves a partial file.
 
-    The training waits while its tensors are copied to memory, and goes on while a thread writes them; before a second
-    copy it waits for the first to be written. An error is raised by what comes next: another save, `finish`, the end.
+    Training waits while tensors are copied to CPU memory, and continues while a thread writes them. A second save waits
+    until the first is written. An error of the thread is raised by the next save, `finish` or `teardown`.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Copy `checkpoint`, and begin to write it to `path`.
+        """Copy `checkpoint` to memory and start writing it to `path`.
 
         Raises:
-            ConfigError: the disk is full, or not to be written to; what was there before is still there.
+            ConfigError: the previous write failed (disk full, no permission); the checkpoint before it still exists.
         """
         self.finish()
-        self._writing = self._thread.submit(_write, _copied(checkpoint, {}), Path(path))
+        self._writing = self._thread.submit(_write, _copy_to_cpu(checkpoint, {}), Path(path))
 
     def finish(self) -> None:
-        """Wait until all is written.
+        """Wait until everything is written.
 
         Raises:
             ConfigError: as `save_checkpoint`.
@@ -53,30 +53,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             writing.result()
 
     def teardown(self) -> None:
-        """At the end of a training, whatever ended it."""
+        """Wait until everything is written; called when training ends or fails."""
         self.finish()
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint; not while it is being written."""
+        """Remove a checkpoint, after waiting for writes in progress."""
         self.finish()
         super().remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint to the CPU, put together where several processes wrote it; nothing in it is executed.
+        """Read a checkpoint to the CPU, merging its shards if there are any, without executing any code in it.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: the checkpoint cannot be read.
         """
         self.finish()
         return read_checkpoint(path)
 
 
-def _copied(tree: Any, seen: dict[int, Tensor]) -> Any:
-    """A copy of `tree` on the CPU that the training cannot change; a tensor that is there twice stays one."""
+def _copy_to_cpu(tree: Any, seen: dict[int, Tensor]) -> Any:
+    """Copy `tree` to the CPU, so that training cannot change it; a tensor that occurs twice is copied once."""
     if isinstance(tree, dict):
-        return {key: _copied(value, seen) for key, value in tree.items()}
+        return {key: _copy_to_cpu(value, seen) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_copied(value, seen) for value in tree)
+        return type(tree)(_copy_to_cpu(value, seen) for value in tree)
     if not isinstance(tree, Tensor) or tree.is_meta:
         return tree
     if id(tree) not in seen:
@@ -88,23 +88,23 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed while it wrote
-            left.unlink()
+        for leftover in target.parent.glob(f".{target.name}.*"):  # left by a process that was killed during a write
+            leftover.unlink()
         with unfinished.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(target)
         _sync_folder(target.parent)
-        for folder in target.parent.glob(f"{target.name}.shards-*"):  # of the checkpoint that was here before
+        for folder in target.parent.glob(f"{target.name}.shards-*"):  # shards of the previous checkpoint
             if folder.name != checkpoint.get(FOLDER_KEY, {}).get("folder"):
                 shutil.rmtree(folder, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error in one of its own
+    except (OSError, RuntimeError) as error:  # PyTorch's writer wraps the system's error in a RuntimeError
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise ConfigError(
-            f"{target}: cannot be written ({_reason(error)}); the last good checkpoint is still there, and resume="
-            f"{target.parent.parent} goes on from it."
+            f"{target}: cannot be written ({_reason(error)}). The last complete checkpoint still exists; solve the"
+            f" problem and resume={target.parent.parent} continues from it."
         ) from error
 
 
@@ -118,11 +118,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the new name of a file to the disk, too."""
+    """Flush a folder to disk, so that a rename in it survives a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems have no such thing
+    except OSError as error:  # some network file systems do not support it
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -130,36 +130,38 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
-    """Refuse to start where two checkpoints, and one that is being written, have no room; those there are have theirs.
+    """Refuse to start if the disk has no room for two checkpoints and a third one being written.
+
+    Existing checkpoints in `folder` count towards the space needed, as they will be replaced.
 
     Raises:
-        ConfigError: names the folder, and what is missing.
+        ConfigError: there is not enough space; the message names the folder and the sizes.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    one = parameters * (4 + 8 + (4 if averaged else 0))  # weights, Adam's two moments, average; float32
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    needed = max(3 * one - there, one)
+    one = parameters * (4 + 8 + (4 if averaged else 0))  # weights, Adam's two moments, EMA weights; float32
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    needed = max(3 * one - used, one)
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
         gib = 2**30
         raise ConfigError(
-            f"paths.logs: {folder} has {free / gib:.2f} GiB left, checkpoints need {needed / gib:.2f}; make room, or"
+            f"paths.logs: {folder} has {free / gib:.2f} GiB left, checkpoints need {needed / gib:.2f}; free some space, or"
             " set paths.logs (VITRAIL_LOGS) to another disk."
         )
 
 
 class BestCheckpoints(ModelCheckpoint):
-    """Keep the best checkpoints; `best.ckpt` is always the best of all.
+    """Callback that keeps the best checkpoints; `best.ckpt` is always the best of all.
 
-    With more than one they are `best-<epoch>.ckpt`, and `best.ckpt` a link. (Lightning would write them all to one
-    name, which then holds the last that was among the best.)
+    If it keeps more than one, they are named `best-<epoch>.ckpt`, and `best.ckpt` is a link. (Lightning would write
+    them all to one name, which then holds the latest of the best rather than the best.)
 
     Args:
-        dirpath: folder.
-        monitor: metric that says what is best.
+        dirpath: folder of the checkpoints.
+        monitor: metric to compare.
         mode: `max` or `min`.
-        save_top_k: how many to keep; -1 keeps all.
+        save_top_k: number of checkpoints to keep; -1 keeps all.
         options: further arguments of Lightning's callback.
     """
 
@@ -178,7 +180,7 @@ class BestCheckpoints(ModelCheckpoint):
         )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, and let the link follow once what it points to is written."""
+        """Save a checkpoint if it is among the best, and update the link once the new best is written."""
         super().on_validation_end(trainer, pl_module)
         best = Path(self.best_model_path)
         if self.save_top_k == 1 or not self.best_model_path or not trainer.is_global_zero:

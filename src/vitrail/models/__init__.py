@@ -1,6 +1,6 @@
-"""Networks as the papers draw them, registered with timm; torch and timm only.
+"""Backbones, registered with timm; depends on torch and timm only.
 
-Every module of this folder is imported here, so a new backbone is one file with timm's `@register_model`.
+All modules of this folder are imported here, so a new backbone is one file with timm's `@register_model`.
 """
 
 import importlib

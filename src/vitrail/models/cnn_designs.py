@@ -1,7 +1,9 @@
-"""Layers of the designs that the T2T-ViT paper borrows from CNNs (arXiv:2101.11986, section 3.2).
+"""Layers for the CNN designs that the T2T-ViT paper studies (arXiv:2101.11986, section 3.2).
 
-Squeeze-and-excitation, ghost features and dense connections; ResNeXt's cardinality and Wide ResNet's width need no
-layers of their own. Tokens are (B, N, C) throughout.
+Squeeze-and-excitation, ghost features and dense connections. ResNeXt's cardinality and Wide ResNet's width need no
+extra layers.
+
+Shapes: B images, N tokens, C channels.
 """
 
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation (Hu et al., arXiv:1709.01507) of tokens (B, N, C): channels weighed by their mean."""
+    """Squeeze-and-excitation (Hu et al., arXiv:1709.01507): weights channels by a function of their mean over tokens."""
 
     def __init__(self, dim: int, reduction: int = 16) -> None:
         super().__init__()
@@ -23,12 +25,12 @@ class SqueezeExcite(nn.Module):
         self.fc = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to the same shape."""
+        """Map (B, N, C) to the same shape."""
         return x * self.fc(x.mean(1)).unsqueeze(1)
 
 
 class SqueezeExciteAttention(Attention):
-    """Attention with squeeze-and-excitation after its projection, dropout last."""
+    """Attention with squeeze-and-excitation after the projection, followed by dropout."""
 
     def __init__(self, dim: int, proj_drop: float = 0.0, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
@@ -36,20 +38,20 @@ class SqueezeExciteAttention(Attention):
         self.se_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to the same shape."""
+        """Map (B, N, C) to the same shape."""
         return self.se_drop(self.se_layer(super().forward(x, **mask)))
 
 
 def _cheap(dim: int) -> nn.Conv1d:
-    """Ghost features: one weight a channel."""
+    """Return the layer that makes ghost features: one weight per channel."""
     return nn.Conv1d(dim, dim, kernel_size=1, groups=dim, bias=False)
 
 
 class GhostAttention(nn.Module):
-    """Attention whose q, k and v are half computed, half a cheap copy (GhostNet, Han et al., arXiv:1911.11907).
+    """Attention that computes half of q, k and v and derives the rest cheaply (GhostNet, Han et al., arXiv:1911.11907).
 
     Raises:
-        ValueError: an option of timm's attention that the published design does not have.
+        ValueError: `qk_norm` or `scale_norm` is set; the published design has neither.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class GhostAttention(nn.Module):
     ) -> None:
         super().__init__()
         if others.pop("qk_norm", False) or others.pop("scale_norm", False):
-            raise ValueError("qk_norm, scale_attn_norm: ghost attention has no norms.")
+            raise ValueError("qk_norm, scale_attn_norm: ghost attention has no norms; set both to false.")
         half = dim // 2
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
         self.q, self.k, self.v = (nn.Linear(dim, half, bias=qkv_bias) for _ in range(3))
@@ -68,13 +70,13 @@ class GhostAttention(nn.Module):
         self.fused_attn = use_fused_attn()
 
     def _heads(self, x: Tensor, linear: nn.Linear, cheap: nn.Conv1d) -> Tensor:
-        """(B, N, C) to (B, heads, N, C / heads)."""
+        """Map (B, N, C) to (B, heads, N, C / heads)."""
         half = linear(x)
         full = torch.cat((half, cheap(half.mT).mT), dim=2)
         return full.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to the same shape."""
+        """Map (B, N, C) to the same shape."""
         q = self._heads(x, self.q, self.cheap_operation_q)
         k = self._heads(x, self.k, self.cheap_operation_k)
         v = self._heads(x, self.v, self.cheap_operation_v)
@@ -86,10 +88,10 @@ class GhostAttention(nn.Module):
 
 
 class GhostMlp(nn.Module):
-    """MLP of ratio 3 that computes a third of its hidden layer; the rest are cheap copies of the activated part.
+    """MLP of ratio 3 that computes a third of its hidden layer and derives the rest cheaply from it.
 
     Raises:
-        ValueError: another ratio.
+        ValueError: the ratio is not 3.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class GhostMlp(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_features != 3 * in_features:
-            raise ValueError(f"mlp_ratio={hidden_features / in_features:g}: the ghost MLP is defined for 3.")
+            raise ValueError(
+                f"mlp_ratio={hidden_features / in_features:g}: the ghost MLP needs a ratio of 3; set mlp_ratio=3."
+            )
         self.fc1 = nn.Linear(in_features, in_features)
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden_features, in_features)
@@ -105,17 +109,17 @@ class GhostMlp(nn.Module):
         self.cheap_operation2, self.cheap_operation3 = _cheap(in_features), _cheap(in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to the same shape."""
+        """Map (B, N, C) to the same shape."""
         x = self.act(self.fc1(x))
         copies = (self.act(cheap(x.mT).mT) for cheap in (self.cheap_operation2, self.cheap_operation3))
         return self.drop(self.fc2(self.drop(torch.cat((x, *copies), dim=2))))
 
 
 class GhostBlock(Block):
-    """timm's block without attention masks, which the ghost design has no use for."""
+    """timm's block without attention masks, which ghost attention does not support."""
 
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) to the same shape."""
+        """Map (B, N, C) to the same shape."""
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -128,12 +132,12 @@ class DenseBlock(Block):
         self.dense_linear = nn.Linear(dim, growth)
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to (B, N, C + growth)."""
+        """Map (B, N, C) to (B, N, C + growth)."""
         return torch.cat((x, self.dense_linear(super().forward(x, **mask))), dim=2)
 
 
 class Transition(nn.Module):
-    """Halves the width between two stages of the dense variant."""
+    """Layer that halves the width between two stages of the dense variant."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -141,5 +145,5 @@ class Transition(nn.Module):
         self.linear = nn.Linear(dim, dim // 2)
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to (B, N, C / 2)."""
+        """Map (B, N, C) to (B, N, C / 2)."""
         return self.act(self.linear(x))

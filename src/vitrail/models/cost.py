@@ -1,4 +1,4 @@
-"""What a backbone costs: parameters, multiply-accumulates, tokens."""
+"""Cost of a backbone: parameters, multiply-accumulates, tokens."""
 
 from typing import NamedTuple
 
@@ -9,33 +9,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Cost(NamedTuple):
-    """Size of a backbone and work of its forward pass for one image."""
+    """Size of a backbone and the compute of its forward pass for one image."""
 
     parameters: int
-    """Numbers in the checkpoint that are weights: trained parameters and fixed tables, no running statistics."""
+    """Weights in the checkpoint: trained parameters and fixed tables, without running statistics."""
     macs: int
-    """Multiply-accumulates of matrix products, convolutions and attention; norms and activations are not counted."""
+    """Multiply-accumulates of matrix products, convolutions and attention, without norms and activations."""
     tokens: int | None
-    """Tokens in a block, class token included; None for backbones without tokens."""
+    """Tokens per block, class token included; None for backbones without tokens."""
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters as the official scripts print them: frozen tables count, BatchNorm's statistics do not."""
+    """Count parameters as the official scripts do: with frozen tables, without BatchNorm's statistics."""
     fixed = [model.get_buffer(name) for name in _fixed_tables(model)]
     return sum(tensor.numel() for tensor in (*model.parameters(), *fixed))
 
 
 def _fixed_tables(model: nn.Module) -> list[str]:
-    """T2T-ViT's position table and random features: frozen parameters in the official code, buffers in ours."""
+    """Return the names of T2T-ViT's fixed tables: frozen parameters in the official code, buffers here."""
     return [name for name, _ in model.named_buffers() if name == "pos_embed" or name.endswith(".w")]
 
 
 @torch.no_grad()
 def measure_cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3) -> Cost:
-    """Count what `model` costs for one image of (height, width) pixels, without computing anything.
+    """Measure the cost of `model` for one image of (height, width) pixels, without computing anything.
 
     The forward pass runs in evaluation mode on tensors without data, so a backbone of any size takes well under a
-    second and no memory. A model for another image size raises what its forward pass raises.
+    second and no memory. A wrong image size raises the error of the model's forward pass.
     """
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
@@ -47,7 +47,7 @@ def measure_cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3)
     finally:
         model.train(training)
     tokens = None
-    if isinstance(model, VisionTransformer):  # timm's, or built on it
+    if isinstance(model, VisionTransformer):  # timm's or a subclass of it
         rows, columns = model.patch_embed.dynamic_feat_size(img_size)
         tokens = rows * columns + model.num_prefix_tokens
     return Cost(count_parameters(model), counter.get_total_flops() // 2, tokens)

@@ -1,4 +1,4 @@
-"""Build any backbone by its timm name."""
+"""Build a backbone by its timm name."""
 
 import difflib
 from typing import Any
@@ -24,16 +24,16 @@ def create_model(
     """Build the backbone that timm or vitrail registers as `name`.
 
     Args:
-        name: any name that `timm.list_models()` shows.
-        num_classes: outputs of the classifier; 0 leaves the classifier out.
-        img_size: side of the input in pixels, or (height, width); passed on to backbones whose weights depend on it
-            (ViTs), which convolutional networks do not take.
-        token_head: add a classifier of patch tokens, which token labelling needs; any ViT can have one.
-        constant_drop_path: `drop_path_rate` in every block, as DeiT-III has it, not growing from 0 with the depth.
-        kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None leaves timm's default.
+        name: any name in `timm.list_models()`.
+        num_classes: outputs of the classifier; 0 omits the classifier.
+        img_size: side of the input in pixels, or (height, width). Passed only to backbones whose weights depend on it
+            (ViTs); convolutional networks do not accept it.
+        token_head: add a classifier of patch tokens, as token labelling needs; works for any ViT.
+        constant_drop_path: use `drop_path_rate` in every block, as DeiT-III does, instead of a linear ramp from 0.
+        kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None means timm's default.
 
     Raises:
-        ConfigError: the name is unknown, or the backbone does not take one of the arguments.
+        ConfigError: the name is unknown, or the backbone does not accept one of the arguments.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -51,7 +51,9 @@ def create_model(
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model.name={name}: {str(error) or type(error).__name__}") from error
     patch = getattr(model, "patch_embed", None)
-    if fixed_size and img_size is not None and not isinstance(patch, TokensToToken):  # which pads, and takes any size
+    if (
+        fixed_size and img_size is not None and not isinstance(patch, TokensToToken)
+    ):  # that one pads and accepts any size
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
     if constant_drop_path:
         _make_drop_path_constant(model, kwargs.get("drop_path_rate") or 0.0)
@@ -59,7 +61,10 @@ def create_model(
 
 
 def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
-    """The same stochastic depth in all blocks; the first one has none to change, so all are made anew."""
+    """Use the same stochastic depth in all blocks.
+
+    The modules are replaced, because timm's first block has an identity without a rate.
+    """
     names = [
         (block, name)
         for block in model.modules()
@@ -67,17 +72,19 @@ def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
         if isinstance(getattr(block, name, None), nn.Module)
     ]
     if not names:
-        raise ConfigError(f"model.constant_drop_path=true: {type(model).__name__} has no stochastic depth.")
+        raise ConfigError(
+            f"model.constant_drop_path=true: {type(model).__name__} has no stochastic depth; set it to false."
+        )
     for block, name in names:
         setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
 def _check_patches(name: str, img_size: ImageSize, patch_size: tuple[int, int] | None) -> None:
-    """timm cuts off what does not fill a patch; an image that loses a border unnoticed is a mistake of the config."""
+    """Refuse image sizes that the patch size does not divide: timm would silently crop the border."""
     sides = height_width(img_size)
-    told = sides[0] if sides[0] == sides[1] else list(sides)
+    shown = sides[0] if sides[0] == sides[1] else list(sides)
     if patch_size is not None and any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
         raise ConfigError(
-            f"data.image_size={told}: {name} needs a multiple of its patch size {patch_size[0]}; "
+            f"data.image_size={shown}: {name} needs a multiple of its patch size {patch_size[0]}; "
             "change data.image_size or model.patch_size."
         )

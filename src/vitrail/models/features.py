@@ -1,7 +1,9 @@
-"""Spatial features of any timm model, and its classifier applied at every place of them.
+"""Spatial features of any timm model, and its classifier applied at each position.
 
 Feature maps (B, D, H, W) or (B, H, W, D) and token sequences (B, prefix + N, D) are all read as a grid of N = H * W
-places, row by row.
+positions in row-major order.
+
+Shapes: B images, N positions, D channels, C classes, H x W positions.
 """
 
 from collections.abc import Callable
@@ -16,27 +18,27 @@ from vitrail.errors import ConfigError
 def classify_places(
     model: nn.Module, features: Tensor, image_size: tuple[int, int], forward_head: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Apply `forward_head` to every place as if the feature map consisted of that place alone.
+    """Apply `forward_head` to each position as if the feature map consisted of that position alone.
 
     Args:
-        model: backbone that gave the features.
-        features: result of `model.forward_features`.
+        model: backbone that computed the features.
+        features: result of `model.forward_features`: (B, D, H, W), (B, H, W, D) or (B, prefix + N, D).
         image_size: (height, width) of the images in pixels.
         forward_head: maps features of M images to (M, C), such as `model.forward_head`.
 
     Returns:
-        (B, N, C), and the grid (rows, columns).
+        The results (B, N, C), and the grid (rows, columns).
 
     Raises:
-        ConfigError: the features are no grid of places.
+        ConfigError: the features do not form a grid.
     """
     timm_model: Any = model
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-        raise ConfigError(f"model: {type(model).__name__} has no spatial feature map.")
+        raise ConfigError(f"model: {type(model).__name__} has no spatial feature map; choose another backbone.")
     if features.ndim == 3:
         rows, columns, prefix = sequence_grid(model, features.shape[1], image_size)
         patches = features[:, prefix:].flatten(0, 1)
-        # Repeated in the prefix, so that pooling of any kind gives the place back.
+        # Repeat the token in the prefix, so that any kind of pooling returns it unchanged.
         scores = forward_head(patches[:, None].expand(-1, prefix + 1, -1))
     else:
         channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC" or (
@@ -53,7 +55,7 @@ def sequence_grid(model: nn.Module, tokens: int, image_size: tuple[int, int]) ->
     """Return rows and columns of the patch tokens in a sequence, and the number of tokens before them.
 
     Raises:
-        ConfigError: the sequence is no grid of patches.
+        ConfigError: the sequence does not form a grid of patches.
     """
     patch_embed: Any = getattr(model, "patch_embed", None)
     if hasattr(patch_embed, "dynamic_feat_size"):
@@ -61,14 +63,14 @@ def sequence_grid(model: nn.Module, tokens: int, image_size: tuple[int, int]) ->
         prefix = tokens - rows * columns
         if 0 <= prefix == getattr(model, "num_prefix_tokens", prefix):
             return rows, columns, prefix
-    else:  # no declared grid: the one with the aspect ratio of the image
+    else:  # no declared grid: find the one with the aspect ratio of the image
         height, width = image_size
         declared = getattr(model, "num_prefix_tokens", None)
         for prefix in (0, 1, 2) if declared is None else (declared,):
             rows = round(((tokens - prefix) * height / width) ** 0.5)
             if rows and (tokens - prefix) % rows == 0 and rows * width == (tokens - prefix) // rows * height:
                 return rows, (tokens - prefix) // rows, prefix
-    raise ConfigError(f"model: {type(model).__name__} gives {tokens} tokens, which are no grid of patches.")
+    raise ConfigError(f"model: {type(model).__name__} returns {tokens} tokens, which do not form a grid of patches.")
 
 
 def feature_shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -87,7 +89,7 @@ def feature_shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, .
 
 
 class _Features(nn.Module):
-    """`forward_features` as a module's forward, which `functional_call` asks for."""
+    """Module whose forward is `forward_features`, as `functional_call` requires."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,12 +1,14 @@
 """Class, token and distillation logits of a backbone, and MixToken.
 
-A backbone declares what it gives beside class logits in `outputs`, a set of names (`tokens`, `distill`, or names of its
-own). One that declares any has
+A backbone declares its outputs besides class logits in `outputs`, a set of names (`tokens`, `distill`, or any other).
+Such a backbone has
 
 - `forward_outputs(images, token_box=None) -> Outputs`, and
 - with `tokens`: `token_grid(image_size) -> (rows, columns)`; `mixes_tokens = True` if it can swap tokens in a box.
 
-timm's models get both from `add_token_head`. Everything else is asked through the functions of this file.
+`add_token_head` adds both to timm's models. Callers use the functions of this file.
+
+Shapes: B images, N patch tokens, D channels, C classes, H x W pixels, h x w cells of the token grid.
 """
 
 from functools import cache
@@ -26,7 +28,7 @@ from vitrail.types import Outputs
 
 
 def declared_outputs(model: nn.Module) -> frozenset[str]:
-    """Return the names of the outputs that a backbone gives, class logits (`cls`) included."""
+    """Return the names of a backbone's outputs, class logits (`cls`) included."""
     own = getattr(model, "outputs", None)
     if own is None:
         own = {"distill"} if isinstance(model, VisionTransformerDistilled) else ()
@@ -36,22 +38,22 @@ def declared_outputs(model: nn.Module) -> frozenset[str]:
 def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = None) -> Outputs:
     """Return the logits of each head of `model`, in training and in evaluation mode.
 
-    While `model(images)` merges the heads into one (B, C) tensor, the heads are returned apart.
+    `model(images)` merges the heads into one (B, C) tensor; this function returns them separately.
 
     Args:
         model: any backbone.
         images: (B, 3, H, W).
-        token_box: MixToken (arXiv:2104.10858, section 3.2): tokens in this box (4,) of top, left, bottom, right, in
-            cells, are swapped between mirrored samples of the batch before the first block. The token logits are
-            swapped back, so that each belongs to its own image; the class token has seen both, in proportion to the
+        token_box: (4,) top, left, bottom, right in cells, for MixToken (arXiv:2104.10858, section 3.2). Tokens in the
+            box are swapped between sample i and sample B - 1 - i before the first block. The token logits are swapped
+            back, so that each belongs to its own image. The class token attends to both images, in proportion to the
             box.
 
     Raises:
-        ConfigError: MixToken with a backbone that cannot swap tokens.
+        ConfigError: `token_box` is set and the backbone cannot swap tokens.
     """
     if token_box is not None and not getattr(model, "mixes_tokens", False):
         raise ConfigError(
-            f"mixing: MixToken needs a backbone that swaps tokens behind its stem; {type(model).__name__} does not."
+            f"mixing: MixToken needs a backbone that swaps tokens after its stem; {type(model).__name__} does not."
         )
     forward: Any = getattr(model, "forward_outputs", None)
     if forward is None:
@@ -73,7 +75,7 @@ def bind_forward_outputs(model: nn.Module) -> None:
 
 
 def token_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of the patch tokens that `model` makes of images of (height, width) pixels.
+    """Return rows and columns of `model`'s patch tokens for images of (height, width) pixels.
 
     Raises:
         ConfigError: the backbone declares no grid of tokens.
@@ -88,16 +90,16 @@ def token_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
 
 
 def _class_heads(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return class logits (B, C), and those of a distillation token, of a ViT from features (B, prefix + N, D)."""
+    """Return a ViT's class and distillation logits, (B, C) each, from features (B, prefix + N, D)."""
     if isinstance(model, VisionTransformerDistilled):  # the class token first, the distillation token second
         return model.head(model.head_drop(features[:, 0])), model.head_dist(model.head_drop(features[:, 1]))
     return VisionTransformer.forward_head(model, features), None
 
 
 class TokenHead(VisionTransformer):
-    """A second classifier, `aux_head`, that every patch token of a ViT goes through.
+    """Mixin for ViTs: a second classifier, `aux_head`, of every patch token.
 
-    To be put before the backbone's class among the bases. The logits of an image become those of its class token (or
+    List it before the backbone's class among the bases. The logits of an image become those of its class token (or
     pooled tokens) plus half the maximum over the tokens, as LV-ViT evaluates (Jiang et al., arXiv:2104.10858).
     """
 
@@ -109,20 +111,20 @@ class TokenHead(VisionTransformer):
 
     @property
     def outputs(self) -> frozenset[str]:
-        """What `forward_outputs` gives beside class logits."""
+        """Outputs of `forward_outputs` besides class logits."""
         return frozenset({"tokens", "distill"} if isinstance(self, VisionTransformerDistilled) else {"tokens"})
 
     def reset_aux_head(self) -> None:
-        """Draw a new classifier of tokens."""
+        """Replace the classifier of tokens by a newly initialised one."""
         self.aux_head: nn.Module = _new_head(self, self.embed_dim)
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
-        """Return all classifiers, that of tokens last."""
+        """Return all classifiers, the classifier of tokens last."""
         others = super().get_classifier()
         return (*(others if isinstance(others, tuple) else (others,)), self.aux_head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Draw new classifiers, all of them, for another number of classes."""
+        """Replace all classifiers by newly initialised ones for another number of classes."""
         super().reset_classifier(num_classes, global_pool)
         self.reset_aux_head()
 
@@ -131,11 +133,11 @@ class TokenHead(VisionTransformer):
         return self.patch_embed.dynamic_feat_size(image_size)
 
     def token_logits(self, features: Tensor) -> Tensor:
-        """Return logits (B, N, C) of the patch tokens from what `forward_features` gives, (B, prefix + N, D)."""
+        """Return logits (B, N, C) of the patch tokens from features (B, prefix + N, D)."""
         return self.aux_head(self.fc_norm(features[:, self.num_prefix_tokens :]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return merged logits (B, C) from features (B, prefix + N, D); `pre_logits` gives pooled features (B, D)."""
+        """Return merged logits (B, C) from features (B, prefix + N, D), or pooled features (B, D) with `pre_logits`."""
         logits = super().forward_head(x, pre_logits=pre_logits)
         if pre_logits or self.num_classes == 0:
             return logits
@@ -153,7 +155,7 @@ class TokenHead(VisionTransformer):
         return Outputs(cls, tokens if token_box is None else mix_tokens(tokens, token_box, grid), distill)
 
     def _forward_mixed(self, images: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
-        """timm's `forward_features` with MixToken between the patch embedding and the position table."""
+        """Return the features (B, prefix + N, D), with MixToken between patch embedding and position table."""
         x = mix_tokens(self.patch_embed(images), box, grid)
         x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
@@ -161,10 +163,10 @@ class TokenHead(VisionTransformer):
 
 
 class FeatureTokenHead(nn.Module):
-    """A second classifier, `aux_head`, at every place of the features of a timm model that is no ViT.
+    """Mixin for timm models other than ViTs: a second classifier, `aux_head`, at every position of the features.
 
-    To be put before the backbone's class among the bases. Each place goes through the model's own pooling and
-    normalisation, alone, and then through `aux_head`. A model with an `aux_head` of its own (VOLO) keeps it.
+    List it before the backbone's class among the bases. Each position goes separately through the model's own pooling
+    and normalisation, and then through `aux_head`. A model that already has an `aux_head` (VOLO) keeps it.
     """
 
     outputs = frozenset({"tokens"})
@@ -172,22 +174,22 @@ class FeatureTokenHead(nn.Module):
     has_own_aux_head: bool
 
     def reset_aux_head(self) -> None:
-        """Draw a new classifier of tokens, unless the model brings its own."""
+        """Replace the classifier of tokens by a newly initialised one, unless it is the model's own."""
         model: Any = self
         if not self.has_own_aux_head:
             self.aux_head: nn.Module = _new_head(self, getattr(model, "head_hidden_size", None) or model.num_features)
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
-        """Return both classifiers, that of tokens last."""
+        """Return both classifiers, the classifier of tokens last."""
         return (super().get_classifier(), self.aux_head)  # type: ignore[misc]
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Draw new classifiers for another number of classes."""
+        """Replace both classifiers by newly initialised ones for another number of classes."""
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         self.reset_aux_head()
 
     def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of places for images of (height, width) pixels."""
+        """Return rows and columns of positions for images of (height, width) pixels."""
         shape = feature_shape(self, image_size)
         if len(shape) == 3:
             rows, columns, _ = sequence_grid(self, shape[1], image_size)
@@ -196,8 +198,7 @@ class FeatureTokenHead(nn.Module):
         return (shape[2], shape[3]) if channels_first else (shape[1], shape[2])
 
     def token_logits(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Return logits (B, N, C) of the places of `forward_features`' result."""
-
+        """Return logits (B, N, C) of the positions of `features`, the result of `forward_features`."""
         return classify_places(self, features, image_size, self._classify)[0]
 
     def _classify(self, place: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class FeatureTokenHead(nn.Module):
         """Return class and token logits for images (B, 3, H, W)."""
         model: Any = self
         features = model.forward_features(images)
-        if self.has_own_aux_head:  # whose `forward_head` merges both classifiers
+        if self.has_own_aux_head:  # its `forward_head` merges both classifiers
             cls = super().get_classifier()(super().forward_head(features, pre_logits=True))  # type: ignore[misc]
         else:
             cls = super().forward_head(features)  # type: ignore[misc]
@@ -219,7 +220,7 @@ class FeatureTokenHead(nn.Module):
 
 
 def _new_head(model: nn.Module, dim: int) -> nn.Module:
-    """Return a linear classifier from `dim` channels, drawn as LV-ViT draws it; an identity without classes."""
+    """Return a linear classifier of `dim` channels, initialised as in LV-ViT; an identity if there are no classes."""
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     if num_classes == 0:
         return nn.Identity()
@@ -236,11 +237,11 @@ def _with_head(mixin: Any, backbone: Any) -> Any:
 
 
 def add_token_head(model: nn.Module) -> nn.Module:
-    """Give a timm model token logits, which token labelling needs; a model that declares them is returned as it is.
+    """Add token logits, which token labelling needs, to a timm model; return a model that has them unchanged.
 
-    The model stays what it was, timm's methods included, and gains `aux_head`: its class becomes a subclass. ViTs get
-    MixToken, too; other models (ConvNeXt, Swin, Mixer, VOLO, ResNet, ...) get a classifier at each place of their
-    feature map.
+    The model is changed in place: its class becomes a subclass with `aux_head`, and timm's methods stay available.
+    ViTs also get MixToken. Other models (ConvNeXt, Swin, Mixer, VOLO, ResNet, ...) get a classifier at each position of
+    their feature map.
 
     Raises:
         ConfigError: the backbone has no spatial features.
@@ -254,7 +255,9 @@ def add_token_head(model: nn.Module) -> nn.Module:
         vit.reset_aux_head()
         return model
     if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features")):
-        raise ConfigError(f"model.token_head=true: {type(model).__name__} has no spatial features.")
+        raise ConfigError(
+            f"model.token_head=true: {type(model).__name__} has no spatial features; choose another backbone."
+        )
     vit.__class__ = _with_head(FeatureTokenHead, backbone)
     vit.has_own_aux_head = isinstance(getattr(model, "aux_head", None), nn.Module)
     vit.reset_aux_head()
@@ -264,12 +267,15 @@ def add_token_head(model: nn.Module) -> nn.Module:
 def mix_tokens(x: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
     """Swap the tokens inside a box with those of the reversed batch: sample i with sample B - 1 - i.
 
-    Applied twice, it gives its input back.
+    Applying it twice restores the input.
 
     Args:
         x: tokens (B, N, D) of a grid in row-major order, or (B, h, w, D).
         box: (4,) integers top, left, bottom, right in cells; bottom and right are outside the box.
         grid: rows and columns (h, w).
+
+    Returns:
+        The swapped tokens, in the shape of `x`.
     """
     rows = torch.arange(grid[0], device=x.device)[:, None]
     columns = torch.arange(grid[1], device=x.device)[None, :]

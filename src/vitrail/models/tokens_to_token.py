@@ -1,14 +1,15 @@
 """Tokens-to-Token module: the stem of T2T-ViT (Yuan et al., arXiv:2101.11986, section 3.1).
 
-A soft split cuts the map into overlapping windows, whose pixels in a row become one token; a small transformer or
-performer layer of width 64 mixes the tokens, which are then laid out as a map again. Splits of 7/4/2, 3/2/1 and 3/2/1
-(kernel/stride/padding) take an image of 224 pixels to 56, 28 and 14 tokens a side.
+A soft split cuts the map into overlapping windows and concatenates the pixels of each window to one token. A small
+transformer or performer layer of width 64 mixes the tokens, which are then reshaped to a map. Splits of 7/4/2, 3/2/1
+and 3/2/1 (kernel/stride/padding) turn an image of 224 pixels into 56, 28 and 14 tokens per side.
 
-Facts from the official code (github.com/yitu-opensource/T2T-ViT) that the paper does not give: the layers have no
-residual from their input, whose width differs, but from v; attention is scaled by (input width)^-1/2; the performer
-projects to k, q, v in this order, has 32 random features, adds 1e-8 to its denominator and a dropout of 0.1.
+Details that only the official code gives (github.com/yitu-opensource/T2T-ViT): the residual of a layer comes from v,
+because its input has another width; attention is scaled by (input width)^-1/2; the performer projects to k, q, v in
+this order, has 32 random features, adds 1e-8 to its denominator, and has a dropout of 0.1.
 
-Dimensions: B images, N tokens, D width of the input (147 or 576), E = 64 width of the layer, F = 32 random features.
+Shapes: B images, C channels, H x W pixels, N tokens, D width of the input (147 or 576), E = 64 width of the layer,
+F = 32 random features.
 """
 
 import math
@@ -26,10 +27,10 @@ _EPS = 1e-5  # of every LayerNorm
 
 
 def _normed_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(norm(x)), with the norm's weights taken into the linear layer.
+    """Return linear(norm(x)), with the norm's weights folded into the linear layer.
 
-    The same numbers, and where x is an image's windows, which need no gradient, a matrix product less: the norm's
-    gradients follow from those of the small folded weights.
+    The result is the same. If x needs no gradient, as for windows of an image, this saves one matrix product: the norm's
+    gradients follow from those of the folded weights.
     """
     weight = linear.weight * norm.weight
     bias = linear.weight @ norm.bias if linear.bias is None else torch.addmv(linear.bias, linear.weight, norm.bias)
@@ -40,21 +41,21 @@ class TokenPerformer(nn.Module):
     """Performer layer (Choromanski et al., arXiv:2009.14794): attention linear in the number of tokens.
 
     The softmax kernel is estimated with positive random features phi(x) = exp(w x - |x|^2 / 2) / sqrt(F). The official
-    code takes these exponentials as they are: they vanish for large |x|, and overflow or become 0 / 0 in half
-    precision. Here the same quotient is written with two softmaxes, over tokens for each feature and over features for
-    each token, in float32, where nothing can overflow:
+    code computes these exponentials directly: they vanish for large |x|, and overflow or become 0 / 0 in half
+    precision. Here the same quotient is written as two softmaxes, over tokens for each feature and over features for
+    each token, in float32, which cannot overflow:
 
         sum_f phi_f(q) sum_s phi_f(k_s) v_s / (sum_f phi_f(q) sum_s phi_f(k_s) + eps)
             = sum_f softmax_f(w_f q + L_f) sum_s softmax_s(w_f k_s - |k_s|^2 / 2) v_s  *  d / (d + eps)
 
-    with L_f = logsumexp_s(w_f k_s - |k_s|^2 / 2) and d the denominator, whose logarithm is all that is needed.
+    with L_f = logsumexp_s(w_f k_s - |k_s|^2 / 2) and d the denominator, of which only the logarithm is needed.
 
     Args:
         dim: width D of the tokens.
         width: width E of the layer.
-        drop: dropout after the projection and the MLP; no option of the official scripts reaches its 0.1.
-        eps: added to the denominator. The published weights were trained with 1e-8, which takes the attention's output
-            to 0 where queries and keys are long; 0 leaves it out.
+        drop: dropout after the projection and the MLP; fixed at 0.1 in the official scripts.
+        eps: added to the denominator. The published weights were trained with 1e-8, which shrinks the attention's
+            output to 0 for long queries and keys; 0 turns it off.
     """
 
     w: Tensor
@@ -72,11 +73,11 @@ class TokenPerformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the random features: orthogonal rows of length sqrt(F)."""
+        """Initialise the random features: orthogonal rows of length sqrt(F)."""
         nn.init.orthogonal_(self.w, gain=math.sqrt(self.w.shape[0]))
 
     def attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-        """Linear attention of k, q, v (B, N, E) each, in float32."""
+        """Return the linear attention (B, N, E) of k, q, v (B, N, E) each, in float32."""
         with nullcontext() if k.is_meta else torch.autocast(k.device.type, enabled=False):
             k, q, v, w = k.float(), q.float(), v.float(), self.w.float()
             keys = w @ k.mT - k.square().sum(-1).mul(0.5).unsqueeze(1)  # (B, F, N)
@@ -90,7 +91,7 @@ class TokenPerformer(nn.Module):
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, E)."""
+        """Map (B, N, D) to (B, N, E)."""
         k, q, v = _normed_linear(self.norm1, self.kqv, tokens).split(self.width, dim=-1)
         x = v + self.dp(self.proj(self.attend(k, q, v).to(v.dtype)))
         return x + self.mlp(self.norm2(x))
@@ -107,7 +108,7 @@ class TokenAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(B, N, D), still to be normalised, to (B, N, E)."""
+        """Normalise tokens (B, N, D) with `norm` and map them to (B, N, E)."""
         q, k, v = _normed_linear(norm, self.qkv, tokens).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, E) each
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
@@ -127,7 +128,7 @@ class TokenTransformer(nn.Module):
         self.mlp = Mlp(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, E)."""
+        """Map (B, N, D) to (B, N, E)."""
         x = self.attn(tokens, self.norm1)
         return x + self.mlp(self.norm2(x))
 
@@ -138,14 +139,14 @@ class TokensToToken(Stem):
     Args:
         img_size, patch_size, strict_img_size, output_fmt: see `Stem`.
         in_chans: channels of the image.
-        embed_dim: width of the tokens that leave.
+        embed_dim: width of the output tokens.
         tokens_type: "performer", or "transformer" for the `t2t_vit_t_*` models.
         token_dim: width E of the token layers.
         token_drop: dropout of the performer (0.1 as published); the transformer has none.
         performer_eps: see `TokenPerformer`.
 
     Raises:
-        ValueError: an unknown `tokens_type`, or a patch size other than the architecture's 16.
+        ValueError: `tokens_type` is unknown, or the patch size is not 16.
     """
 
     splits = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding
@@ -163,7 +164,7 @@ class TokensToToken(Stem):
         **kwargs: Any,
     ) -> None:
         if to_2tuple(patch_size) != (16, 16):
-            raise ValueError(f"patch_size={patch_size}: the splits of T2T-ViT make tokens of 16 pixels and no others.")
+            raise ValueError(f"patch_size={patch_size}: the splits of T2T-ViT fix the patch size; use 16.")
         if tokens_type not in ("performer", "transformer"):
             raise ValueError(f"tokens_type={tokens_type}: choose performer or transformer.")
         super().__init__(img_size, patch_size, **kwargs)
@@ -180,7 +181,7 @@ class TokensToToken(Stem):
         self.project = nn.Linear(token_dim * 3 * 3, embed_dim)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tokens; the padded splits take any size, and round up."""
+        """Return rows and columns of tokens; the padded splits accept any size and round up."""
         return self._grids(img_size)[-1]
 
     def _grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -191,7 +192,7 @@ class TokensToToken(Stem):
         return grids
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to tokens (B, N, embed_dim)."""
+        """Map images (B, C, H, W) to tokens (B, N, embed_dim)."""
         self.check(images)
         grid1, grid2, grid3 = self._grids((images.shape[-2], images.shape[-1]))
         x = self.attention1(self.soft_split0(images).mT)

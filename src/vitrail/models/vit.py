@@ -1,14 +1,14 @@
-"""ViT and DeiT at a size for small images; the published sizes are timm's own classes.
+"""Small ViTs and DeiTs for small images, and the plain ViT-S/16; timm has the other published sizes.
 
-`vit_nano` is a ViT whose patches come from a convolutional stem, ViT_C of "Early Convolutions Help Transformers See
+`vit_nano` is a ViT with a convolutional stem, ViT_C of "Early Convolutions Help Transformers See
 Better" (Xiao et al., arXiv:2106.14881), with mean pooling instead of a class token (Beyer et al., arXiv:2205.01580);
-the stem's normalisation is LayerNorm instead of BatchNorm, so that a batch may be split over processes.
-`deit_nano` is DeiT made small, with patches of 4 pixels and a class token; `deit_nano_distilled` adds its distillation
-token (Touvron et al., arXiv:2012.12877). They are ours: no paper has results for them.
+the stem uses LayerNorm instead of BatchNorm, so that results do not depend on how a batch is split over processes.
+`deit_nano` is a small DeiT with patches of 4 pixels and a class token; `deit_nano_distilled` adds the distillation
+token (Touvron et al., arXiv:2012.12877). No paper has results for these sizes.
 
 `vit_plain_small_patch16_224` is the ViT-S/16 of "Better plain ViT baselines for ImageNet-1k" (Beyer et al.,
 arXiv:2205.01580; github.com/google-research/big_vision, `configs/vit_s16_i1k.py`): no class token, fixed 2-D sine
-positions, final norm before mean pooling, a classifier that starts at zero.
+positions, final norm before mean pooling, a classifier initialised to zero.
 """
 
 from functools import partial
@@ -48,7 +48,7 @@ _NANO = {"img_size": 32, "embed_dim": 64, "depth": 4, "num_heads": 2}
 def vit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-nano, 0.2 M parameters: three convolutions of stride 2, width 64, depth 4, mean pooling.
 
-    A 32-pixel image is 16 tokens; sides that are no multiple of 8 are rounded up.
+    A 32-pixel image gives 16 tokens; sides that are not a multiple of 8 are rounded up.
     """
     stem = ConvStem(in_chans=kwargs.get("in_chans", 3), depth=3, channels=(16, 32, 64), norm_layer="layernorm2d")
     config = {
@@ -62,9 +62,9 @@ def vit_nano(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 
 
 def sine_positions(rows: int, columns: int, width: int) -> Tensor:
-    """Position table (1, rows * columns, width): a quarter each of sin x, cos x, sin y, cos y, in cells.
+    """Return the position table (1, rows * columns, width): a quarter each of sin x, cos x, sin y and cos y, in cells.
 
-    The frequencies fall geometrically from 1 to 1 / 10,000, both included (MoCo v3, arXiv:2104.02057).
+    The frequencies decrease geometrically from 1 to 1 / 10,000, both included (MoCo v3, arXiv:2104.02057).
     """
     frequencies = 10_000 ** -torch.linspace(0, 1, width // 4, dtype=torch.float64)
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -74,7 +74,7 @@ def sine_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 class PlainViT(VisionTransformer):
-    """timm's ViT with a position table that is computed, for any image size, and not trained."""
+    """timm's ViT with a fixed sine position table, for any image size."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -89,7 +89,7 @@ class PlainViT(VisionTransformer):
         self.register_buffer("pos_embed", sine_positions(rows, columns, self.embed_dim))
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's, with a table made for the new size."""
+        """Change the image size, and recompute the position table for it."""
         super().set_input_size(*args, **kwargs)
         self._fix_positions()
 

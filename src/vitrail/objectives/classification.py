@@ -1,7 +1,9 @@
-"""Classification losses of the published recipes, on class indices (B,) or mixed probabilities (B, C).
+"""Classification losses of the published recipes, for class indices (B,) or mixed probabilities (B, C).
 
-Label smoothing is applied here and nowhere else: it is linear, so smoothing after mixup or CutMix gives the same
-targets as timm's smoothing before it.
+Label smoothing is applied only here. It is linear, so smoothing after mixup or CutMix gives the same targets as timm's
+smoothing before it.
+
+Shapes: B images, N patch tokens, C classes, M rows of logits (B, or B * N for patch tokens).
 """
 
 import torch
@@ -13,10 +15,10 @@ from vitrail.types import Outputs, Targets
 
 
 def _pairs(outputs: Outputs, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pair the logits (M, C) of each head with its target, the image's label for all of them.
+    """Pair the logits (M, C) of each head with the image's label.
 
-    Without a teacher the distillation token learns the label, and without label maps so does every patch token (as the
-    official token-labelling loss does with a target of two dimensions); otherwise these heads would stay untrained.
+    Without a teacher, the distillation token learns the label. Without label maps, so does every patch token, as in the
+    official token-labelling loss for a target of two dimensions. Otherwise these heads would stay untrained.
     """
     pairs = [(outputs.cls, target)]
     if outputs.distill is not None:
@@ -47,13 +49,13 @@ class CrossEntropy(Objective):
 
 
 class BinaryCrossEntropy(Objective):
-    """Sigmoid cross-entropy, one binary problem a class, as in "ResNet strikes back" (arXiv:2110.00476) and DeiT-III.
+    """Sigmoid cross-entropy, one binary problem per class, as in "ResNet strikes back" (arXiv:2110.00476) and DeiT-III.
 
     Args:
         smoothing: probability mass spread evenly over all classes before the threshold, in [0, 1).
-        threshold: targets above it become 1, the others 0; None keeps them soft. DeiT-III binarises at 0
-            (arXiv:2204.07118), where any smoothing would set every target to 1, which is refused.
-        sum_classes: sum over the classes (big_vision) instead of their mean (timm, DeiT-III).
+        threshold: targets above it become 1, the others 0; None keeps them soft. DeiT-III uses 0 (arXiv:2204.07118);
+            any smoothing would then set every target to 1, so that combination is an error.
+        sum_classes: sum over the classes (big_vision) instead of taking the mean (timm, DeiT-III).
     """
 
     def __init__(self, smoothing: float = 0.0, threshold: float | None = None, sum_classes: bool = False) -> None:
@@ -62,7 +64,7 @@ class BinaryCrossEntropy(Objective):
             raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
         if threshold == 0 and smoothing > 0:
             raise ValueError(
-                f"objective.smoothing={smoothing} with objective.threshold=0 makes every class a positive;"
+                f"objective.smoothing={smoothing} with objective.threshold=0 sets the target of every class to 1;"
                 " set smoothing to 0 or threshold to null."
             )
         self.smoothing, self.threshold, self.sum_classes = smoothing, threshold, sum_classes

@@ -1,12 +1,14 @@
-"""What an objective is: a module that maps outputs and targets to losses, and declares what it needs for that.
+"""Interface of objectives: a module that maps outputs and targets to losses, and declares what it needs.
 
 Known needs:
 
 - `token_targets`: `Targets.tokens`, from label maps
 - `teacher_logits`, `teacher_features`: the fields of that name, from a teacher (logits also from label maps)
-- `outputs.<name>`: an output of the backbone, such as `outputs.tokens`, `outputs.distill` or one of its own
+- `outputs.<name>`: an output of the backbone, such as `outputs.tokens`, `outputs.distill` or any other
 
-A training refuses to start if a need is not met, and names it. `Targets.cls` and `Outputs.cls` are always there.
+Training does not start if a need is not met; the error names it. `Targets.cls` and `Outputs.cls` are always available.
+
+Shapes: B images.
 """
 
 from torch import Tensor, nn
@@ -17,13 +19,13 @@ TARGET_NEEDS = ("token_targets", "teacher_logits", "teacher_features")
 
 
 class Objective(nn.Module):
-    """Base class of objectives. A class without this base works too: what counts is what it declares.
+    """Base class of objectives. It is optional: any module with these attributes works.
 
     Attributes:
-        needs: what must be provided.
-        optional: what is served if it is provided.
-        passes: how often each image goes through the network in a step; the outputs of all passes come concatenated,
-            (passes * B, ...), while the targets are of the B images.
+        needs: inputs that must be available.
+        optional: inputs that are used if they are available.
+        passes: forward passes per image and step. Outputs of all passes are concatenated, (passes * B, ...); targets
+            have B rows.
     """
 
     needs: frozenset[str] = frozenset()
@@ -36,15 +38,15 @@ class Objective(nn.Module):
 
 
 def needs_of(objective: nn.Module) -> frozenset[str]:
-    """Return what an objective declares as needed."""
+    """Return the needs that an objective declares."""
     return frozenset(getattr(objective, "needs", ()))
 
 
 def uses_of(objective: nn.Module) -> frozenset[str]:
-    """Return what an objective reads if it is there: its needs, and what it declares as optional."""
+    """Return everything that an objective can use: its needs and its optional inputs."""
     return needs_of(objective) | frozenset(getattr(objective, "optional", ()))
 
 
 def passes_of(objective: nn.Module) -> int:
-    """Return how often each image goes through the network in a step."""
+    """Return the forward passes per image and step."""
     return int(getattr(objective, "passes", 1))

@@ -1,4 +1,7 @@
-"""Co-training of two submodels (Touvron et al., "Co-training 2L Submodels", arXiv:2212.04884)."""
+"""Co-training of two submodels (Touvron et al., "Co-training 2L Submodels", arXiv:2212.04884).
+
+Shapes: B images, N patch tokens, C classes.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +13,18 @@ from vitrail.types import Outputs, Targets
 
 
 class CosubLoss(Objective):
-    """Each image goes twice through the network, with other blocks dropped each time; both learn from each other.
+    """Loss of two passes per image with different blocks dropped; each pass learns from the label and the other pass.
 
-    (1 - weight) * loss of both with the label + weight * sigmoid cross-entropy of each with what the other says, which
-    gets no gradient from it. With the defaults equal to the official code (github.com/facebookresearch/deit,
-    `engine.py`, `--cosub --bce-loss`).
+    loss = (1 - weight) * mean loss with the label + weight * sigmoid cross-entropy with the other pass's probabilities,
+    which are detached. With the defaults it equals the official code (github.com/facebookresearch/deit, `engine.py`,
+    `--cosub --bce-loss`).
 
     Args:
-        weight: of what the other submodel says, in [0, 1].
-        base: loss with the label; None for the sigmoid cross-entropy of DeiT-III, targets binarised at 0.
+        weight: weight of the loss with the other pass, in [0, 1].
+        base: loss with the label; None means the sigmoid cross-entropy of DeiT-III, with targets binarised at 0.
 
     Raises:
-        ValueError: a weight out of range.
+        ValueError: the weight is out of range.
     """
 
     passes = 2
@@ -35,11 +38,11 @@ class CosubLoss(Objective):
         self.needs = needs_of(self.base)
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        """Return `loss` and its parts `label_loss` and `cosub_loss`.
+        """Return `loss` and its parts `label_loss` and `cosub_loss`, all scalar.
 
         Args:
-            outputs: of the images twice, one pass after the other: (2 B, C), (2 B, N, C).
-            targets: of the B images.
+            outputs: outputs of both passes, concatenated: (2 B, C), (2 B, N, C).
+            targets: targets of the B images.
         """
         passes = outputs.chunk(self.passes)
         label_loss = torch.stack([self.base(each, targets)["loss"] for each in passes]).mean()

@@ -1,4 +1,7 @@
-"""Knowledge distillation (Touvron et al., arXiv:2012.12877, section 4; Hinton et al., arXiv:1503.02531)."""
+"""Knowledge distillation (Touvron et al., arXiv:2012.12877, section 4; Hinton et al., arXiv:1503.02531).
+
+Shapes: B images, C classes.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,20 +14,20 @@ from vitrail.types import Outputs, Targets
 class DistillationLoss(Objective):
     """(1 - alpha) * loss of the class token with the label + alpha * loss of the distillation token with the teacher.
 
-    Backbones without a distillation token learn both with the class token, which is the paper's "usual distillation".
-    Equal to the official code (github.com/facebookresearch/deit, `losses.py`).
+    Backbones without a distillation token use the class token for both, the paper's "usual distillation". Equal to the
+    official code (github.com/facebookresearch/deit, `losses.py`).
 
     Args:
-        kind: `hard`: cross-entropy with the teacher's best class; `soft`: Kullback-Leibler divergence from the
-            teacher's probabilities, both at temperature `tau`, times its square.
+        kind: `hard`: cross-entropy with the teacher's top class; `soft`: Kullback-Leibler divergence from the teacher's
+            probabilities, both at temperature `tau`, times `tau` squared.
         alpha: weight of the teacher, in [0, 1].
-        tau: temperature of `soft`; without effect on `hard`, as published.
-        per_class: divide `soft` by the number of classes too, as the official code does: with 1000 classes the teacher
-            then weighs a thousandth. False: the paper's mean over images.
-        base: loss of the class token with the label; None for cross-entropy with smoothing 0.1.
+        tau: temperature of `soft`; `hard` ignores it, as published.
+        per_class: divide `soft` also by the number of classes, as the official code does; with 1000 classes this
+            divides the teacher's weight by 1000. False means the paper's mean over images.
+        base: loss of the class token with the label; None means cross-entropy with smoothing 0.1.
 
     Raises:
-        ValueError: an unknown kind, or a value out of range.
+        ValueError: the kind is unknown, or a value is out of range.
     """
 
     def __init__(
@@ -47,13 +50,13 @@ class DistillationLoss(Objective):
         self.needs = frozenset({"teacher_logits"}) | needs_of(self.base)
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        """Return `loss` and its parts `cls_loss` and `distill_loss` from logits of student and teacher, all (B, C).
+        """Return the scalar `loss` and its parts `cls_loss` and `distill_loss` from student and teacher logits (B, C).
 
         Raises:
-            ValueError: the targets hold no logits of a teacher.
+            ValueError: the targets contain no teacher logits.
         """
         if targets.teacher_logits is None:
-            raise ValueError("objective: distillation needs the logits of a teacher.")
+            raise ValueError("objective: distillation needs teacher logits; set teacher=...")
         cls_loss = self.base(Outputs(outputs.cls), targets)["loss"]
         student = (outputs.cls if outputs.distill is None else outputs.distill).float()
         teacher = targets.teacher_logits.float()

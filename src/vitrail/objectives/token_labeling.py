@@ -1,4 +1,7 @@
-"""Token labelling (Jiang et al., "All Tokens Matter", arXiv:2104.10858): soft cross-entropy of every token."""
+"""Token labelling (Jiang et al., "All Tokens Matter", arXiv:2104.10858): soft cross-entropy of every token.
+
+Shapes: B images, N patch tokens, C classes.
+"""
 
 from typing import Any
 
@@ -11,11 +14,11 @@ from vitrail.types import Outputs, SparseTokens, Targets
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of the cross-entropy with sparse targets, without any dense target.
+    """Sum over tokens of the cross-entropy with sparse targets, computed without a dense target.
 
     With probabilities t_c = base + sum of the weights of class c, and S their sum over classes:
     loss = S * logsumexp(x) - base * sum(x) - sum_e weights_e * x[class_e]; its gradient is S * softmax(x) - t.
-    The forward pass makes the gradient out of the exponentials that it needs anyway, in the one tensor of their size.
+    The forward pass computes the gradient in place of the exponentials, so that one tensor of this size suffices.
     """
 
     @staticmethod
@@ -36,26 +39,28 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.gradient is None:
-            raise RuntimeError("The token loss can be differentiated once; its gradient was given away.")
+            raise RuntimeError(
+                "objective: the gradient of the token loss can be computed once only; compute the loss again."
+            )
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad), None, None, None
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of probabilities (..., C), which need not sum to 1, mean over all but the classes."""
+    """Return the mean cross-entropy of logits (..., C) with probabilities (..., C), which need not sum to 1."""
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
 class TokenLabelingLoss(Objective):
     """cls_weight * loss of the class token + token_weight * mean loss of the patch tokens.
 
-    Targets come smoothed and mixed. Sparse token targets give the same loss and gradient as dense ones in a fraction of
-    their time and memory. Called without token targets, every patch token learns the target of the class token, as
-    published; a training refuses to start without them unless token_weight is 0.
+    Targets are already smoothed and mixed. Sparse token targets give the same loss and gradient as dense ones, in a
+    fraction of the time and memory. Without token targets, every patch token learns the target of the class token, as
+    published; training does not start without them unless token_weight is 0.
 
     Args:
-        token_weight: of the patch tokens; 1.0 in the official code, 0.5 in the paper.
-        cls_weight: of the class token.
+        token_weight: weight of the patch tokens; 1.0 in the official code, 0.5 in the paper.
+        cls_weight: weight of the class token.
     """
 
     def __init__(self, token_weight: float = 1.0, cls_weight: float = 1.0) -> None:
@@ -65,10 +70,10 @@ class TokenLabelingLoss(Objective):
         self.optional = frozenset({"token_targets"})
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        """Return `loss` and its parts `cls_loss` and `token_loss`, from logits (B, C), (B, N, C) and targets.
+        """Return the scalar `loss` and its parts `cls_loss` and `token_loss` from logits (B, C), (B, N, C) and targets.
 
         Raises:
-            ValueError: the backbone gave no token logits.
+            ValueError: the outputs contain no token logits.
         """
         if outputs.tokens is None:
             raise ValueError(

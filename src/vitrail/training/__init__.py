@@ -1,4 +1,4 @@
-"""The LightningModule, optimiser and schedule of the published recipes, weight averaging and callbacks."""
+"""Training: the LightningModule, optimisers, schedules, EMA weights, targets and callbacks."""
 
 from vitrail.training.callbacks import EpochReport, SpeedMonitor
 from vitrail.training.classifier import ImageClassifier

@@ -1,4 +1,4 @@
-"""Callbacks that measure and report a training."""
+"""Callbacks that measure throughput and report each epoch."""
 
 import logging
 import time
@@ -11,18 +11,19 @@ log = logging.getLogger(__name__)
 
 
 class SpeedMonitor(L.Callback):
-    """Log the training's speed per epoch.
+    """Callback that logs the training throughput of each epoch.
 
-    `speed/images_per_second` counts all devices, data waiting included and validation not; `speed/data_wait` is the
-    share of that time, in %, that the first device waited for the loader; `speed/gpu_memory` is the peak in GiB.
+    `speed/images_per_second` counts all devices; its time includes waiting for data, but not validation.
+    `speed/data_wait` is the share of that time, in %, that the first device waited for the data loader.
+    `speed/gpu_memory` is the peak in GiB.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; a resumed training may begin within an epoch."""
+        """Start the clock; a resumed training may start in the middle of an epoch."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Reset the counters and start the clock."""
         self.images = 0
         self.waited = 0.0
         self.started = self.ready = time.perf_counter()
@@ -32,18 +33,18 @@ class SpeedMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch has arrived: what passed since the last step was waiting."""
+        """Add the time since the last step, which was spent waiting for this batch."""
         self.waited += time.perf_counter() - self.ready
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; the epoch's clock stops at its last one, before validation."""
+        """Count the images; the clock of an epoch stops at its last batch, before validation."""
         self.images += len(batch.image) * trainer.world_size
         self.ready = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the three figures."""
+        """Log throughput, data wait and peak memory."""
         seconds = max(self.ready - self.started, 1e-9)
         figures = {"images_per_second": self.images / seconds, "data_wait": 100 * self.waited / seconds}
         if torch.cuda.is_available():
@@ -52,10 +53,10 @@ class SpeedMonitor(L.Callback):
 
 
 class EpochReport(L.Callback):
-    """One line an epoch, for the terminal and the run's log file."""
+    """Callback that writes one line per epoch to the terminal and the run's log file."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what the epoch gave; runs after the other callbacks have logged."""
+        """Log the epoch's metrics; this runs after the other callbacks have logged theirs."""
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

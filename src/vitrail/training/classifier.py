@@ -1,4 +1,7 @@
-"""The LightningModule: one training step, one validation step, nothing about where they run."""
+"""The LightningModule: training and validation steps, independent of devices and parallelism.
+
+Shapes: B images, C classes, H x W pixels.
+"""
 
 import math
 from typing import Any
@@ -25,7 +28,7 @@ from vitrail_runtime.compat import batches_seen, completed_batches, next_batch
 
 
 class ImageClassifier(L.LightningModule):
-    """Train and validate a backbone.
+    """LightningModule that trains and validates a backbone.
 
     Logs, per epoch: `train/<loss>`, `train/grad_norm`, `train/lr`, `val/loss`, `val/top1`, `val/top5` (in %).
 
@@ -33,11 +36,11 @@ class ImageClassifier(L.LightningModule):
         model: backbone.
         objective: maps (Outputs, Targets) to a dict of losses; see `vitrail.objectives.contract`.
         num_classes: number of classes, C.
-        optimizer: factory of the optimiser; only needed to train.
-        schedule: of the learning rate; only needed to train.
-        mixing: draws how each training batch is mixed; None for none.
-        targets: builds the targets, with a teacher's if it has one; None for the defaults without a teacher.
-        seed: of mixing, and of dropout and drop path, whose draws differ from rank to rank.
+        optimizer: optimiser factory; only needed to train.
+        schedule: learning rate schedule; only needed to train.
+        mixing: draws how each training batch is mixed; None for no mixing.
+        targets: builds the targets, including a teacher's if it has one; None for the defaults without a teacher.
+        seed: seed of mixing, dropout and drop path; the draws differ between ranks.
         compile_mode: mode of `torch.compile` (`default`, `max-autotune`, ...); None runs eagerly. The keys of the state
             dict are the same in both cases.
         grad_checkpointing: recompute activations in the backward pass to save memory.
@@ -66,14 +69,15 @@ class ImageClassifier(L.LightningModule):
             _set_grad_checkpointing(model)
         self.val_metrics = ValidationMetrics(num_classes)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
-        self._epoch_began: int | None = None  # step; None: not yet, nor when a resumed training starts within an epoch
+        # Optimiser step at which the epoch started; None until its first batch, also after resuming within an epoch.
+        self._epoch_start_step: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, C) of images (B, 3, H, W), merged as published if the backbone has several heads."""
+        """Return logits (B, C) for images (B, 3, H, W); several heads are merged as in the backbone's paper."""
         return self.heads(self.model, images).merged()
 
     def token_grid(self, images: Tensor) -> tuple[int, int] | None:
-        """Return rows and columns of patch tokens for images (B, 3, H, W); None without token logits."""
+        """Return the rows and columns of patch tokens for images (B, 3, H, W); None without token logits."""
         if "tokens" not in declared_outputs(self.model):
             return None
         size = (images.shape[-2], images.shape[-1])
@@ -84,7 +88,7 @@ class ImageClassifier(L.LightningModule):
     # Training
 
     def configure_model(self) -> None:
-        """Let a strategy that shards the backbone do so, before its optimiser is built."""
+        """Shard the backbone, if the strategy does that, before the optimiser is built."""
         if shard := getattr(self.trainer.strategy, "shard", None):
             shard(self.model, self.compile_mode)
             self.heads = forward_heads  # the blocks are compiled instead
@@ -94,38 +98,42 @@ class ImageClassifier(L.LightningModule):
         self.targets.to(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the schedule follow from the config, which may ask for more epochs than the checkpoint's did."""
+        """Drop the checkpoint's schedule state: the config decides, and may ask for more epochs than before."""
         checkpoint["lr_schedulers"] = [{} for _ in checkpoint["lr_schedulers"]]
 
     def on_train_start(self) -> None:
-        """Set the rate of the step that comes next."""
+        """Set the learning rate of the next step."""
         if self.schedule is not None and self.trainer.lr_scheduler_configs:
             scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
             epoch, batches = next_batch(self.trainer)
             self.schedule.advance(scheduler, self.current_epoch, self._steps_until(epoch, batches))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout and drop path for this batch and rank, so that a resumed training draws the same."""
+        """Seed dropout and drop path for this batch and rank, and log the learning rate at an epoch's first batch.
+
+        The seed depends on the batch, so that a resumed training draws the same numbers.
+        """
         reseed(*self.batch_key())
-        if self._epoch_began is None:
-            self._epoch_began = self.global_step
+        if self._epoch_start_step is None:
+            self._epoch_start_step = self.global_step
+            # The largest one belongs to the group that layer decay does not scale down.
             lr = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
             self.log("train/lr", lr, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mix a training batch on its device, so that callbacks see what the network sees."""
-        # Lightning's model summary sends its example through here, a bare tensor.
+        """Mix a training batch on its device, so that callbacks get the network's input."""
+        # Lightning's model summary passes its example input, a bare tensor, through this hook.
         if not self.training or self.mixing is None or not hasattr(batch, "mix"):
             return batch
         mix = self.mixing.for_batch(batch.image.shape, self.token_grid(batch.image), self.batch_key())
         return batch if mix is None else batch._replace(image=mix.images(batch.image), mix=mix)
 
     def batch_key(self) -> tuple[int, int, int]:
-        """Random key of the current batch: (seed, batches seen, rank)."""
+        """Return the random key of the current batch: (seed, batches seen, rank)."""
         return self.seed, batches_seen(self.trainer), self.global_rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the scalar loss of one batch."""
+        """Return the scalar loss of a batch of images (B, 3, H, W) and labels (B,)."""
         passes = passes_of(self.objective)
         images = batch.image if passes == 1 else batch.image.repeat(passes, 1, 1, 1)
         box = None if batch.mix is None or batch.mix.token_box is None else batch.mix.token_box.to(images.device)
@@ -143,8 +151,9 @@ class ImageClassifier(L.LightningModule):
         return losses["loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm before clipping, at each epoch's first step and every n-th: it costs time."""
-        if (self.global_step - (self._epoch_began or 0)) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        """Log the gradient norm before clipping, at each epoch's first step and every `log_every_n_steps` steps."""
+        step_of_epoch = self.global_step - (self._epoch_start_step or 0)
+        if step_of_epoch % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # the norm costs time
             grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             self.log(
                 "train/grad_norm",
@@ -156,21 +165,21 @@ class ImageClassifier(L.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Log the learning rate of the epoch's first step (of the group that is not scaled down by layer decay)."""
-        self._epoch_began = None
+        """Mark the start of an epoch; its first batch logs the learning rate."""
+        self._epoch_start_step = None
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]  # Lightning knows no timm scheduler
-        """Optimiser and schedule for the effective batch of this run.
+        """Build the optimiser and the schedule for this run's effective batch size.
 
         Raises:
-            ConfigError: a value cannot work.
+            ConfigError: a value is invalid.
         """
         assert self.optimizer is not None
         assert self.schedule is not None
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError(f"trainer.max_epochs={epochs}: must be at least 1, the schedule depends on it.")
-        steps = self._steps_per_epoch  # opens the loader, if there is no data module
+        steps = self._steps_per_epoch  # must come before `effective_batch`: it opens the loader if there is no data module
         optimizer = self.optimizer.build(self.model, self.effective_batch)
         scheduler = self.schedule.build(optimizer, epochs, steps)
         interval = "step" if self.schedule.per_step else "epoch"
@@ -181,17 +190,20 @@ class ImageClassifier(L.LightningModule):
         return int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or 1)
 
     def _steps_until(self, epoch: int, batches: int) -> int:
-        """Optimiser steps that a training of this size takes so far; a resumed one may have been of another."""
+        """Count the optimiser steps up to a position, at the current batch size.
+
+        `global_step` differs if the training was resumed with another batch size.
+        """
         return epoch * self._steps_per_epoch + math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     @property
     def effective_batch(self) -> int:
-        """Images per optimiser step over all devices."""
+        """Effective batch size: images per optimiser step over all devices."""
         loader: Any = self.trainer.datamodule or self.trainer.train_dataloader  # type: ignore[attr-defined]
         return loader.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
-        """Tell timm's scheduler the number of finished epochs or steps."""
+        """Advance timm's scheduler to the number of finished epochs and steps."""
         assert self.schedule is not None
         batches = completed_batches(self.trainer)
         self.schedule.advance(scheduler, self.current_epoch + 1, self._steps_until(self.current_epoch, batches))
@@ -199,16 +211,16 @@ class ImageClassifier(L.LightningModule):
     # Validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count one batch: images (B, 3, H, W), labels (B,), `IGNORE` where not to count."""
+        """Update the metrics with images (B, 3, H, W) and labels (B,); `IGNORE` marks images to leave uncounted."""
         self.val_metrics.update(self(batch.image).float(), batch.label)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all processes together."""
+        """Log the metrics over all processes."""
         self.log_dict(self.val_metrics.compute_and_reset("val/"), prog_bar=True, sync_dist=True, batch_size=1)
 
 
 class ValidationMetrics(nn.Module):
-    """Mean cross-entropy, top-1 and top-5 over everything that is not labelled `IGNORE`, over all processes.
+    """Mean cross-entropy, top-1 and top-5 of all images not labelled `IGNORE`, over all processes.
 
     Args:
         num_classes: number of classes, C.
@@ -221,18 +233,18 @@ class ValidationMetrics(nn.Module):
             k = min(k, num_classes)
             return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
 
-        self.loss = MeanMetric(nan_strategy="disable")  # a NaN loss must show
+        self.loss = MeanMetric(nan_strategy="disable")  # do not hide a NaN loss
         self.accuracies = MetricCollection({"top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add logits (B, C) and labels (B,)."""
+        """Add a batch of logits (B, C) and labels (B,)."""
         counted = labels != IGNORE
         # No weights: with nan_strategy="disable", torchmetrics ignores them.
         self.loss.update(nn.functional.cross_entropy(logits[counted], labels[counted], reduction="none"))
         self.accuracies.update(logits, labels)
 
     def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:
-        """Return the loss, and the accuracies in %, since the last call."""
+        """Return the scalar loss and the accuracies in % since the last call."""
         values = {name: 100 * value for name, value in self.accuracies.compute().items()}
         result = {f"{prefix}{name}": value for name, value in {"loss": self.loss.compute(), **values}.items()}
         self.loss.reset()

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, measured beside the raw ones."""
+"""Exponential moving average (EMA) of the weights, validated together with the raw weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +14,23 @@ from vitrail.training.classifier import ImageClassifier, ValidationMetrics
 
 
 class EMA(L.Callback):
-    """Average the backbone's weights and BatchNorm's statistics, and validate both weights on the same batches.
+    """Callback that keeps EMA weights and BatchNorm statistics, and validates EMA and raw weights on the same batches.
 
-    A decay for long trainings (.9999 and more) keeps the random start for thousands of steps, and the average near
-    0 % for the first epochs. Here the decay after t updates is min(decay, (1 + t) / (10 + t)), as in TensorFlow's
-    ExponentialMovingAverage; a long training is at its full decay after 10 / (1 - decay) steps.
+    With a decay for long trainings (.9999 and more), the random initial weights dominate the EMA for thousands of
+    steps, and its accuracy stays near 0 % for the first epochs. The decay is therefore warmed up: after t updates it is
+    min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage. It reaches its full value after about
+    10 / (1 - decay) steps.
 
-    Where a strategy shards the weights, each process averages its shard, which Lightning's own averaging cannot.
+    If a strategy shards the weights, each process keeps the EMA of its shard; Lightning's callback does not support
+    this.
 
-    In a checkpoint `state_dict` holds the average and `current_model_state` the raw weights (Lightning's layout).
+    In a checkpoint, `state_dict` holds the EMA weights and `current_model_state` the raw weights (Lightning's layout).
     Logs `val/loss_ema`, `val/top1_ema`, `val/top5_ema`.
 
     Args:
-        decay: of the average per optimiser step.
-        warmup: let the decay warm up; False starts with it, as DeiT, T2T-ViT and LV-ViT did.
-        device: where the average is kept; None keeps it beside the model, `cpu` saves device memory.
+        decay: EMA decay per optimiser step.
+        warmup: warm up the decay; False uses the full decay from the start, as DeiT, T2T-ViT and LV-ViT did.
+        device: device of the EMA weights; None keeps them on the model's device, `cpu` saves GPU memory.
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True, device: str | None = None) -> None:
@@ -36,11 +38,11 @@ class EMA(L.Callback):
             raise ConfigError(f"callbacks.ema.decay={decay}: must lie in [0, 1).")
         self.decay, self.warmup, self.device = decay, warmup, device
         self.average: dict[str, Tensor] = {}
-        """By name in the backbone's state dict; what the training has not begun yet lacks."""
+        """EMA weights by their name in the backbone's state dict; empty until the training starts."""
         self.updates = self._step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
-        """Begin with the weights at hand, unless a checkpoint was read; the model is on its device now."""
+        """Start from the current weights, unless a checkpoint was loaded; the model is on its device by now."""
         self._begin(pl_module)
         if self.device is None:
             now = _state(pl_module.model)
@@ -48,7 +50,7 @@ class EMA(L.Callback):
         self.metrics = ValidationMetrics(pl_module.num_classes).to(pl_module.device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A resumed training has steps behind it."""
+        """Start counting at the current step, which is not 0 in a resumed training."""
         self._step = trainer.global_step
 
     def _begin(self, pl_module: ImageClassifier) -> None:
@@ -62,7 +64,7 @@ class EMA(L.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ImageClassifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average where the batch ended an optimiser step; the first update copies."""
+        """Update the EMA weights if the batch completed an optimiser step; the first update copies the weights."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -72,20 +74,20 @@ class EMA(L.Callback):
             if averaged.is_floating_point() and self.updates:
                 floats[0].append(averaged)
                 floats[1].append(current.to(averaged.device))
-            else:  # also counters of BatchNorm
+            else:  # the first update, and BatchNorm's integer counters
                 averaged.copy_(current)
         if floats[0]:
             torch._foreach_lerp_(*floats, 1 - decay)
         self.updates += 1
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of each average and of what it is of."""
+        """Return this process's part of each EMA tensor, paired with the current tensor."""
         now = _state(model)
         return ((local(averaged), local(now[name])) for name, averaged in self.average.items())
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
-        """Let `model` have the averaged weights for a while."""
+        """Load the EMA weights into `model` within the block, and restore the raw weights after it."""
         self._exchange(model)
         try:
             yield
@@ -108,20 +110,20 @@ class EMA(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch with the averaged weights."""
+        """Update the metrics of the EMA weights with the batch."""
         if not self.average:
             return
         with self.averaged(pl_module.model), trainer.precision_plugin.val_step_context():
             self.metrics.update(pl_module(batch.image).float(), batch.label)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the average's metrics of all processes together."""
+        """Log the metrics of the EMA weights over all processes."""
         if self.average:
             values = {f"{name}_ema": value for name, value in self.metrics.compute_and_reset("val/").items()}
             pl_module.log_dict(values, sync_dist=True, batch_size=1)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average where readers look first, and the raw weights beside it."""
+        """Save the EMA weights as `state_dict`, and the raw weights as `current_model_state`."""
         raw = checkpoint["state_dict"]
         checkpoint["current_model_state"] = raw
         checkpoint["state_dict"] = {**raw, **{f"model.{name}": tensor for name, tensor in self.average.items()}}
@@ -130,7 +132,7 @@ class EMA(L.Callback):
     def on_load_checkpoint(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ImageClassifier, checkpoint: dict[str, Any]
     ) -> None:
-        """Take average and raw weights from a checkpoint; one without an average gives its weights to both."""
+        """Load EMA and raw weights from a checkpoint; without EMA weights in it, both start from its weights."""
         self._begin(pl_module)
         saved = checkpoint["state_dict"]
         with torch.no_grad():
@@ -142,7 +144,7 @@ class EMA(L.Callback):
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights and statistics themselves, not copies; where they are sharded, their shards."""
-    if reshard := getattr(model, "reshard", None):  # after a forward pass the outermost may still be whole
+    """Return the state dict without copying; sharded weights as shards."""
+    if reshard := getattr(model, "reshard", None):  # after a forward pass the root module's weights may be unsharded
         reshard()
     return model.state_dict()

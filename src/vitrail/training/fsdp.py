@@ -1,4 +1,4 @@
-"""Fully sharded data parallel: weights, gradients and moments cut over the processes, gathered block by block."""
+"""Fully sharded data parallel (FSDP): weights, gradients and moments sharded over the processes, block by block."""
 
 import secrets
 import shutil
@@ -25,23 +25,23 @@ from vitrail.errors import ConfigError
 from vitrail.models.heads import bind_forward_outputs, declared_outputs
 from vitrail.training.classifier import ImageClassifier
 
-_STACKS = ("blocks", "stages", "layers")  # where timm's backbones keep what is to be gathered one by one
+_STACKS = ("blocks", "stages", "layers")  # attributes in which timm's backbones keep their blocks
 
 
 class FSDP(ModelParallelStrategy):
-    """PyTorch's `fully_shard` (FSDP2; Zhao et al., "PyTorch FSDP", arXiv:2304.11277) of every block of a backbone.
+    """Strategy that applies PyTorch's `fully_shard` (FSDP2; Zhao et al., arXiv:2304.11277) to every block.
 
-    Each process holds 1/N of weights, gradients and optimiser state, and gathers a block's weights while it computes
-    with them. In bf16-mixed, weights travel and compute in bf16 and gradients are summed in float32. Unlike
-    Lightning's FSDPStrategy it also runs on CPUs.
+    Each of N processes holds 1/N of the weights, gradients and optimiser state, and gathers a block's weights only
+    while it computes with them. In bf16-mixed, weights are gathered and used in bf16, and gradients are reduced in
+    float32. Unlike Lightning's FSDPStrategy, it also runs on CPUs.
 
-    A checkpoint's tensors are written by all processes, each its own rows, and read back by any number of processes,
-    of whatever strategy, as theirs are by this one (`vitrail.checkpoints.shards`).
+    Each process writes its own rows of a checkpoint's tensors. Any number of processes with any strategy can load such
+    a checkpoint, and this strategy can load theirs (`vitrail.checkpoints.shards`).
 
     Args:
         reshard_after_forward: free a block's weights after its forward pass and gather them again for its backward
             pass; False keeps them, for more memory and a third less communication.
-        offload: keep shards and optimiser in the memory of the machine, and bring them to the GPU when needed; slow.
+        offload: keep shards and optimiser state in CPU memory, and copy them to the GPU when needed; slow.
     """
 
     def __init__(self, reshard_after_forward: bool = True, offload: bool = False) -> None:
@@ -50,32 +50,32 @@ class FSDP(ModelParallelStrategy):
         self.reshard_after_forward, self.offload = reshard_after_forward, offload
 
     def setup_environment(self) -> None:
-        """Start the processes' group; all of them share one copy of the model.
+        """Start the process group; all processes shard one model.
 
         Raises:
-            ConfigError: there is nothing to train.
+            ConfigError: the module is not a training.
         """
         if not isinstance(self.lightning_module, ImageClassifier):
-            raise ConfigError("strategy=fsdp: is for training; trainer=ddp_8gpu evaluates on several devices.")
+            raise ConfigError("strategy=fsdp: works for training only; evaluate with trainer=ddp_8gpu.")
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     @property
     def mesh(self) -> Any:
-        """The processes, as PyTorch groups them."""
+        """Device mesh of the processes that shard the model."""
         return self.device_mesh["data_parallel"]
 
     def shard(self, model: nn.Module, compile_mode: str | None = None) -> None:
-        """Cut the weights of `model` over the processes, each block by itself; blocks are compiled one by one.
+        """Shard the weights of `model` over the processes, block by block, and compile each block if asked to.
 
         Raises:
-            ConfigError: a backbone without blocks, or a precision that does not work so.
+            ConfigError: the backbone has no blocks, or the precision is not supported.
         """
         if isinstance(model, FSDPModule):
             return
         precision = str(self.precision_plugin.precision)
         if precision not in ("32-true", "bf16-mixed"):
-            raise ConfigError(f"trainer.precision={precision}: strategy=fsdp works in bf16-mixed and 32-true.")
+            raise ConfigError(f"trainer.precision={precision}: strategy=fsdp supports bf16-mixed and 32-true only.")
         dtype = torch.bfloat16 if precision == "bf16-mixed" else None
         pinned = torch.cuda.is_available()
         options: dict[str, Any] = {
@@ -89,16 +89,16 @@ class FSDP(ModelParallelStrategy):
                 block.compile(mode=compile_mode)
             fully_shard(block, **options)
         fully_shard(model, **options)
-        if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo gives the sum where the mean is asked for
+        if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo returns the sum if asked for the mean
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
-        if declared_outputs(model) != {"cls"}:  # gather the outermost weights also where the heads are asked for apart
+        if declared_outputs(model) != {"cls"}:  # gather the root module's weights for `forward_outputs` too
             bind_forward_outputs(model)
             register_fsdp_forward_method(model, "forward_outputs")
 
     def model_to_device(self) -> None:
-        """Move what is not sharded; what is offloaded stays where it is."""
+        """Move everything that is not sharded to the device; offloaded weights stay on the CPU."""
         module = self.lightning_module
         assert isinstance(module, ImageClassifier)
         if not self.offload:
@@ -114,23 +114,27 @@ class FSDP(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning gives back what `load_checkpoint` read, as for other strategies."""
+        """True: Lightning restores the optimiser state that `load_checkpoint` returns, as for other strategies."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's weights; those of the backbone are shards."""
+        """Return the module's weights; the backbone's as shards."""
         module = self.lightning_module
         assert isinstance(module, ImageClassifier)
         assert isinstance(module.model, FSDPModule)
-        module.model.reshard()  # after a forward pass the outermost may still be whole
+        module.model.reshard()  # after a forward pass the root module's weights may be unsharded
         return module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state; moments are shards."""
+        """Return the optimiser state; moments as shards."""
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write every process's shard, and then the file that names them, in place of which older shards go."""
+        """Write the shard of every process, then the file that refers to them; this replaces the older checkpoint.
+
+        Raises:
+            ConfigError: the shards cannot be written.
+        """
         path = Path(self.broadcast(str(filepath)))
         folder = path.with_name(f"{path.name}.shards-{self.broadcast(secrets.token_hex(4))}")
         whole, parts = take_out(checkpoint)
@@ -141,16 +145,16 @@ class FSDP(ModelParallelStrategy):
             failed = error
         if self._any(failed is not None):
             self._remove(folder)
-            reason = failed.strerror if failed else "as another process says"
-            raise ConfigError(f"{folder}: cannot be written ({reason}); the last good checkpoint is still there.")
+            reason = failed.strerror if failed else "reported by another process"
+            raise ConfigError(f"{folder}: cannot be written ({reason}). The previous checkpoint is still there.")
         if self.is_global_zero:
             whole[FOLDER_KEY] = {"folder": folder.name, "count": self.world_size}
             self.checkpoint_io.save_checkpoint(whole, path)
             self.checkpoint_io.teardown()  # waits until it is written
-        self.barrier("checkpoint")  # nobody reads or writes the next one before this one is whole
+        self.barrier("checkpoint")  # no process may read or write a checkpoint before this one is complete
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove the file and its shards."""
+        """Remove a checkpoint and its shards."""
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
             for folder in Path(filepath).parent.glob(f"{Path(filepath).name}.shards-*"):
@@ -161,15 +165,15 @@ class FSDP(ModelParallelStrategy):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _any(self, flag: bool) -> bool:
-        told = torch.tensor(int(flag), device=self.root_device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return bool(told)
+        reduced = torch.tensor(int(flag), device=self.root_device)
+        torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX)
+        return bool(reduced)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of any strategy, this process's rows of it where the tensors of the training are cut.
+        """Read a checkpoint of any strategy; of sharded tensors, only this process's rows.
 
         Raises:
-            ConfigError: it cannot be read, or its parts are missing.
+            ConfigError: the file cannot be read, or shards are missing.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         rows = rows_of(self.mesh.get_local_rank(), self.mesh.size())
@@ -184,35 +188,35 @@ class FSDP(ModelParallelStrategy):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy what `load_checkpoint` read into the module."""
+        """Load the weights that `load_checkpoint` returned into the module."""
         assert self.lightning_module is not None
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Copy what `load_checkpoint` read into the optimisers; moments stay beside their weights."""
+        """Load the state that `load_checkpoint` returned into the optimisers; moments stay on their weights' device."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
 
 
 def _cut_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Cut what an optimiser remembers of a parameter as that parameter is cut, in place."""
+    """Shard the moments in an optimiser's state as their parameters are sharded, in place."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, remembered in state["state"].items():
-        for name, value in remembered.items():
+    for number, moments in state["state"].items():
+        for name, value in moments.items():
             if isinstance(value, Tensor):
-                remembered[name] = cut_like(value, parameters[number])
+                moments[name] = cut_like(value, parameters[number])
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a backbone, in their order.
+    """Yield the repeated blocks of a backbone in order.
 
     Raises:
-        ConfigError: there are none to be found.
+        ConfigError: the backbone has no blocks.
     """
     stacks = [getattr(model, name) for name in _STACKS if isinstance(getattr(model, name, None), nn.Module)]
     if not stacks:
         raise ConfigError(
-            f"strategy=fsdp: {type(model).__name__} keeps no blocks in {', '.join(_STACKS)}; strategy=ddp trains it."
+            f"strategy=fsdp: {type(model).__name__} has no blocks in {', '.join(_STACKS)}; use strategy=ddp instead."
         )
     for stack in stacks:
         yield from stack.children()

@@ -1,4 +1,4 @@
-"""Numbers going bad: a loss or gradient that is no number is caught before the optimiser uses it."""
+"""Callback that catches a NaN or infinite loss or gradient before the optimiser step."""
 
 import logging
 import math
@@ -22,24 +22,24 @@ log = logging.getLogger(__name__)
 
 
 class NonfiniteGuard(L.Callback):
-    """Look at the loss and at the norm of the gradient of every optimiser step, on all processes alike.
+    """Callback that checks the loss and the gradient norm of every optimiser step, on all processes.
 
-    Where one is NaN or infinite, the module that gave the first such number is named, and `path` keeps what it takes to
-    see it again: batches, random key, weights. Then, as `on_bad` says:
+    If one of them is NaN or infinite, the callback finds the module that produced the first such number, and saves the
+    batches, random key and weights to `path`, so that the step can be reproduced. Then it acts by `on_bad`:
 
-    - `stop`: the training ends.
-    - `skip`: the step is left out, as are its traces in BatchNorm's statistics.
-    - `rollback`: weights, average and moments return to the last checkpoint; the data goes on, and from there every
-      learning rate is `factor` times what the schedule says.
+    - `stop`: end the training.
+    - `skip`: skip the step and undo its update of BatchNorm's statistics.
+    - `rollback`: restore weights, EMA weights and moments from the last checkpoint. The training continues with the
+      next batch, and every learning rate of the schedule is multiplied by `factor`.
 
-    With fp16's loss scaling, which finds its scale by such steps, only the loss is looked at.
+    With fp16 loss scaling, which produces such gradients while it searches for its scale, only the loss is checked.
 
     Args:
-        path: file.
-        last: checkpoint to return to.
+        path: file to save a bad step to.
+        last: checkpoint to roll back to.
         on_bad: what to do.
-        limit: steps left out in a row, or returns in all, before the training ends nevertheless.
-        factor: of the learning rate after a return.
+        limit: maximum number of skipped steps in a row, or of rollbacks in total, before the training ends.
+        factor: factor of the learning rate after a rollback.
     """
 
     def __init__(
@@ -61,35 +61,35 @@ class NonfiniteGuard(L.Callback):
         self._loss = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and what became of the learning rate."""
+        """Return the counts and the factor of the learning rate."""
         return {"skipped": self.skipped, "returns": self.returns, "lr_scale": self.lr_scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a resumed training."""
+        """Restore the state of a resumed training."""
         self.skipped, self.returns = state_dict["skipped"], state_dict["returns"]
         self.lr_scale = state_dict["lr_scale"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep a lowered learning rate low."""
+        """Apply the learning rate factor of earlier rollbacks."""
         if self.lr_scale != 1:
             _scale_rates(trainer, self.lr_scale)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ImageClassifier, batch: Any, batch_idx: int
     ) -> None:
-        """Remember what the step is made of."""
+        """Keep the batches of the step, and BatchNorm's statistics before it."""
         if not self._batches and self.on_bad == "skip":
             self._statistics = [buffer.clone() for buffer in pl_module.model.buffers()]
         self._batches.append((batch, pl_module.batch_key()))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Remember the loss."""
+        """Add up the loss of the step."""
         self._loss = self._loss + loss.detach()  # type: ignore[assignment]
 
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ImageClassifier, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look, and act."""
+        """Check the loss and the gradient norm, and act by `on_bad`."""
         batches, self._batches = self._batches, []
         loss, self._loss = torch.as_tensor(self._loss, dtype=torch.float32), 0.0
         grads = [parameter.grad for parameter in pl_module.model.parameters() if parameter.grad is not None]
@@ -107,8 +107,8 @@ class NonfiniteGuard(L.Callback):
     def _describe(
         self, trainer: L.Trainer, pl_module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]], loss: float
     ) -> str:
-        """What happened where; keeps it in the file."""
-        what = f"a loss of {loss}" if not math.isfinite(loss) else "a gradient that is not finite"
+        """Save the bad step to the file, and return a sentence about what happened where."""
+        what = f"a loss of {loss}" if not math.isfinite(loss) else "a non-finite gradient"
         where = first_bad(pl_module, batches, trainer.precision_plugin.forward_context)
         weights = {name: gathered(tensor) for name, tensor in pl_module.model.state_dict().items()}
         path = self.path
@@ -126,30 +126,30 @@ class NonfiniteGuard(L.Callback):
         return f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}: {what}, first in {where}"
 
     def _act(self, trainer: L.Trainer, pl_module: ImageClassifier, sentence: str) -> None:
-        kept = f"{sentence}; kept in {self.path}"
+        saved = f"{sentence}; saved to {self.path}"
         if self.on_bad == "stop":
-            raise TrainingError(f"{kept}. callbacks.nonfinite_guard.on_bad=skip or rollback goes on.")
+            raise TrainingError(f"{saved}. To continue anyway, set callbacks.nonfinite_guard.on_bad=skip or rollback.")
         if self.on_bad == "skip":
             self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
             if self.in_a_row > self.limit:
-                raise TrainingError(f"{kept}. {self.limit} steps in a row were left out before.")
-            log.warning("%s. Step left out, the %d. of this training.", kept, self.skipped)
+                raise TrainingError(f"{saved}. The last {self.limit} steps had already been skipped.")
+            log.warning("%s. Step skipped; %d skipped so far.", saved, self.skipped)
             for buffer, before in zip(pl_module.model.buffers(), self._statistics, strict=True):
                 buffer.copy_(before)
         else:
             self.returns += 1
             if self.returns > self.limit:
-                raise TrainingError(f"{kept}. The training had returned {self.limit} times before.")
+                raise TrainingError(f"{saved}. The training had already been rolled back {self.limit} times.")
             if not self.last.is_file():
-                raise TrainingError(f"{kept}. There is no checkpoint yet to return to.")
+                raise TrainingError(f"{saved}. There is no checkpoint yet to roll back to.")
             self.lr_scale *= self.factor
-            self._return(trainer, pl_module)
-            log.warning("%s. Back to %s, learning rate times %g.", kept, self.last, self.lr_scale)
+            self._roll_back(trainer, pl_module)
+            log.warning("%s. Rolled back to %s; learning rate times %g.", saved, self.last, self.lr_scale)
         pl_module.zero_grad(set_to_none=True)
 
-    def _return(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:
-        """Take weights, average and moments out of the last checkpoint, and lower the learning rate."""
-        trainer.strategy.checkpoint_io.teardown()  # the first process may be writing
+    def _roll_back(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:
+        """Restore weights, EMA weights and moments from the last checkpoint, and lower the learning rate."""
+        trainer.strategy.checkpoint_io.teardown()  # the first process may still be writing
         trainer.strategy.barrier("rollback")
         checkpoint = trainer.strategy.load_checkpoint(self.last, weights_only=True)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ class NonfiniteGuard(L.Callback):
 
 
 def _scale_rates(trainer: L.Trainer, factor: float) -> None:
-    """Multiply the learning rate, now and all that timm's schedule will give."""
+    """Multiply the current learning rate, and all later ones of timm's schedule, by `factor`."""
     for group in trainer.optimizers[0].param_groups:
         group["lr"] *= factor
     for config in trainer.lr_scheduler_configs:
@@ -178,7 +178,7 @@ def _scale_rates(trainer: L.Trainer, factor: float) -> None:
 
 
 def _plain(batch: Batch, num_classes: int) -> dict[str, Any]:
-    """A batch as dicts, lists and tensors, which load without trust."""
+    """Return a batch as dicts, lists and tensors, which `torch.load(weights_only=True)` can read."""
     parts: dict[str, Any] = {"image": batch.image, "label": batch.label, "key": list(batch.key)}
     if batch.mix is not None:
         parts["mixed_label"] = TargetBuilder.class_labels(batch, num_classes)
@@ -189,12 +189,12 @@ def _plain(batch: Batch, num_classes: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]], context: Any) -> str:
-    """Where the first number that is not finite comes from: a weight, the images, a module, the loss or a gradient.
+    """Name the source of the first non-finite number: a weight, the images, a module, the loss or a gradient.
 
-    Every process computes every batch, whatever it has found: a sharded model needs them all.
+    Every process computes every batch, even after it has found the source, because a sharded model needs all processes.
     """
     found = [
-        f"the weight {name}, which was so before this step"
+        f"the weight {name}, which was already non-finite before this step"
         for name, parameter in module.model.named_parameters()
         if _is_bad(parameter)
     ]
@@ -214,7 +214,7 @@ def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]
             bad = [name for name, image in zip(batch.key, batch.image, strict=True) if not image.isfinite().all()]
             found.append(f"the images {', '.join(bad[:3])}")
         handles = [part.register_forward_hook(look(name)) for name, part in module.model.named_modules() if name]
-        reseed(*key)  # the same dropout and drop path
+        reseed(*key)  # draws the same dropout and drop path as the step
         with context():
             forward_heads(module.model, batch.image)
         for handle in handles:

@@ -1,4 +1,4 @@
-"""The optimiser of a recipe: timm's factory by name, the learning rate scaled to the effective batch."""
+"""Optimisers of the recipes: timm's by name, with the learning rate scaled to the effective batch size."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,19 +13,19 @@ _LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch r
 
 
 class OptimizerFactory:
-    """Build an optimiser once the effective batch is known.
+    """Factory that builds an optimiser once the effective batch size is known.
 
-    One-dimensional parameters, biases and what the model's `no_weight_decay()` names get no weight decay, as in the
-    published recipes.
+    One-dimensional parameters, biases and the parameters in the model's `no_weight_decay()` get no weight decay, as in
+    the published recipes.
 
     Args:
-        name: any name that `timm.optim.list_optimizers()` shows.
+        name: any name in `timm.optim.list_optimizers()`.
         lr: base learning rate.
-        weight_decay: for the parameters that have one.
-        lr_scaling: `linear`: lr x batch / reference; `sqrt`: lr x its root; `none`: lr as it is.
-        lr_reference_batch: effective batch that `lr` is given for, in images.
-        layer_decay: factor of the learning rate from each block to the one before it; None for one rate.
-        backbone_lr_scale: factor of the learning rate of all but the classifiers, for transfer to a new task.
+        weight_decay: weight decay of the parameters that are not exempt from it.
+        lr_scaling: `linear` multiplies `lr` by batch / reference, `sqrt` by the square root of that; `none` keeps `lr`.
+        lr_reference_batch: effective batch size, in images, that `lr` is meant for.
+        layer_decay: factor of the learning rate from each block to the one before it; None uses one learning rate.
+        backbone_lr_scale: factor of the learning rate of all parameters but the classifiers', for fine-tuning.
         decay_also: names of parameters that get weight decay although the model exempts them.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
 
@@ -53,18 +53,18 @@ class OptimizerFactory:
         self.options = options
 
     def scaled_lr(self, effective_batch: int) -> float:
-        """Peak learning rate for `effective_batch` images per optimiser step, over all devices."""
+        """Return the peak learning rate for `effective_batch` images per optimiser step, over all devices."""
         return self.lr * (effective_batch / self.lr_reference_batch) ** _LR_RULES[self.lr_scaling]
 
     def build(self, model: nn.Module, effective_batch: int) -> torch.optim.Optimizer:
-        """The optimiser over all trainable parameters of `model`.
+        """Build the optimiser for all trainable parameters of `model`.
 
         Raises:
-            ConfigError: timm knows no such optimiser, or it does not take one of the options.
+            ConfigError: timm has no such optimiser, or it does not accept one of the options.
         """
         names = {name for name, _ in model.named_parameters()}
         if unknown := [name for name in self.decay_also if name not in names]:
-            raise ConfigError(f"optimizer.decay_also: {unknown[0]} is no parameter of {type(model).__name__}.")
+            raise ConfigError(f"optimizer.decay_also: {unknown[0]} is not a parameter of {type(model).__name__}.")
         lr = self.scaled_lr(effective_batch)
         try:
             optimizer = create_optimizer_v2(
@@ -80,8 +80,8 @@ class OptimizerFactory:
         return optimizer
 
     def _keep_settings(self, optimizer: Any) -> None:
-        """Let a checkpoint bring moments and counts, but none of these settings: a resumed run has its config's."""
-        base = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        """Keep the config's settings when a checkpoint is loaded; only moments and counts come from the checkpoint."""
+        base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps another optimiser
         keys = {"lr", "lr_scale", "weight_decay", *self.options}
         settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
 
@@ -101,16 +101,16 @@ class OptimizerFactory:
             return groups
         heads = model.get_classifier()
         classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
-        own = {id(parameter) for head in classifiers if head is not None for parameter in head.parameters()}
+        of_heads = {id(parameter) for head in classifiers if head is not None for parameter in head.parameters()}
         return [
             {**group, "params": members, "lr": lr * factor}
             for group in groups
             for factor, chosen in ((1.0, True), (self.backbone_lr_scale, False))
-            if (members := [parameter for parameter in group["params"] if (id(parameter) in own) == chosen])
+            if (members := [parameter for parameter in group["params"] if (id(parameter) in of_heads) == chosen])
         ]
 
     def describe(self, effective_batch: int) -> str:
-        """One line for the log: a recipe run at another batch is the most common way to break it."""
+        """Return one line for the log, so that a wrong effective batch size, a common mistake, is easy to spot."""
         lr = f"lr {self.scaled_lr(effective_batch):.3g}"
         if self.lr_scaling != "none":
             lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"

@@ -1,4 +1,7 @@
-"""What a backbone says of each image of an evaluation, on any number of processes."""
+"""Predictions of a backbone for each image of an evaluation, gathered from any number of processes.
+
+Shapes: B images of a batch, N images in total, C classes, K most likely classes of an image, H x W pixels.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,22 +18,22 @@ from vitrail.types import IGNORE, Batch
 
 
 class Predictions(NamedTuple):
-    """One row an image; classes are counted as the backbone does."""
+    """Predictions with one row per image; class indices are the backbone's."""
 
     keys: list[str]
-    labels: NDArray[np.int64]  # (N,) of the data set
+    labels: NDArray[np.int64]  # (N,) labels of the data set
     losses: NDArray[np.float64]  # (N,) cross-entropy with the label
-    classes: NDArray[np.int64]  # (N, K) the likeliest, K = 5 or all there are
-    probabilities: NDArray[np.float64]  # (N, K) theirs
+    classes: NDArray[np.int64]  # (N, K) most likely classes; K = 5, or fewer if there are fewer classes
+    probabilities: NDArray[np.float64]  # (N, K) probabilities of these classes
 
 
 class Predictor(L.LightningModule):
-    """Validate a backbone and keep, in `predictions`, what it says of each image; the same on every process.
+    """LightningModule that collects the predictions for all validation images, the same on every process.
 
     Args:
         model: backbone.
-        chosen: the backbone's class of each class of the data; None where both count alike.
-        among: classes of the backbone to choose among; None for all. Probabilities are of these alone.
+        chosen: the backbone's class index of each class of the data; None if the indices are the same.
+        among: the backbone's classes to predict; None for all. Probabilities sum to 1 over these classes.
     """
 
     predictions: Predictions
@@ -45,16 +48,16 @@ class Predictor(L.LightningModule):
         self._parts: list[tuple[list[str], Tensor, Tensor, Tensor, Tensor]] = []
 
     def on_validation_epoch_start(self) -> None:
-        """Forget an earlier validation."""
+        """Discard the predictions of an earlier validation."""
         self._parts = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep what is said of one batch: images (B, 3, H, W), labels (B,), `IGNORE` where not to count."""
+        """Predict images (B, 3, H, W) with labels (B,); images labelled `IGNORE` are not counted."""
         logits = forward_heads(self.model, batch.image).merged().float()
         if self._among is not None:
-            left = torch.full_like(logits, -torch.inf)
-            left[:, self._among] = logits[:, self._among]
-            logits = left
+            masked = torch.full_like(logits, -torch.inf)
+            masked[:, self._among] = logits[:, self._among]
+            logits = masked
         counted = batch.label.cpu() != IGNORE
         labels = batch.label.cpu()[counted]
         labels = labels if self._chosen is None else self._chosen[labels]
@@ -64,7 +67,7 @@ class Predictor(L.LightningModule):
         self._parts.append((keys, labels, F.nll_loss(scores, labels, reduction="none"), best.indices, best.values))
 
     def on_validation_epoch_end(self) -> None:
-        """Bring the images of all processes together."""
+        """Gather the predictions of all processes, sorted by key."""
         parts = self._parts
         if self.trainer.world_size > 1:
             gathered: list[list[tuple[list[str], Tensor, Tensor, Tensor, Tensor]]] = [[]] * self.trainer.world_size

@@ -1,4 +1,4 @@
-"""The cosine schedule of the papers (Loshchilov and Hutter, arXiv:1608.03983), as timm computes it."""
+"""The cosine learning rate schedule (Loshchilov and Hutter, arXiv:1608.03983), computed by timm."""
 
 import logging
 from dataclasses import InitVar, dataclass
@@ -13,24 +13,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up, cosine, cooldown.
+    """Learning rate schedule: linear warm-up, cosine, cooldown.
 
-    The cosine's clock starts at epoch 0, so the first epoch after the warm-up is slightly below the peak, as in DeiT,
-    T2T-ViT and LV-ViT; with `warmup_prefix` it starts at the peak after the warm-up, as in Google's trainings.
+    The cosine is counted from epoch 0, so that the first epoch after the warm-up is slightly below the peak, as in
+    DeiT, T2T-ViT and LV-ViT. With `warmup_prefix` the cosine is counted from the end of the warm-up and starts at the
+    peak, as in Google's trainings.
 
     Attributes:
         warmup_epochs: length of the warm-up.
-        warmup_lr: learning rate that it starts from, not scaled with the batch.
-        min_lr: learning rate at the end of the cosine and during the cooldown, not scaled with the batch.
-        cooldown_epochs: epochs at `min_lr` at the end; the cosine takes the others.
-        per_step: change the rate after each optimiser step rather than after each epoch.
-        warmup_prefix: let the cosine begin after the warm-up.
-        epoch_lag: give each epoch the rate of the one before it, as DeiT's and DeiT-III's code does: epochs 0
-            and 1 both run at `warmup_lr`.
-        late: the earlier name of `epoch_lag`, for code.
+        warmup_lr: learning rate at the start of the warm-up, not scaled with the batch size.
+        min_lr: learning rate at the end of the cosine and during the cooldown, not scaled with the batch size.
+        cooldown_epochs: epochs at `min_lr` at the end; the cosine covers the other epochs.
+        per_step: change the learning rate after each optimiser step rather than after each epoch.
+        warmup_prefix: start the cosine after the warm-up.
+        epoch_lag: use the learning rate of the previous epoch, as DeiT's and DeiT-III's code does: epochs 0 and 1 both
+            run at `warmup_lr`.
+        late: deprecated name of `epoch_lag`, for Python code.
 
     Raises:
-        ConfigError: `epoch_lag` with `per_step`, which no recipe combines.
+        ConfigError: `epoch_lag` and `per_step` are both set; no recipe combines them.
     """
 
     warmup_epochs: float = 5
@@ -46,17 +47,20 @@ class CosineSchedule:
         if late:
             object.__setattr__(self, "epoch_lag", True)
         if self.epoch_lag and self.per_step:
-            raise ConfigError("schedule.epoch_lag=true: counts epochs; set schedule.per_step=false.")
+            raise ConfigError("schedule.epoch_lag=true: needs a per-epoch schedule; set schedule.per_step=false.")
 
     def build(self, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> CosineLRScheduler:
-        """The scheduler for a training of `epochs` epochs in all.
+        """Build timm's scheduler for a training of `epochs` epochs in total.
 
         Raises:
-            ConfigError: nothing is left for the cosine.
+            ConfigError: the cooldown leaves no epoch for the cosine.
         """
         cosine_epochs = epochs - self.cooldown_epochs
         if cosine_epochs <= 0:
-            raise ConfigError(f"schedule.cooldown_epochs={self.cooldown_epochs}: leaves none of {epochs} epochs.")
+            raise ConfigError(
+                f"schedule.cooldown_epochs={self.cooldown_epochs}: leaves none of the {epochs} epochs for the cosine;"
+                " lower it or raise epochs."
+            )
         warmup_epochs = self.warmup_epochs
         if warmup_epochs >= cosine_epochs:
             warmup_epochs = cosine_epochs / 2
@@ -79,6 +83,6 @@ class CosineSchedule:
         )
 
     def advance(self, scheduler: CosineLRScheduler, epochs: int, steps: int) -> None:
-        """Set the rate for what comes after `epochs` whole epochs and `steps` optimiser steps."""
+        """Set the learning rate of the step after `epochs` finished epochs and `steps` optimiser steps."""
         scheduler.step(max(0, epochs - 1) if self.epoch_lag else epochs)
         scheduler.step_update(steps)

@@ -1,7 +1,10 @@
-"""Targets of a batch, built in one place: from labels, label maps with views, mixing and teachers.
+"""Build the targets of a batch from labels, label maps, mixing and teachers.
 
-Numerically as the official token-labelling code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59), except where
-docs/fidelity.md says otherwise. An objective gets what it declares (`vitrail.objectives.contract`) and nothing else.
+The numbers equal those of the official token-labelling code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59);
+docs/fidelity.md lists the exceptions. An objective gets the targets that it declares (`vitrail.objectives.contract`)
+and nothing else.
+
+Shapes: B images, C classes, N patch tokens, D features.
 """
 
 from typing import Any
@@ -20,20 +23,20 @@ _GROUND_TRUTH = ("none", "published", "intended")
 
 
 class TargetBuilder:
-    """Builds the `Targets` of a batch on the training device.
+    """Builder of the `Targets` of a batch on the training device.
 
     Args:
-        smoothing: of token targets and of the class token's target beside them, in [0, 1). (Cross-entropy on plain
-            labels has a smoothing of its own.)
+        smoothing: label smoothing of the token targets and of the class token's target that comes with them, in [0, 1).
+            (Cross-entropy on plain labels has its own smoothing.)
         transpose_crops: take token labels from the transposed crop, as the official code does.
-        ground_truth: how the data's label enters the class token's target beside an annotator's: `none`; `published`:
-            half of each if annotator and label agree on the best class, else 0.9 annotator and 0.1 label; `intended`,
-            as the comment of the official code has it: trust the label more where the annotator is wrong, half of each
-            if they agree, else 0.1 annotator and 0.9 label.
-        teacher: gives logits (B, C) and `features(images)` (B, N, D); neither trained nor saved.
+        ground_truth: how to blend the data's label into the annotator's target for the class token. `none`: not at
+            all. `published`: half of each if annotator and label agree on the best class, otherwise 0.9 annotator and
+            0.1 label. `intended`, as described in a comment of the official code: half of each if they agree,
+            otherwise 0.1 annotator and 0.9 label, so that the label counts more if the annotator is wrong.
+        teacher: module that returns logits (B, C) and has `features(images)` (B, N, D); neither trained nor saved.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
     def __init__(
@@ -58,13 +61,13 @@ class TargetBuilder:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, objective: nn.Module, num_classes: int, grid: tuple[int, int] | None) -> Targets:
-        """Build what `objective` declares.
+        """Build the targets that `objective` declares.
 
         Args:
-            batch: mixed images, with labels and label maps as they were before mixing.
-            objective: asked for what it uses.
-            num_classes: C.
-            grid: rows and columns of the backbone's patch tokens; None if it gives no token logits.
+            batch: mixed images (B, 3, H, W), with labels (B,) and label maps from before mixing.
+            objective: objective whose declared targets are built.
+            num_classes: number of classes, C.
+            grid: rows and columns of the backbone's patch tokens; None if it has no token logits.
         """
         uses = uses_of(objective)
         logits = self._teacher_logits(batch, num_classes) if "teacher_logits" in uses else None
@@ -77,7 +80,7 @@ class TargetBuilder:
 
     @staticmethod
     def class_labels(batch: Batch, num_classes: int) -> Tensor:
-        """Return what the data says of the images as mixed: class indices (B,), or probabilities (B, C)."""
+        """Return the labels of the mixed images: class indices (B,) without mixing, otherwise probabilities (B, C)."""
         if batch.mix is None:
             return batch.label
         return batch.mix.probabilities(F.one_hot(batch.label, num_classes).float())
@@ -85,7 +88,7 @@ class TargetBuilder:
     def _token_targets(
         self, batch: Batch, num_classes: int, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor | SparseTokens]:
-        """Targets of the class token (B, C) and of the patch tokens (B, N, C); (B, 1, C) without label maps."""
+        """Return targets of the class token (B, C) and of the patch tokens (B, N, C); (B, 1, C) without label maps."""
         truth = F.one_hot(batch.label, num_classes) * (1 - self.smoothing) + self.smoothing / num_classes
         tokens: Tensor | SparseTokens
         if batch.label_map is None:
@@ -106,7 +109,7 @@ class TargetBuilder:
         return (cls if batch.mix is None else batch.mix.probabilities(cls)), tokens
 
     def _teacher_logits(self, batch: Batch, num_classes: int) -> Tensor | None:
-        """Logits (B, C) of the teacher for the mixed images, or else of the label maps that it left."""
+        """Return the teacher's logits (B, C) for the mixed images; without a teacher, those stored in label maps."""
         if self.teacher is not None:
             return self.teacher(batch.image)
         if batch.label_map is None:
@@ -120,7 +123,7 @@ class TargetBuilder:
 
 
 def blend_ground_truth(annotated: Tensor, truth: Tensor, mode: str) -> Tensor:
-    """Blend an annotator's class probabilities (B, C) with those of the label; `mode` as in `TargetBuilder`."""
+    """Blend an annotator's class probabilities (B, C) with the label's (B, C); `mode` is `ground_truth` above."""
     if mode == "none":
         return annotated
     disagreeing = 0.9 if mode == "published" else 0.1
@@ -130,16 +133,16 @@ def blend_ground_truth(annotated: Tensor, truth: Tensor, mode: str) -> Tensor:
 
 
 def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provided: frozenset[str]) -> None:
-    """Refuse an objective, backbone, mixing, data and teacher that do not fit together.
+    """Check that objective, backbone, mixing, data and teacher fit together.
 
     Args:
-        model: backbone; asked for its outputs.
-        objective: asked for its needs.
-        mixing: asked for its needs; None for none.
+        model: backbone, which declares its outputs.
+        objective: objective, which declares its needs.
+        mixing: mixing, which declares its needs; None for no mixing.
         provided: what data and teacher provide: `label_maps`, `teacher_logits`, `teacher_features`.
 
     Raises:
-        ConfigError: one sentence that names the key to change.
+        ConfigError: they do not fit; the message names the key to change.
     """
     name, needs, uses = type(objective).__name__, needs_of(objective), uses_of(objective)
     outputs, has_maps, taught = declared_outputs(model), "label_maps" in provided, provided - {"label_maps"}
@@ -149,39 +152,41 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
     for need in sorted(needs - available):
         raise ConfigError(_missing(need, name, model, outputs))
     if has_maps and not uses & {"token_targets", "teacher_logits"}:
-        raise ConfigError(f"data.label_maps: {name} reads none; set objective=token_labeling.")
+        raise ConfigError(f"data.label_maps: {name} does not use label maps; set objective=token_labeling.")
     if taught and not uses & taught:
-        raise ConfigError(f"teacher: {name} asks none; set objective=distillation.")
+        raise ConfigError(f"teacher: {name} does not use a teacher; set objective=distillation.")
     if taught and has_maps and "token_targets" not in uses:
-        raise ConfigError("data.label_maps: hold a teacher's answers already; omit them or the teacher (~teacher).")
+        raise ConfigError(
+            "data.label_maps: already contain a teacher's scores; omit data.label_maps or the teacher (~teacher)."
+        )
     mixing_needs = frozenset(getattr(mixing, "needs", ()))
     if "token_targets" in mixing_needs and "token_targets" not in uses:
-        raise ConfigError(f"mixing: {mixing.describe()} needs targets of tokens; set objective=token_labeling.")
+        raise ConfigError(f"mixing: {mixing.describe()} needs token targets; set objective=token_labeling.")
     if "mixes_tokens" in mixing_needs and not getattr(model, "mixes_tokens", False):
         raise ConfigError(
-            f"mixing: {mixing.describe()} needs a backbone that swaps tokens behind its stem, such as a ViT;"
-            f" {type(model).__name__} does not, set mixing=mixup_cutmix or mixing=none."
+            f"mixing: {mixing.describe()} needs a backbone that swaps tokens after its stem, such as a ViT, and"
+            f" {type(model).__name__} does not; set mixing=mixup_cutmix or mixing=none."
         )
 
 
 def _missing(need: str, objective: str, model: nn.Module, outputs: frozenset[str]) -> str:
-    """Return the sentence that says how to meet a need."""
+    """Return the error message for a missing need: what is missing, and how to provide it."""
     backbone = type(model).__name__
     if need == "outputs.tokens":
         return (
-            f"objective: {objective} needs token logits, which {backbone} has not; set model.token_head=true or choose"
-            " an LV-ViT."
+            f"objective: {objective} needs token logits, which {backbone} does not have; set model.token_head=true or"
+            " choose an LV-ViT."
         )
     if need.startswith("outputs."):
-        return f"objective: {objective} needs {need}; {backbone} gives {', '.join(sorted(outputs))}."
+        return f"objective: {objective} needs {need}; {backbone} has {', '.join(sorted(outputs))}."
     if need == "token_targets":
         return (
-            f"data.label_maps: not set, but {objective} needs token targets; objective=cross_entropy teaches every"
-            " token the image's label instead."
+            f"data.label_maps: not set, but {objective} needs token targets; set data.label_maps, or"
+            " objective=cross_entropy to train every token on the image's label."
         )
     if need == "teacher_logits":
-        return f"teacher: not set, but {objective} learns from one; teacher=regnety_160 is DeiT's."
+        return f"teacher: not set, but {objective} needs a teacher; set teacher=regnety_160 (DeiT's), for example."
     if need == "teacher_features":
-        return f"teacher: not set, but {objective} learns from its features; set teacher=timm teacher.name=..."
+        return f"teacher: not set, but {objective} needs a teacher's features; set teacher=timm teacher.name=..."
     known = ", ".join((*TARGET_NEEDS, "outputs.<name>"))
     return f"objective: {objective} needs {need}, which nothing provides; known needs are {known}."
