@@ -1,6 +1,7 @@
-"""How long a training waits for a checkpoint that a thread writes, against one that it writes itself.
+"""Measure how long a training waits for a checkpoint: written by a background thread, or synchronously.
 
-Weights, average and AdamW's moments of ViT-B/16, in turns within one process; the disk's speed is part of both.
+The checkpoint has the weights, EMA weights and AdamW moments of ViT-B/16. Both variants are interleaved in one process.
+The disk's speed is part of both times.
 
 Command: python benchmarks/checkpoints.py [--rounds 5] [--folder /where/runs/are]
 """
@@ -18,10 +19,10 @@ from vitrail.checkpoints.writing import AtomicCheckpointIO
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both variants and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; the system's temporary one otherwise")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: temporary)")
     options = parser.parse_args()
     weights = timm.create_model("vit_base_patch16_224").state_dict()
     copies = {name: {key: torch.randn_like(value) for key, value in weights.items()} for name in "abc"}
@@ -39,8 +40,8 @@ def main() -> None:
                 waits[number].append(time.perf_counter() - started)
                 writer.finish()
         size = path.stat().st_size / 2**30
-    beside, itself = (statistics.median(each) for each in waits)
-    print(f"{size:.2f} GiB: waits {beside:.2f} s while a thread writes, {itself:.2f} s for all of it (medians)")
+    threaded, synchronous = (statistics.median(each) for each in waits)
+    print(f"{size:.2f} GiB: waits {threaded:.2f} s with a background thread, {synchronous:.2f} s without (medians)")
 
 
 if __name__ == "__main__":

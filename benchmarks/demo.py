@@ -1,16 +1,16 @@
-"""Does token labelling help? Measured from real pictures to curves, offline: `make demo`.
+"""Measure whether token labels help, on real images, offline: `make demo`.
 
-1. Handwritten digits are put at varying places on pieces of photographs, and written as JPEGs of 64 x 64 pixels.
-2. A small convnet learns them, and annotates them: 8 x 8 cells an image.
-3. LV-ViT-nano learns them with and without token labels, from the same three seeds, for the same epochs, from crops of
-   30 to 100 % of the image.
-4. EfficientNet-Lite0, with its ImageNet weights, annotates the photographs themselves.
+1. Paste handwritten digits at random positions on crops of photographs, and save them as JPEGs of 64 x 64 pixels.
+2. Train a small convnet on them, and annotate them with it: 8 x 8 cells per image.
+3. Train LV-ViT-nano with and without token labels: the same three seeds, the same number of epochs, crops of 30 to
+   100 % of the image.
+4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
 
-`--compare teacher` does 3. with another pair: DeiT-nano with its distillation token, learning the convnet's answers or
-only the labels, from crops of 60 % and more.
+`--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
+teacher or with the labels only, on crops of 60 to 100 %.
 
-Everything is done by the programs of `src/`, as a user would; the commands are printed. What is finished is kept, so
-that an interrupted demo goes on where it was. `--scale 0.5` halves images and epochs.
+Every step calls a program of `src/` and prints its command. Finished steps are kept, so that an interrupted demo
+resumes. `--scale 0.5` halves the number of images and epochs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rich.table import Table
 from vitrail.data.sources import Digits
 
 PROJECT = Path(__file__).resolve().parent.parent
-SIDE = 64  # pixels of an image
+SIDE = 64  # height and width of an image in pixels
 SEEDS = (1, 2, 3)
 PHOTOGRAPHS = (
     *("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
@@ -44,7 +44,7 @@ console = Console()
 
 
 def photographs() -> dict[str, Image.Image]:
-    """The photographs that scikit-image and scikit-learn bring along."""
+    """Return the photographs that are installed with scikit-image and scikit-learn, by name."""
     from sklearn.datasets import load_sample_images
 
     folder = importlib.resources.files("skimage.data")
@@ -59,9 +59,9 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def write_digits(root: Path, counts: dict[str, int]) -> None:
-    """Images of one bright digit each, anywhere on a darkened piece of a photograph.
+    """Write images of one bright digit each, at a random position on a darkened crop of a photograph.
 
-    Digits of `val` were written by the same people as those of `train`, and are none of them.
+    The digits of `train` and `val` are different images by the same writers.
     """
     backgrounds = list(photographs().values())
     random = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def write_digits(root: Path, counts: dict[str, int]) -> None:
 
 
 def write_photographs(root: Path) -> None:
-    """The photographs, as a data set of one class."""
+    """Write the photographs as a data set with one class."""
     for split in ("train", "val"):
         folder = root / split / "photographs"
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ def write_photographs(root: Path) -> None:
 
 
 def run(program: str, *arguments: str, log: Path, threads: int = 2) -> None:
-    """Run a program of `src/`; its output goes to `log`.
+    """Run a program of `src/` and write its output to `log`.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the program failed.
     """
     command = ["python", f"src/{program}", *arguments]
     console.print(f"[dim]$ {shlex.join(command)}", soft_wrap=True, highlight=False)
@@ -107,20 +107,20 @@ def run(program: str, *arguments: str, log: Path, threads: int = 2) -> None:
             [sys.executable, *command[1:]], cwd=PROJECT, env=environment, stdout=output, stderr=output, check=False
         ).returncode
     if status:
-        sys.exit(f"error: {shlex.join(command)} failed; its last words, of {log}:\n{log.read_text()[-2000:]}")
+        sys.exit(f"error: {shlex.join(command)} failed. End of {log}:\n{log.read_text()[-2000:]}")
 
 
 def train(folder: Path, *arguments: str, threads: int = 2) -> Path:
-    """Train into `folder`, unless that has been done by the same command; the run directory."""
-    done, said = folder / "results.json", folder / "overrides.txt"
-    if not done.is_file() or said.read_text().splitlines() != list(arguments):
+    """Train in `folder`, unless the same command has already finished there; return the run directory."""
+    finished, overrides = folder / "results.json", folder / "overrides.txt"
+    if not finished.is_file() or overrides.read_text().splitlines() != list(arguments):
         shutil.rmtree(folder, ignore_errors=True)
         run("train.py", *arguments, f"hydra.run.dir={folder}", log=folder.with_suffix(".log"), threads=threads)
     return folder
 
 
 def data_options(data: Path) -> tuple[str, ...]:
-    """What all trainings share: the digits, not mirrored, and nothing but results on the way."""
+    """Return the overrides that all trainings share: the digits without flips, on the CPU, no progress bar."""
     return (
         *("trainer=cpu", "data=imagefolder", f"data.root={data}", f"data.image_size={SIDE}", "data.hflip=0"),
         *("data.num_workers=0", "data.batch_size=32", "callbacks.ema=null", "callbacks.progress=null"),
@@ -128,13 +128,13 @@ def data_options(data: Path) -> tuple[str, ...]:
 
 
 def curve(folder: Path) -> list[float]:
-    """Top-1 after each epoch, in %."""
+    """Return the top-1 accuracy after each epoch, in %."""
     with (folder / "metrics.csv").open() as file:
         return [float(row["val/top1"]) for row in csv.DictReader(file)]
 
 
 def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> None:
-    """Accuracy over epochs, with and without `what`: every run thin, the mean of the seeds thick."""
+    """Plot accuracy against epochs with and without `what`: a thin line per run, a thick one for the mean."""
     width, height, left, bottom = 720, 420, 60, 40
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
@@ -162,7 +162,7 @@ def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> 
 
 
 def report(curves: dict[str, list[list[float]]], what: str) -> None:
-    """Final accuracy of each seed with and without `what`, the difference, and its spread."""
+    """Print the final accuracy of each seed with and without `what`, the difference, and its standard deviation."""
     table = Table(title="Top-1 of the held-out digits after the last epoch, %")
     for name in (what, *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
         table.add_column(name, justify="right")
@@ -175,7 +175,7 @@ def report(curves: dict[str, list[list[float]]], what: str) -> None:
 
 
 def build_annotator(out: Path, data: Path, epochs: int) -> Path:
-    """Train a convnet that sees 51 pixels around each place; its run directory."""
+    """Train a convnet with a receptive field of 51 pixels; return its run directory."""
     network = ("model=timm", "model.name=resnetv2_50", "+model.layers=[2,2]", "+model.channels=[96,192]")
     annotator = train(
         out / "annotator", *data_options(data), *network, "seed=0",
@@ -186,8 +186,8 @@ def build_annotator(out: Path, data: Path, epochs: int) -> Path:
 
 
 def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
-    """The label maps of the training digits."""
-    maps, log = annotator / "maps", out / "annotate.log"  # a new annotator takes the old maps away
+    """Annotate the training digits; return the folder of their label maps."""
+    maps, log = annotator / "maps", out / "annotate.log"  # retraining the annotator deletes its maps
     run(
         "annotate.py", "annotator=run", f"annotator.ckpt={annotator}", "data=imagefolder", f"data.root={data}",
         f"out={maps}", "top_k=10", "preview=10", log=log,
@@ -199,7 +199,7 @@ def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
 def compare(
     out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, smallest: float, parallel: int
 ) -> dict[str, list[list[float]]]:
-    """Train `with` and `without`, from crops of `smallest` to 1 of the image; top-1 after each epoch, of each seed."""
+    """Train both kinds on crops of `smallest` to 1 of the image; return top-1 after each epoch, for each seed."""
     recipe = (
         *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
         *("trainer.gradient_clip_val=1", f"augment.scale=[{smallest},1.0]"),
@@ -217,7 +217,7 @@ def compare(
 
 
 def annotate_photographs(out: Path, pictures: Path) -> Path:
-    """What EfficientNet-Lite0 sees in the photographs; the picture of it."""
+    """Annotate the photographs with EfficientNet-Lite0; return the path of the preview."""
     maps = out / "photograph_maps"
     run(
         "annotate.py", "annotator=efficientnet_lite0", "annotator.image_size=448", "data=imagefolder",
@@ -229,10 +229,10 @@ def annotate_photographs(out: Path, pictures: Path) -> Path:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="folder of everything it makes")
-    parser.add_argument("--compare", choices=("labels", "teacher"), default="labels", help="what LV-ViT or DeiT gets")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of images and epochs")
-    parser.add_argument("--parallel", type=int, default=2, help="trainings side by side, one core each")
+    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="output folder")
+    parser.add_argument("--compare", choices=("labels", "teacher"), default="labels", help="what to compare")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
+    parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
     options = parser.parse_args()
     out: Path = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -243,10 +243,10 @@ def main() -> None:
         (data / "whole").touch()
         write_photographs(pictures)
 
-    console.print("[bold]1. A small convnet learns the digits, and annotates them")
+    console.print("[bold]1. Train a small convnet on the digits, and annotate them")
     annotator = build_annotator(out, data, max(2, round(5 * options.scale)))
     if options.compare == "teacher":
-        console.print("[bold]2. DeiT-nano with and without the convnet as its teacher")
+        console.print("[bold]2. Train DeiT-nano with and without the convnet as teacher")
         student = ("model=vit", "model.name=deit_nano_distilled", "model.patch_size=8")
         learn = ("objective=distillation", "teacher=run", f"teacher.ckpt={annotator}")
         kinds = {"with": (*student, *learn), "without": (*student, "objective=cross_entropy")}
@@ -256,16 +256,16 @@ def main() -> None:
         draw_curves(curves, "teacher", out / "teacher" / "curves.png")
         return
     maps = annotate_digits(out, data, annotator)
-    console.print("[bold]2. LV-ViT-nano with and without token labels")
+    console.print("[bold]2. Train LV-ViT-nano with and without token labels")
     kinds = {
         "with": ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
         "without": ("model=lvvit_nano", "objective=cross_entropy"),
     }
-    # Crops may lose the digit, as the published ones lose the object: the image's label is then wrong, its map is not.
+    # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
     curves = compare(out, data, kinds, max(3, round(8 * options.scale)), 0.3, options.parallel)
     report(curves, "token labels")
     draw_curves(curves, "token labels", out / "curves.png")
-    console.print("[bold]3. EfficientNet-Lite0 looks at the photographs")
+    console.print("[bold]3. Annotate the photographs with EfficientNet-Lite0")
     overlays = annotate_photographs(out, pictures)
     for name, path in (
         ("curves", out / "curves.png"),

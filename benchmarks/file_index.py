@@ -1,8 +1,8 @@
-"""What the list of a large data set's files costs: to make, to open, to hold in a loader's process.
+"""Measure the file index of a large data set: the time to build and to open it, and the memory of a loader worker.
 
-- A tree of empty files (100,000 in 100 folders unless told otherwise), listed, and opened again from the kept list.
-- A kept list of 14 million files in ImageNet-21k's 21,841 folders, which are there and are looked at: the time to open
-  it, to find one path, and the memory that a loader's process has to itself after reading 100,000 paths at random.
+- A tree of empty files (100,000 in 100 folders by default): the time to list it, and to open the cached list.
+- A cached list of 14 million files in the 21,841 folders of ImageNet-21k (the folders exist and are checked): the time
+  to open it, the time to look up one path, and the private memory of a worker after reading 100,000 random paths.
 
 Command: python benchmarks/file_index.py [--files 1280000]
 """
@@ -19,17 +19,17 @@ import numpy as np
 
 from vitrail.data.sources.index import FileIndex
 
-FILES, FOLDERS = 14_197_122, 21_841  # of ImageNet-21k
+FILES, FOLDERS = 14_197_122, 21_841  # ImageNet-21k
 READS = 100_000
 
 
 def own_memory() -> int:
-    """KiB that this process shares with nobody: pages that it has changed, and that are no file's."""
+    """Return the private memory of this process in KiB: pages that it has changed and that belong to no file."""
     total, is_file = 0, False
     with Path("/proc/self/smaps").open() as lines:
         for line in lines:
             words = line.split()
-            if not words[0].endswith(":"):  # the head of a mapping: addresses, rights, offset, device, inode, name
+            if not words[0].endswith(":"):  # header of a mapping: addresses, rights, offset, device, inode, name
                 is_file = words[4] != "0"
             elif words[0] == "Private_Dirty:" and not is_file:
                 total += int(words[1])
@@ -37,14 +37,14 @@ def own_memory() -> int:
 
 
 def settle(root: Path) -> None:
-    """Let every folder's last change be a while ago, as of a data set that was unpacked yesterday."""
+    """Set the modification time of every folder to one hour ago: the index does not trust fresh folders."""
     then = time.time() - 3600
     for entry in os.scandir(root):
         os.utime(entry.path, (then, then))
 
 
 def measure_tree(folder: Path, files: int) -> None:
-    """List a real tree, and open the list again."""
+    """Measure listing a real tree, and opening the cached list."""
     classes = [f"n{number:08d}" for number in range(100)]
     for name in classes:
         (folder / "tree" / name).mkdir(parents=True)
@@ -57,11 +57,11 @@ def measure_tree(folder: Path, files: int) -> None:
     started = time.perf_counter()
     index = FileIndex(folder / "tree", classes, folder / "cache")
     opened = time.perf_counter() - started
-    print(f"{len(index):,} files: listed and kept in {listed:.2f} s, opened in {1e3 * opened:.1f} ms")
+    print(f"{len(index):,} files: listed and cached in {listed:.2f} s, opened in {1e3 * opened:.1f} ms")
 
 
 def measure_list(folder: Path) -> None:
-    """Open and use a list of 14 million files."""
+    """Measure a list of 14 million files."""
     classes = [f"n{number:08d}" for number in range(FOLDERS)]
     for name in classes:
         (folder / "large" / name).mkdir(parents=True)
@@ -89,7 +89,7 @@ def _use(folder: Path, classes: list[str]) -> None:
         f"{len(index):,} files in {len(classes):,} folders: {size / 2**20:.0f} MiB on disk, opened in {opened:.2f} s",
         flush=True,
     )
-    worker = multiprocessing.get_context("fork").Process(target=_read, args=(index,))  # as a loader's process begins
+    worker = multiprocessing.get_context("fork").Process(target=_read, args=(index,))  # as loader workers are started
     worker.start()
     worker.join()
 
@@ -100,15 +100,13 @@ def _read(index: FileIndex) -> None:
     for number in wanted:
         index.path(number)
     each = (time.perf_counter() - started) / READS
-    print(
-        f"a worker: a path in {1e6 * each:.1f} us, {(own_memory() - before) / 1024:.1f} MiB of its own after {READS:,}"
-    )
+    print(f"a worker: {1e6 * each:.1f} us per path, {(own_memory() - before) / 1024:.1f} MiB private after {READS:,}")
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=100_000, help="in the tree")
+    parser.add_argument("--files", type=int, default=100_000, help="number of files in the tree")
     with tempfile.TemporaryDirectory() as folder:
         measure_tree(Path(folder), parser.parse_args().files)
         measure_list(Path(folder))

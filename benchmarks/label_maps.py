@@ -1,11 +1,14 @@
-"""What a store of label maps costs to read and to import, against the published files.
+"""Measure reading and importing label maps, compared with the published files.
 
-- A map by key and by index, of ten thousand and of 1.28 million images, against `torch.load` of the published file of
-  one. Before each hundred reads 64 MB of other memory are walked through, as decoding images does between two maps in
-  a training: else the small store would answer from the processor's cache.
-- Files of the published format imported a second; time to open a store of 14 million images and read one map.
+- Reading a map by key and by index from stores of 10,000 and 1.28 million images, compared with `torch.load` of a
+  published file. Before every 100 reads, 64 MB of other memory are read, as image decoding does in a training;
+  otherwise the small store would fit into the CPU cache.
+- Importing files of the published format, in files per second.
+- Opening a store of 14 million images and reading one map.
 
-Synthetic stores, in turns within one process. Command: python benchmarks/label_maps.py [--rounds 40]
+The stores are synthetic; measurements are interleaved in one process.
+
+Command: python benchmarks/label_maps.py [--rounds 40]
 """
 
 import argparse
@@ -28,19 +31,19 @@ OTHER = np.zeros(64 * 2**20, np.uint8)
 
 
 def key_of(index: int) -> str:
-    """As ImageNet's are."""
+    """Return a key like those of ImageNet."""
     return f"n{index % 1000:08d}/n{index % 1000:08d}_{index}"
 
 
 def synthetic(path: Path, images: int, top_k: int, grid: tuple[int, int]) -> LabelMapStore:
-    """A store whose maps are holes in a sparse file."""
+    """Return a store whose maps are holes in a sparse file."""
     writer = LabelMapStore.create(path, images, top_k, grid, 1000, [key_of(index) for index in range(images)])
     writer.done[:] = True
     return writer.finish()
 
 
 def microseconds(read: Callable[[Any], Any], wanted: list[Any]) -> float:
-    """Of one read, with cold caches."""
+    """Return the microseconds per read, with cold caches."""
     OTHER.sum()
     started = time.perf_counter()
     for item in wanted:
@@ -49,7 +52,7 @@ def microseconds(read: Callable[[Any], Any], wanted: list[Any]) -> float:
 
 
 def measure_reads(folder: Path, published: Path, rounds: int) -> None:
-    """Print the median time of a read, and how many times faster than the published file's it is."""
+    """Print the median time of a read, and the speed-up over the published file."""
     stores = {images: synthetic(folder / str(images), images, 5, (14, 14)) for images in SIZES}
     random.seed(0)
     times: dict[str, list[float]] = {}
@@ -68,7 +71,7 @@ def measure_reads(folder: Path, published: Path, rounds: int) -> None:
 
 
 def measure_import(folder: Path, published: Path, files: int = 10_000) -> None:
-    """Print the files imported in a second of one core."""
+    """Print the number of files imported per second of CPU time."""
     content = published.read_bytes()
     for index in range(files):
         path = folder / "published" / f"{key_of(index)}.pt"
@@ -76,21 +79,21 @@ def measure_import(folder: Path, published: Path, files: int = 10_000) -> None:
         path.write_bytes(content)
     started = time.process_time()
     LabelMapStore.import_official(folder / "published", folder / "imported")
-    print(f"imported: {files / (time.process_time() - started):,.0f} files a second of processor time")
+    print(f"imported: {files / (time.process_time() - started):,.0f} files per second of CPU time")
 
 
 def measure_open(folder: Path, images: int = 14_000_000) -> None:
-    """Print how long a large store takes to open."""
+    """Print the time to open a large store and read one map."""
     synthetic(folder / "large", images, 1, (2, 2))
     started = time.perf_counter()
     LabelMapStore.open(folder / "large")[key_of(7)]
-    print(f"{images:,} images: opened, and one map read, in {1000 * (time.perf_counter() - started):.1f} ms")
+    print(f"{images:,} images: opened and one map read in {1000 * (time.perf_counter() - started):.1f} ms")
 
 
 def main() -> None:
-    """Measure all three."""
+    """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="rounds; one more is thrown away first")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds, after one warm-up round")
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,9 +1,8 @@
-"""What the framework costs: seconds a step of the whole Lightning loop over those of a bare PyTorch loop.
+"""Measure the framework's overhead: time per step of the Lightning loop divided by that of a bare PyTorch loop.
 
-Both train the same backbone on the same batches, in turns within one process, so that the machine's mood cancels out.
-The framework's side is what `python src/train.py` runs: LightningModule, EMA, a look at every gradient, speed monitor,
-logging, progress bar, metrics in a CSV file; the bare side is forward, backward, AdamW, schedule and EMA in a `for`
-loop.
+Both train the same backbone on the same batches, interleaved in one process, so that drift of the machine affects both
+alike. The framework runs what `python src/train.py` runs: LightningModule, EMA, gradient check, speed monitor, logging,
+progress bar and metrics in a CSV file. The bare loop runs forward pass, backward pass, AdamW, schedule and EMA.
 
 Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 64]
 """
@@ -32,7 +31,7 @@ from vitrail.training import EMA, CosineSchedule, ImageClassifier, NonfiniteGuar
 
 
 class Fixed(ImageDataModule):
-    """Batches made once, so that only the loops differ."""
+    """Data module with batches computed in advance, so that only the loops differ."""
 
     def __init__(self, steps: int, batch: int) -> None:
         super().__init__(Digits(), Augmentation(), image_size=32, batch_size=batch, num_workers=0)
@@ -40,24 +39,24 @@ class Fixed(ImageDataModule):
         self.batches = [made for made, _ in zip(super().train_dataloader(), range(steps), strict=False)]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The batches as they are."""
+        """Return a loader of the precomputed batches."""
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
 class Clock(L.Callback):
-    """Seconds from the start of the first batch to the end of the last."""
+    """Callback that measures the seconds from the start of an epoch to the end of its last batch."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start."""
+        """Start the clock."""
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Stop, until the next one."""
+        """Store the time since the start."""
         self.seconds = time.perf_counter() - self.started
 
 
 def framework(model: torch.nn.Module, data: Fixed, folder: str) -> float:
-    """Seconds for one epoch of the Trainer."""
+    """Return the seconds for one epoch of the Trainer."""
     module = ImageClassifier(model, CrossEntropy(0.1), 10, OptimizerFactory(), CosineSchedule(per_step=True))
     clock, guard = Clock(), NonfiniteGuard(Path(folder) / "bad_step.pt", Path(folder) / "last.ckpt")
     trainer = L.Trainer(
@@ -78,10 +77,10 @@ def framework(model: torch.nn.Module, data: Fixed, folder: str) -> float:
 
 
 def bare(model: torch.nn.Module, data: Fixed) -> float:
-    """Seconds for the same steps in a plain loop."""
+    """Return the seconds for the same steps in a plain loop."""
     model.train()
     optimizer = create_optimizer_v2(model, "adamw", lr=5e-4, weight_decay=0.05)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     scheduler = CosineSchedule(per_step=True).build(optimizer, 1, len(data.batches))
     started = time.perf_counter()
     for step, batch in enumerate(data.train_dataloader()):
@@ -90,16 +89,16 @@ def bare(model: torch.nn.Module, data: Fixed) -> float:
         loss.backward()
         optimizer.step()
         scheduler.step_update(step + 1)
-        average.update_parameters(model)
+        ema.update_parameters(model)
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Measure in turns and print the ratio of each round and their median."""
+    """Measure both loops alternately; print the ratio of each round and the median."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="steps a round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; one more is thrown away first")
-    parser.add_argument("--batch", type=int, default=64, help="images a step")
+    parser.add_argument("--steps", type=int, default=40, help="steps per round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, after one warm-up round")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
     args = parser.parse_args()
     data, ratios, steps = Fixed(args.steps, args.batch), [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -111,10 +110,10 @@ def main() -> None:
                 ratios.append(whole / plain)
                 steps.append(1000 * plain / len(data.batches))
     print(
-        f"bare loop: {statistics.median(steps):.1f} ms a step (batch {args.batch}, {torch.get_num_threads()} threads)"
+        f"bare loop: {statistics.median(steps):.1f} ms per step (batch {args.batch}, {torch.get_num_threads()} threads)"
     )
     print("framework / bare loop:", " ".join(f"{ratio:.3f}" for ratio in ratios))
-    print(f"median {statistics.median(ratios):.3f}, least {min(ratios):.3f}, largest {max(ratios):.3f}")
+    print(f"median {statistics.median(ratios):.3f}, minimum {min(ratios):.3f}, maximum {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

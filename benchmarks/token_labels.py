@@ -1,7 +1,9 @@
-"""Targets, loss and backward pass of token labelling against the official code: time and extra memory, in one run.
+"""Compare time and memory of targets, loss and backward pass of token labelling with the official code.
 
-Both sides get the same label maps, crops and logits, in turns; losses and gradients are compared first. The official
-side is read from a checkout of github.com/zihangJiang/TokenLabeling, which is not part of vitrail.
+All variants use the same label maps, crops and logits, and are interleaved; losses and gradients are compared first.
+The official code is read from a checkout of github.com/zihangJiang/TokenLabeling, which is not part of vitrail.
+
+Shapes: B images, C classes, K stored classes per cell, H x W cells of a label map, N patch tokens.
 
 Command: python benchmarks/token_labels.py --official /path/to/TokenLabeling [--batch 32] [--rounds 9]
 """
@@ -27,7 +29,7 @@ CLASSES, TOP_K, CELLS, GRID = 1000, 5, 18, 14
 
 
 def read_official(checkout: Path) -> tuple[Callable[..., Any], Any]:
-    """The official target function and loss; executes two files of the checkout."""
+    """Return the official target function and loss; this executes two files of the checkout."""
     names: dict[str, Any] = {}
     for file in ("tlt/data/mixup.py", "tlt/loss/cross_entropy.py"):
         exec(compile((checkout / file).read_text(), file, "exec"), names)
@@ -35,10 +37,10 @@ def read_official(checkout: Path) -> tuple[Callable[..., Any], Any]:
 
 
 class Sides:
-    """The same maps, crops and logits for every side: targets, loss and backward pass of each.
+    """Targets, loss and backward pass of each variant, on the same maps, crops and logits.
 
     Args:
-        batch: images.
+        batch: B, number of images.
         official: the official target function and loss.
     """
 
@@ -46,20 +48,22 @@ class Sides:
         torch.manual_seed(0)
         self.official_targets, self.official_loss = official
         self.loss = TokenLabelingLoss()
+        # Scores and classes (B, K, H, W), as stored by an annotator.
         self.scores = (torch.randn(batch, TOP_K, CELLS, CELLS) * 3 + 5).half().float()
         chosen = [torch.stack([torch.randperm(CLASSES)[:TOP_K] for _ in range(CELLS**2)], 1) for _ in range(batch)]
         self.classes = torch.stack(chosen).view(batch, TOP_K, CELLS, CELLS)
         corner, size = torch.rand(batch, 2) * 0.4, 0.3 + torch.rand(batch, 2) * 0.3  # (vertical, horizontal)
+        # The official format (B, 3, K, H, W): scores, classes, and the crop in the first cell of the third channel.
         self.packed = torch.zeros(batch, 3, TOP_K, CELLS, CELLS)
         self.packed[:, 0], self.packed[:, 1] = self.scores, self.classes
         self.packed[:, 2, 0, 0, :2], self.packed[:, 2, 0, 0, 2:4] = corner, size
-        self.boxes = torch.cat((corner.flip(1), (corner + size).flip(1)), 1)
+        self.boxes = torch.cat((corner.flip(1), (corner + size).flip(1)), 1)  # (B, 4)
         self.flipped = torch.zeros(batch, dtype=torch.bool)
-        self.cls = torch.randn(batch, CLASSES, requires_grad=True)
-        self.tokens = torch.randn(batch, GRID**2, CLASSES, requires_grad=True)
+        self.cls = torch.randn(batch, CLASSES, requires_grad=True)  # (B, C) logits
+        self.tokens = torch.randn(batch, GRID**2, CLASSES, requires_grad=True)  # (B, N, C) logits
 
     def steps(self) -> dict[str, Callable[[], Tensor]]:
-        """What is compared, the reference first."""
+        """Return the variants to compare, the reference first."""
         return {
             "official": self.official,
             "sparse": lambda: self.ours(sparse_token_targets),
@@ -67,14 +71,14 @@ class Sides:
         }
 
     def official(self) -> Tensor:
-        """The official code, which changes its input."""
+        """Run the official code, on a copy because it changes its input; return its scalar loss."""
         target = self.official_targets(self.packed.clone(), CLASSES, 1.0, 0.1, "cpu", GRID)
         value = self.official_loss((self.cls, self.tokens, (0, 0, 0, 0)), target)
         value.backward()
         return value
 
     def ours(self, form: Callable[..., Any]) -> Tensor:
-        """Ours, from sparse or dense targets."""
+        """Run our code with sparse or dense targets; return its scalar loss."""
         grid = (GRID, GRID)
         with torch.no_grad():
             made = form(self.scores, self.classes, self.boxes, self.flipped, grid, CLASSES, 0.1, transpose_crops=True)
@@ -83,27 +87,27 @@ class Sides:
         return value
 
     def forget(self) -> None:
-        """Drop the gradients."""
+        """Reset the gradients."""
         self.cls.grad = self.tokens.grad = None
 
 
 class Measured(NamedTuple):
-    """One side's figures."""
+    """Measurements of one variant."""
 
     loss: float
-    gradient: Tensor  # of the token logits
-    seconds: list[float]  # of each round
-    megabytes: float  # beyond what it began with
+    gradient: Tensor  # (B, N, C) gradient of the token logits
+    seconds: list[float]  # per round
+    megabytes: float  # peak memory above the start
 
 
 def measure(sides: Sides, rounds: int) -> dict[str, Measured]:
-    """Losses and gradients first, then times in turns, then memory."""
+    """Measure losses and gradients, then times (interleaved), then memory."""
     steps = sides.steps()
     losses, gradients, seconds = {}, {}, {name: [] for name in steps}  # type: ignore[var-annotated]
     for name, step in steps.items():
         sides.forget()
         losses[name], gradients[name] = step().item(), sides.tokens.grad
-    for number in range(-2, rounds):  # the first two warm up
+    for number in range(-2, rounds):  # the first two are warm-up rounds
         for name, step in steps.items():
             sides.forget()
             started = time.perf_counter()
@@ -118,11 +122,11 @@ def measure(sides: Sides, rounds: int) -> dict[str, Measured]:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure all variants and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="checkout of the official code")
-    parser.add_argument("--batch", type=int, default=32, help="images")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each side")
+    parser.add_argument("--batch", type=int, default=32, help="images per batch")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each variant")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = measure(Sides(options.batch, read_official(options.official)), options.rounds)
@@ -135,7 +139,7 @@ def main() -> None:
         "extra MB",
         "of official",
         "loss",
-        "gradient off by",
+        "gradient error",
     ):
         table.add_column(column, justify="right")
     for name, side in figures.items():

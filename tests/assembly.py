@@ -1,4 +1,4 @@
-"""Assemble a training in the test's own process, as `src/train.py` does from the same overrides."""
+"""Assemble a training in the test's process, as `src/train.py` does from the same overrides."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from vitrail.training import ImageClassifier
 
 
 def assemble(folder: Path, *overrides: str) -> tuple[L.Trainer, ImageClassifier, ImageDataModule]:
-    """Trainer, module and data of a run in `folder`, with nothing on the terminal."""
+    """Return trainer, module and data of a run in `folder`, without terminal output."""
     quiet = ("callbacks.report=null", "callbacks.progress=null", "trainer.enable_progress_bar=false")
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [*quiet, "callbacks.model_summary=null", *overrides, f"paths.run={folder}"])

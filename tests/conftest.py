@@ -6,12 +6,12 @@ import torch
 from vitrail_runtime import resolvers
 
 os.environ["WANDB_MODE"] = "offline"
-resolvers.register()  # of the configs that tests compose themselves
+resolvers.register()  # for tests that compose configs themselves
 torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that look at the same finished training run in the same process."""
+    """Put tests of the same finished training in the same xdist worker."""
     for item in items:
         if "finished" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("finished"))
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def image_tree(tmp_path):
-    """`train/` and `val/` of two classes, real JPEGs of scikit-learn's two photographs."""
+    """`train/` and `val/` folders with two classes: JPEG crops of scikit-learn's two photographs."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -36,7 +36,7 @@ def image_tree(tmp_path):
 
 @pytest.fixture
 def label_maps(image_tree, tmp_path):
-    """Maps that see the true class everywhere, for the 16 training images."""
+    """Label maps of the 16 training images with the true class in every cell."""
     import numpy as np
 
     from vitrail.data.label_maps import LabelMapStore

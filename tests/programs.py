@@ -1,4 +1,4 @@
-"""Run the entry points as a user does: real processes, a run directory of their own."""
+"""Run the entry points as a user does: in real processes, with their own run directories."""
 
 import csv
 import multiprocessing
@@ -13,12 +13,12 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-# Two training and two validation batches of the digits, nothing drawn: the smallest real training.
+# The smallest real training: one epoch of two batches of the digits, without the model summary.
 QUICK = ("trainer=cpu", "epochs=1", "trainer.limit_train_batches=2", "callbacks.model_summary=null")
 
 
 def environment(logs: Path, **extra: str) -> dict[str, str]:
-    """A user's environment without keys, with one thread a process, and `logs` as its logs folder."""
+    """Return a user's environment without keys, with one thread per process, and with `logs` as logs folder."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW", "VITRAIL"))}
     return {
         **inherited,
@@ -33,10 +33,11 @@ def environment(logs: Path, **extra: str) -> dict[str, str]:
 def run(
     program: str, *args: str, logs: Path, timeout: float = 240, fresh: bool = False, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `src/<program>` to its end, in a process of its own.
+    """Run `src/<program>` to its end in a new process.
 
-    It is forked from an interpreter that has already imported PyTorch and Lightning, which else takes most of the time;
-    `fresh` starts a new one: for what happens when an interpreter ends, such as W&B closing its files.
+    The process is forked from an interpreter that has already imported PyTorch and Lightning, because importing them
+    would take most of the time. `fresh` starts a new interpreter, for tests of what happens when an interpreter exits,
+    such as W&B closing its files.
     """
     command = [str(PROJECT / "src" / program), *args]
     if fresh:
@@ -63,7 +64,7 @@ def run(
 def start(
     program: str, *args: str, logs: Path, files: list[Path] | None = None, **extra: str
 ) -> multiprocessing.process.BaseProcess:
-    """Run `src/<program>` beside the test, which may kill it; output goes to stdout.txt and stderr.txt in `logs`."""
+    """Start `src/<program>` in the background; its output goes to stdout.txt and stderr.txt in `logs`."""
     files = files or [logs / "stdout.txt", logs / "stderr.txt"]
     command = [str(PROJECT / "src" / program), *args]
     process = _WARM.Process(target=_execute, args=(command, environment(logs, **extra), str(logs), files))
@@ -74,13 +75,13 @@ def start(
 def start_ranks(
     program: str, *args: str, logs: Path, ranks: int = 2, **extra: str
 ) -> list[multiprocessing.process.BaseProcess]:
-    """`start` for so many processes that work together, as torchrun would start them, but warm.
+    """Start `ranks` processes of one training as torchrun does, but with the imports already done.
 
-    Process number r writes to stdout<r>.txt and stderr<r>.txt in `logs`.
+    Rank r writes to stdout<r>.txt and stderr<r>.txt in `logs`.
     """
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun keeps for its processes
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps such a store too
     _STORES.append(store)
     shared = {
         "WORLD_SIZE": ranks,
@@ -101,7 +102,7 @@ def start_ranks(
 def run_ranks(
     program: str, *args: str, logs: Path, ranks: int = 2, timeout: float = 240, **extra: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`start_ranks`, to the end of all."""
+    """Start `ranks` processes of one training, and wait for all of them."""
     processes = start_ranks(program, *args, logs=logs, ranks=ranks, **extra)
     deadline = time.monotonic() + timeout
     for process in processes:
@@ -127,10 +128,10 @@ _WARM.set_forkserver_preload([f"vitrail.commands.{name}" for name in ("train", "
 
 
 def _execute(command: list[str], variables: dict[str, str], folder: str, files: list[Path]) -> None:
-    """Become the program: its arguments, environment, working directory and output files."""
+    """Run a program in this process, with its arguments, environment, working directory and output files."""
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    multiprocessing.set_start_method("fork", force=True)  # Python's own, for loader workers; not the one it came by
+    multiprocessing.set_start_method("fork", force=True)  # Python's default, for data loader workers
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
@@ -139,7 +140,7 @@ def _execute(command: list[str], variables: dict[str, str], folder: str, files: 
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
-    rank_zero_only.rank = int(variables.get("RANK", "0"))  # which Lightning reads when it is imported
+    rank_zero_only.rank = int(variables.get("RANK", "0"))  # Lightning reads the rank only when it is imported
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     runpy.run_path(command[0], run_name="__main__")
 
@@ -154,7 +155,7 @@ def train(*args: str, logs: Path, timeout: float = 240, fresh: bool = False, **e
 
 
 def error_of(result: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence of a run that had to fail, without a traceback."""
+    """Return the one-line error of a run that must fail without a traceback."""
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]

@@ -1,6 +1,6 @@
-"""A SLURM of one machine out of Debian's packages, without systemd: controller, node, accounting, for the tests alone.
+"""A SLURM cluster of one machine for the tests: controller, node and accounting, without systemd.
 
-Everything lies below one folder and on loopback, and ends with the context. It needs root, and
+All files are in one folder, all ports are on loopback, and the daemons stop with the context. It needs root and
 `apt-get install slurmctld slurmd slurmdbd slurm-client munge mariadb-server`.
 """
 
@@ -73,13 +73,13 @@ StorageLoc=slurm
 
 
 def missing() -> list[str]:
-    """Programs that are not installed."""
+    """Return the required programs that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """A running SLURM with partitions `main` and `urgent`, which preempts the other; the variables that lead to it."""
+    """Run SLURM with partitions `main` and `urgent`, which preempts `main`; yield its environment variables."""
     folder.mkdir(mode=0o755)
     for name in ("state", "spool", "database"):
         (folder / name).mkdir()

@@ -1,4 +1,4 @@
-"""src/annotate.py and src/doctor.py as real processes, killed for real."""
+"""src/annotate.py and src/doctor.py in real processes, one of which is killed."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from vitrail.data.label_maps import LabelMapStore
 
 @pytest.fixture
 def photographs(tmp_path):
-    """60 different pieces of scikit-learn's photographs, of two classes of ImageNet."""
+    """60 different crops of scikit-learn's photographs, of two classes of ImageNet."""
     from sklearn.datasets import load_sample_images
 
     pictures = load_sample_images().images
@@ -31,13 +31,13 @@ def photographs(tmp_path):
 
 
 def parts_done(out):
-    """Images that each of two processes has finished."""
+    """Return the number of images that each of two processes has finished."""
     done = np.load(out / "done.npy") if (out / "begun.json").is_file() else np.zeros(60)
     return int(done[:30].sum()), int(done[30:].sum())
 
 
 @pytest.mark.slow  # 50 s; tests/data/test_label_maps.py kills the writer
-def test_annotate__killed_it_goes_on_without_redoing_or_losing(photographs, tmp_path):
+def test_annotate__continues_after_a_kill_without_repeating_or_losing_images(photographs, tmp_path):
     common = ("annotator=efficientnet_lite0", f"data.root={photographs}", "batch_size=1", "num_workers=0", "top_k=2")
     whole = run("annotate.py", *common, "annotator.image_size=320", f"out={tmp_path / 'whole'}", logs=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -71,8 +71,8 @@ def test_annotate__killed_it_goes_on_without_redoing_or_losing(photographs, tmp_
 
 
 @pytest.mark.slow
-def test_annotate__with_a_network_of_ones_own(image_tree, tmp_path):
-    """Train a convnet, annotate with it, ask the doctor, train with the maps; and one process that fails."""
+def test_annotate__with_your_own_network(image_tree, tmp_path):
+    """Train a convnet, annotate with it, run the doctor, and train with the maps; then annotate broken images."""
     data = ("data=imagefolder", f"data.root={image_tree}", "data.image_size=64", "data.num_workers=0")
     quick = ("trainer=cpu", "callbacks.model_summary=null", "data.batch_size=8", "augment.scale=[0.9,1.0]")
     network = ("model=timm", "model.name=test_resnet", "+model.output_stride=8", "optimizer.lr=3e-3")
@@ -89,7 +89,7 @@ def test_annotate__with_a_network_of_ones_own(image_tree, tmp_path):
     )
     doctor = run("doctor.py", f"data.root={image_tree}", f"data.label_maps={maps}", logs=tmp_path)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-    assert "Nothing wrong" in doctor.stdout
+    assert "No problems found" in doctor.stdout
     network = ("model=lvvit_nano", "model.token_head=true", "augment=lvvit")
     objective = ("objective=token_labeling", f"data.label_maps={maps}", "epochs=1")
     trained = train(*data, *quick, *network, *objective, logs=tmp_path)
@@ -102,4 +102,4 @@ def test_annotate__with_a_network_of_ones_own(image_tree, tmp_path):
     assert "flower_7.jpg: not a readable image" in error_of(failed)
     sick = run("doctor.py", f"data.root={image_tree}", "checksums=false", logs=tmp_path)
     assert sick.returncode == 1
-    assert "To mend: 1" in sick.stdout
+    assert "1 problem found" in sick.stdout

@@ -1,4 +1,4 @@
-"""Two real processes with gloo: same curve as one process, every image once."""
+"""DDP in two real processes with gloo: the same loss curve as one process, and every image once."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from vitrail.checkpoints.reading import read_checkpoint
 
 
 def test_ddp__same_loss_curve_as_one_process(tmp_path):
-    """The same global batch and seed, with augmentation, on one process and on two; no dropout in the model."""
+    """One and two processes with the same global batch, seed and augmentation; the model has no dropout."""
     common = ("epochs=2", "trainer.limit_train_batches=8", "callbacks.model_summary=null")
     one = train("trainer=cpu", "data.batch_size=64", *common, logs=tmp_path)
     for result in run_ranks("train.py", "trainer=ddp_cpu_2", "data.batch_size=32", *common, logs=tmp_path):
@@ -37,7 +37,7 @@ def test_ddp__same_loss_curve_as_one_process(tmp_path):
 
 
 def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
-    """359 images on two processes with batches of 50: the accuracy of one process, for BatchNorm too."""
+    """359 images on two processes in batches of 50 give the accuracy of one process, with BatchNorm too."""
     directory, logs = finished_one
     results = []
     for trainer, batch in (("cpu", 359), ("ddp_cpu_2", 50)):
@@ -49,7 +49,7 @@ def test_ddp__validation_counts_every_image_once(finished_one, tmp_path):
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
 
 
-@pytest.mark.slow  # the next one starts processes as torchrun does, but warm
+@pytest.mark.slow  # the next test covers the same code faster, without starting torchrun
 def test_torchrun__one_run_directory_for_all_ranks(tmp_path):
     """Processes that torchrun starts compose their configs themselves, and still share one directory."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -68,10 +68,10 @@ def test_torchrun__one_run_directory_for_all_ranks(tmp_path):
     assert result.stdout.count("Training finished") == 1
 
 
-def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_path):
-    """Four, killed within an epoch, and then one, as after the loss of machines: after the same images."""
+def test_torchrun__restart_resumes_with_fewer_processes(tmp_path):
+    """Four processes are killed within an epoch, and one resumes after the same images, as after a loss of machines."""
     options = ("trainer=ddp_cpu_2", "data.batch_size=8", "epochs=1", "schedule.per_step=true", *QUICK[3:])
-    id_ = {"TORCHELASTIC_RUN_ID": "mine", "LOGS_SECRET": str(tmp_path)}  # all paths in the config hold it
+    id_ = {"TORCHELASTIC_RUN_ID": "mine", "LOGS_SECRET": str(tmp_path)}  # all paths in the config contain this secret
     processes = start_ranks("train.py", *options, "callbacks.preemption.minutes=0", logs=tmp_path, ranks=4, **id_)
     directory = tmp_path / "train" / "runs" / "torchrun_mine"
     last = directory / "checkpoints" / "last.ckpt"
@@ -87,16 +87,16 @@ def test_torchrun__started_again_goes_on_with_the_processes_that_are_left(tmp_pa
     (result,) = run_ranks("train.py", *options, "callbacks.preemption.minutes=0", logs=tmp_path, ranks=1, **again)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in result.stdout
-    assert "started again in" in result.stdout
+    assert "restarted in" in result.stdout
     after = read_checkpoint(last)
     images = before["global_step"] * 32
-    assert after["global_step"] == before["global_step"] + (179 - images // 8)  # of 1438 images, by 8
+    assert after["global_step"] == before["global_step"] + (179 - images // 8)  # 1438 images in batches of 8
     rates = [group["lr"] for group in after["optimizer_states"][0]["param_groups"]]
     assert rates == pytest.approx([1e-5, 1e-5], rel=0.1)  # the end of the cosine, although there were fewer steps
     changed = run_ranks("train.py", *options, "optimizer.lr=1", logs=tmp_path, ranks=1, **id_)
-    assert "holds another training; give this one another (or --rdzv-id)" in error_of(changed[0])
+    assert "contains another training; choose another hydra.run.dir (or --rdzv-id)" in error_of(changed[0])
     nameless = run_ranks("train.py", logs=tmp_path, ranks=1, TORCHELASTIC_USE_AGENT_STORE="False")
-    assert "--rdzv-id: torchrun needs one" in error_of(nameless[0])
+    assert "--rdzv-id: torchrun needs this option" in error_of(nameless[0])
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def finished_one(tmp_path):
     return train(*arguments, logs=tmp_path), tmp_path
 
 
-def test_ddp__a_corrupt_image_on_one_rank_ends_both(image_tree, tmp_path):
+def test_ddp__corrupt_image_on_one_rank_ends_both(image_tree, tmp_path):
     broken = image_tree / "train" / "pagoda" / "pagoda_3.jpg"
     broken.write_bytes(broken.read_bytes()[:2000])
     results = run_ranks(

@@ -1,4 +1,4 @@
-"""Wrong input ends in one sentence that names the key or the file, with a failing status and without a traceback."""
+"""Invalid input gives a one-line error that names the key or the file, exit status 1 and no traceback."""
 
 import pytest
 from PIL import Image
@@ -12,25 +12,25 @@ from programs import QUICK, error_of, run, run_directories, train
         (["optimizer.lrr=1"], "optimizer.lrr: no such config key; did you mean optimizer.lr"),
         (["modle=vit_tiny"], "modle: no such config key"),
         (["model=vit_tinny"], "model=vit_tinny: no such file in conf/model/; did you mean vit_nano"),
-        (["logger=mail"], "logger=mail: no such file in conf/logger/; there is mlflow, tensorboard, wandb"),
+        (["logger=mail"], "logger=mail: no such file in conf/logger/; choose from mlflow, tensorboard, wandb"),
         (["trainer=ddp_9gpu"], "trainer=ddp_9gpu: no such file"),
         (["augment.mix=null"], "augment.mix: renamed to mixing (mixing=none, mixup_cutmix, mixtoken)."),
         (["ckpt=weights.pth"], "ckpt: renamed to init_from."),
         (["checkpointing=true"], "checkpointing: renamed to grad_checkpointing."),
         (["optimizer.backbone_lr=0.1"], "optimizer.backbone_lr: renamed to optimizer.backbone_lr_scale."),
         (["callbacks.keep.minutes=1"], "callbacks.keep.minutes: renamed to callbacks.preemption.minutes."),
-        (["model=deit_tiny"], "model=deit_tiny: write model=deit model.name=deit_tiny_patch16_224."),
+        (["model=deit_tiny"], "model=deit_tiny: renamed; write model=deit model.name=deit_tiny_patch16_224."),
         (["optimizer.lr=[1"], "optimizer.lr"),
     ],
 )
-def test_config__misspelt(arguments, sentence, tmp_path):
+def test_config__unknown_name(arguments, sentence, tmp_path):
     assert sentence in error_of(run("train.py", *arguments, logs=tmp_path))
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["+colour=red"], "colour: no such config key; nothing would read it."),
+        (["+colour=red"], "colour: no such config key; nothing reads it."),
         (["+model.colour=red"], "model"),
         (["+trainer.colour=red"], "trainer: no such key 'colour'."),
         (["model.num_classes=7"], "model.num_classes=7 does not fit the data, which has 10 classes."),
@@ -44,14 +44,14 @@ def test_config__misspelt(arguments, sentence, tmp_path):
             "data.image_size=18: deit_nano needs a multiple of its patch size 4",
         ),
         (["optimizer.name=adamm"], "optimizer.name=adamm"),
-        (["resume=/nowhere"], "resume=/nowhere: no run directory"),
+        (["resume=/nowhere"], "resume=/nowhere: not a run directory"),
         (
             ["data=fashion_mnist", "data.source.download=false"],
-            "FashionMNIST is not there and data.source.download=false.",
+            "FashionMNIST is missing and data.source.download=false.",
         ),
     ],
 )
-def test_values__that_cannot_work(arguments, sentence, tmp_path):
+def test_config__invalid_value(arguments, sentence, tmp_path):
     if "trainer=gpu" not in arguments:
         arguments = [*QUICK, *arguments]
     assert sentence in error_of(run("train.py", *arguments, logs=tmp_path, VITRAIL_DATA=str(tmp_path / "data")))
@@ -70,7 +70,7 @@ def folder_error(tree, logs, *arguments):
 def test_folders__different_classes(image_tree, tmp_path):
     (image_tree / "val" / "pagoda").rename(image_tree / "val" / "temple")
     sentence = folder_error(image_tree, tmp_path)
-    assert "train and val hold different classes: 1 only in train/ (pagoda) and 1 only in val/ (temple)." in sentence
+    assert "train and val have different classes: 1 only in train/ (pagoda) and 1 only in val/ (temple)." in sentence
 
 
 def test_folders__truncated_image(image_tree, tmp_path):
@@ -80,7 +80,7 @@ def test_folders__truncated_image(image_tree, tmp_path):
     assert f"{broken}: not a readable image (image file is truncated" in sentence
 
 
-def test_folders__corrupt_images_skipped_by_choice(image_tree, tmp_path):
+def test_folders__corrupt_images_skipped_on_request(image_tree, tmp_path):
     (image_tree / "train" / "flower" / "flower_2.jpg").write_text("no image")
     (image_tree / "val" / "flower" / "flower_1.jpg").write_text("no image either")
     directory = train(
@@ -94,7 +94,7 @@ def test_folders__corrupt_images_skipped_by_choice(image_tree, tmp_path):
     assert '"skipped_images": 2' in (directory / "results.json").read_text()
 
 
-def test_imagenet__wants_its_thousand_classes(image_tree, tmp_path):
+def test_imagenet__requires_1000_classes(image_tree, tmp_path):
     result = run("train.py", "data=imagenet", f"data.root={image_tree}", *QUICK, logs=tmp_path)
     assert "2 class folders are not the 1000 of ImageNet-1k" in error_of(result)
 
@@ -112,20 +112,20 @@ def test_debug__shows_the_traceback(tmp_path):
     assert "model.num_classes=7 does not fit" in result.stderr
 
 
-def test_unexpected_error__traceback_in_the_log_file(tmp_path):
+def test_unexpected_error__traceback_is_in_the_log_file(tmp_path):
     run("train.py", *QUICK, "trainer.precision=bf17", logs=tmp_path)
     (directory,) = run_directories(tmp_path)
     assert "Traceback" in (directory / "train.log").read_text()
 
 
-def test_eval__wrong_checkpoints(image_tree, tmp_path):
+def test_eval__missing_or_invalid_checkpoint(image_tree, tmp_path):
     assert "no such file" in error_of(run("eval.py", "ckpt=/nowhere.ckpt", logs=tmp_path))
     picture = tmp_path / "picture.ckpt"
     Image.new("RGB", (4, 4)).save(picture, format="PNG")
     assert "not a checkpoint" in error_of(run("eval.py", f"ckpt={picture}", logs=tmp_path))
 
 
-def test_checkpoint__of_another_architecture(tmp_path):
+def test_resume__checkpoint_of_another_architecture(tmp_path):
     directory = train(*QUICK, logs=tmp_path)
     result = run("train.py", f"resume={directory}", "epochs=2", "model=deit_nano", logs=tmp_path)
     sentence = error_of(result)

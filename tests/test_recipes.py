@@ -1,4 +1,4 @@
-"""docs/recipes.md says what the experiments and the results say."""
+"""docs/recipes.md agrees with the experiments and the results."""
 
 import csv
 import runpy
@@ -8,11 +8,11 @@ from programs import PROJECT
 recipes = runpy.run_path(str(PROJECT / "benchmarks" / "recipes.py"))
 
 
-def test_page__is_the_one_that_is_generated():
+def test_page__is_up_to_date():
     assert (PROJECT / "docs" / "recipes.md").read_text() == recipes["document"](), "run make recipes"
 
 
-def test_heads__name_all_that_is_promised():
+def test_heads__contain_command_and_hardware():
     for path in (PROJECT / "conf" / "experiment").glob("*.yaml"):
         head = recipes["head"](path)
         assert head["Command"].startswith(f"python src/train.py experiment={path.stem}")
@@ -21,7 +21,7 @@ def test_heads__name_all_that_is_promised():
         assert ours or "Different from the official run" in head or "as lvvit" in head["title"], path.stem
 
 
-def test_results__are_numbers_with_a_source_and_of_experiments():
+def test_results__have_a_source_and_a_known_experiment():
     with (PROJECT / "results" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} | {"digits"}

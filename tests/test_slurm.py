@@ -1,4 +1,4 @@
-"""A real SLURM: two tasks, an array, a job that dies, that runs out of time, that is preempted; `make test-slurm`."""
+"""Tests on a real SLURM: tasks, arrays, failing jobs, time limits and preemption (`make test-slurm`)."""
 
 import json
 import os
@@ -25,8 +25,8 @@ QUICK = ("data.batch_size=16", "data.num_workers=1", "callbacks.model_summary=nu
 
 @pytest.fixture
 def begin():
-    """Start a program beside the test; what is left of it ends with the test."""
-    begun = []
+    """Start a program in the background; it is killed at the end of the test."""
+    processes = []
 
     def start(*args, logs, cluster):
         process = subprocess.Popen(
@@ -37,11 +37,11 @@ def begin():
             stderr=subprocess.STDOUT,
             text=True,
         )
-        begun.append(process)
+        processes.append(process)
         return process
 
     yield start
-    for process in begun:
+    for process in processes:
         process.kill()
         process.communicate()
 
@@ -57,7 +57,7 @@ def command(*args):
 
 
 def call(*args, logs, cluster, timeout=300):
-    """Run a program to its end; what it printed."""
+    """Run a program to its end, and return its output."""
     result = subprocess.run(
         args, env=environment(logs, **cluster), cwd=logs, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -73,7 +73,7 @@ def sweep_of(logs: Path) -> Path:
 def until(condition, what, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.2)
 
 
@@ -86,7 +86,7 @@ def last_step(directory: Path) -> int:
 
 
 def test_srun__two_tasks_are_one_training(cluster, tmp_path):
-    """As in a job script of one's own: every task composes its config, and all share a run directory."""
+    """As in a user's job script, every task composes its config, and all share one run directory."""
     options = ("trainer=ddp_cpu_2", "epochs=1", "trainer.limit_train_batches=4", *QUICK)
     call(
         "srun",
@@ -102,7 +102,7 @@ def test_srun__two_tasks_are_one_training(cluster, tmp_path):
     assert [row["step"] for row in metrics(directory)] == [3]
 
 
-def test_launcher__an_array_of_two_trainings_of_two_tasks(cluster, tmp_path):
+def test_launcher__array_of_two_trainings_with_two_tasks(cluster, tmp_path):
     options = ("trainer=ddp_cpu_2", "epochs=1", "trainer.limit_train_batches=4", *QUICK)
     printed = call(
         *command("-m", "launcher=slurm", "model=vit_nano,deit_nano", *options, "hydra.launcher.timeout_min=10"),
@@ -122,7 +122,7 @@ def test_launcher__an_array_of_two_trainings_of_two_tasks(cluster, tmp_path):
 
 
 def test_search__on_slurm(cluster, tmp_path):
-    """Optuna here, its trials there, two at a time, of a program that only pretends to train; bad ones end early."""
+    """Optuna runs in this process, and two trials of a toy training at a time on SLURM; bad ones are pruned."""
     options = ("epochs=8", "hydra.sweeper.trials=6", "hydra.sweeper.prune=median", "hydra.sweeper.prune_after=1")
     call(
         *(sys.executable, str(PROJECT / "tests/toy_training.py"), "-m", "sweep=lr_wd", "launcher=slurm", "trainer=cpu"),
@@ -137,8 +137,8 @@ def test_search__on_slurm(cluster, tmp_path):
     assert (sweep_of(tmp_path) / "sweep.png").is_file()
 
 
-def test_launcher__a_job_that_dies_is_told_of(cluster, begin, tmp_path):
-    """The second is refused by its config, the third is killed; the first one finishes."""
+def test_launcher__failed_jobs_are_reported(cluster, begin, tmp_path):
+    """The second job has an invalid config, the third is killed; the first one finishes."""
     options = ("trainer=cpu", "augment=deit", "data.batch_size=16,17,18", "epochs=40", *QUICK[1:])
     process = begin(*command("-m", "launcher=slurm", *options), logs=tmp_path, cluster=cluster)
     until(lambda: list(tmp_path.glob("train/multiruns/*/2/metrics.csv")), "the third job")
@@ -153,8 +153,8 @@ def test_launcher__a_job_that_dies_is_told_of(cluster, begin, tmp_path):
     assert "data.batch_size=17: must be even" in text(directory / "1" / "console.log")
 
 
-def test_launcher__out_of_time_goes_on_in_its_run_directory(cluster, begin, tmp_path):
-    """A limit of two minutes with a warning 25 seconds (or more) before: SIGUSR1 goes to all processes."""
+def test_launcher__job_out_of_time_resumes_in_its_run_directory(cluster, begin, tmp_path):
+    """The time limit is two minutes; all processes get SIGUSR1 at least 25 seconds before it."""
     arguments = ("-m", "launcher=slurm", "trainer=ddp_cpu_2", "epochs=400", *QUICK, "callbacks.preemption.minutes=null")
     limits = ("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=25")
     process = begin(*command(*arguments, *limits), logs=tmp_path, cluster=cluster)
@@ -174,8 +174,8 @@ def test_launcher__out_of_time_goes_on_in_its_run_directory(cluster, begin, tmp_
     process.communicate(timeout=200)
 
 
-def test_preempted__saves_and_goes_on(cluster, begin, tmp_path):
-    """A job of a partition of more weight takes the node; SLURM queues the training again, which goes on after it."""
+def test_preemption__saves_and_resumes(cluster, begin, tmp_path):
+    """A job in a partition of higher priority takes the node; SLURM requeues the training, which resumes afterwards."""
     arguments = ("-m", "launcher=slurm", "trainer=ddp_cpu_2", "epochs=400", *QUICK, "callbacks.preemption.minutes=null")
     process = begin(*command(*arguments), logs=tmp_path, cluster=cluster)
     until(lambda: list(tmp_path.glob("train/multiruns/*/0/checkpoints/last.ckpt")), "the training")

@@ -1,4 +1,4 @@
-"""Multiruns in real processes: of real trainings, and of a program that only pretends to train, which is quick."""
+"""Multiruns in real processes: of real trainings, and of a fast program that only pretends to train."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def jobs_of(directory: Path):
 
 
 def starts(directory: Path, number: int) -> list[list[str]]:
-    """GPUs and resumed directory of every start of a job."""
+    """Return the visible GPUs and the resumed directory of every start of a job."""
     return [line.split() for line in (directory / str(number) / "starts.txt").read_text().splitlines()]
 
 
@@ -48,12 +48,12 @@ def study_of(directory: Path):
     return optuna.load_study(study_name="sweep", storage=f"sqlite:///{directory / 'study.db'}")
 
 
-def test_grid__fresh_process_a_job_also_with_ddp(tmp_path):
-    """Lightning's launcher must not pass the sweep on to its ranks: two jobs of two ranks stay two jobs."""
+def test_grid__new_process_per_job_also_with_ddp(tmp_path):
+    """Lightning's launcher must not pass the sweep on to its ranks: two jobs with two ranks stay two jobs."""
     result = run(
         *("train.py", "-m", "trainer=ddp_cpu_2", "data.batch_size=16", "model=vit_nano,deit_nano", *QUICK[1:]),
         logs=tmp_path,
-        LOCAL_RANK="0",  # what a parent under a launcher would hand down
+        LOCAL_RANK="0",  # a parent process under a launcher would pass this on
     )
     assert result.returncode == 0, result.stdout + result.stderr
     directory = sweep_directory(tmp_path)
@@ -64,11 +64,11 @@ def test_grid__fresh_process_a_job_also_with_ddp(tmp_path):
         assert not (job / "multirun.yaml").exists()
         assert yaml.safe_load((job / "config.yaml").read_text())["model"]["name"] == model
         assert len(metrics(job)) == 1
-        assert metrics(job)[0]["step"] == 1  # two batches an epoch, counted from 0
+        assert metrics(job)[0]["step"] == 1  # two batches per epoch, counted from 0
     assert "deit_nano" in result.stdout.split("2 jobs in")[1]
 
 
-def test_grid__a_failing_or_killed_job_does_not_stop_the_others(tmp_path):
+def test_grid__failed_and_killed_jobs_do_not_stop_the_others(tmp_path):
     result = toy("seed=12,13,14,15", "hydra.launcher.parallel=2", logs=tmp_path)
     assert result.returncode == 1
     assert "2 of 4 jobs failed: job 1 (seed=13), job 2 (seed=14)" in result.stderr
@@ -78,15 +78,15 @@ def test_grid__a_failing_or_killed_job_does_not_stop_the_others(tmp_path):
     assert "failed (-9)" in result.stdout
 
 
-def test_grid__misspelt_group_before_any_job(tmp_path):
+def test_grid__misspelt_group_fails_before_any_job(tmp_path):
     result = run("train.py", "-m", "model=vit_nano,vit_nanno", *QUICK, logs=tmp_path)
     assert result.returncode == 1
     assert "vit_nanno" in result.stderr
     assert not list((tmp_path / "train" / "multiruns").glob("*/0"))
 
 
-def test_grid__goes_on_in_its_directory(tmp_path):
-    """What is finished stays, what had begun goes on from its checkpoint, what changed is done anew."""
+def test_grid__continues_in_its_directory(tmp_path):
+    """Finished jobs are kept, unfinished ones resume from their checkpoint, and changed ones run again."""
     arguments = ("optimizer.lr=1e-3,2e-3", "epochs=2", f"hydra.sweep.dir={tmp_path}/sweep")
     assert toy(*arguments, logs=tmp_path).returncode == 0
     (tmp_path / "sweep" / "1" / "results.json").unlink()
@@ -99,8 +99,8 @@ def test_grid__goes_on_in_its_directory(tmp_path):
     assert jobs_of(tmp_path / "sweep")[1]["overrides"] == ["optimizer.lr=0.003", "epochs=2"]
 
 
-def test_grid__gpus_are_handed_out(tmp_path):
-    """Four GPUs, two for each job, two jobs at a time: no two that run together see the same one."""
+def test_grid__gpus_are_distributed(tmp_path):
+    """With four GPUs, two jobs with two GPUs each run in parallel, and never share a GPU."""
     options = ("hydra.launcher.gpus=2", "hydra.launcher.parallel=null", f"hydra.sweep.dir={tmp_path}/sweep")
     result = toy("seed=1,2,3,4", *options, logs=tmp_path, CUDA_VISIBLE_DEVICES="4,5,6,7", TOY_SECONDS="0.02")
     assert result.returncode == 0, result.stderr
@@ -113,7 +113,7 @@ def test_grid__gpus_are_handed_out(tmp_path):
 SEARCH = ("sweep=lr_wd", "epochs=6")
 
 
-def test_search__ends_bad_trials_early(tmp_path):
+def test_search__prunes_bad_trials(tmp_path):
     options = ("hydra.sweeper.trials=9", "hydra.sweeper.prune=median", "hydra.sweeper.prune_after=1")
     result = toy(*SEARCH, *options, "hydra.launcher.parallel=3", logs=tmp_path, TOY_SECONDS="0.7")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -140,7 +140,7 @@ def test_search__ends_bad_trials_early(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_search__stopped_and_continued(signum, tmp_path):
-    """Ended with its first trials under way: these go on, and the search ends with as many trials as asked for."""
+    """A search stopped during its first trials resumes them, and ends with the requested number of trials."""
     arguments = (*SEARCH, "hydra.sweeper.trials=5", "hydra.launcher.parallel=2", f"hydra.sweep.dir={tmp_path}/sweep")
     process = subprocess.Popen(
         [sys.executable, TOY, "-m", *arguments], env=environment(tmp_path, TOY_SECONDS="5"), start_new_session=True
@@ -163,13 +163,13 @@ def test_search__stopped_and_continued(signum, tmp_path):
     assert len(jobs_of(tmp_path / "sweep")) == 5
 
 
-def test_search__refuses(tmp_path):
+def test_search__invalid_settings_are_refused(tmp_path):
     for options, sentence in (
-        (("optimizer.lr=1,2",), "put the key into the sweep's space"),
+        (("optimizer.lr=1,2",), "add the key to the sweep's space"),
         (("hydra.sweeper.prune=mean",), "choose median, halving or null"),
         (
             ("hydra.sweeper.metric=val/f1", "hydra.sweeper.trials=1", "epochs=1"),
-            "a job's results hold val/top1, epochs",
+            "not in a job's results; choose from val/top1, epochs",
         ),
     ):
         result = run("train.py", "-m", "sweep=lr_wd", *options, logs=tmp_path) if len(options) == 1 else None
@@ -177,14 +177,14 @@ def test_search__refuses(tmp_path):
         assert sentence in text, text
 
 
-def test_launcher__without_a_sweep(tmp_path):
+def test_launcher__without_a_multirun_is_refused(tmp_path):
     result = run("train.py", "launcher=slurm", logs=tmp_path)
     assert result.returncode == 1
     assert result.stderr == "error: launcher=slurm: launchers need a multirun: add -m, even for one job.\n"
 
 
 @pytest.mark.slow
-def test_search__of_real_trainings(tmp_path):
+def test_search__with_real_trainings(tmp_path):
     options = ("hydra.sweeper.trials=3", "hydra.launcher.parallel=2", *QUICK)
     result = run("train.py", "-m", "sweep=lr_wd", *options, logs=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

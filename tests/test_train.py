@@ -14,7 +14,7 @@ from programs import PROJECT, QUICK, error_of, metrics, run, run_directories, tr
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run of two epochs on all digits."""
+    """A finished run of two epochs on all digits, and its terminal output."""
     logs = tmp_path_factory.mktemp("logs")
     result = run("train.py", "trainer=cpu", "epochs=2", "model.drop_path_rate=0.1", logs=logs)
     assert result.returncode == 0, result.stderr
@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     return directory, result.stdout
 
 
-def test_run_directory__holds_everything(finished):
+def test_run_directory__contains_all_files(finished):
     directory, _ = finished
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}-[0-9a-f]{2}", directory.name)
     files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
@@ -43,10 +43,10 @@ def test_run_directory__holds_everything(finished):
     assert "epoch 2/2" in (directory / "train.log").read_text()
 
 
-def test_metrics__one_row_an_epoch_with_all_that_is_promised(finished):
+def test_metrics__one_row_per_epoch_with_all_documented_columns(finished):
     rows = metrics(finished[0])
     assert [row["epoch"] for row in rows] == [0, 1]
-    assert [row["step"] for row in rows] == [21, 43]  # 22 full batches of 64 an epoch, counted from 0
+    assert [row["step"] for row in rows] == [21, 43]  # 22 full batches of 64 per epoch, counted from 0
     promised = {
         *("train/loss", "train/lr", "train/grad_norm", "val/loss", "val/top1", "val/top5"),
         *("val/loss_ema", "val/top1_ema", "val/top5_ema", "speed/images_per_second", "speed/data_wait"),
@@ -54,7 +54,7 @@ def test_metrics__one_row_an_epoch_with_all_that_is_promised(finished):
     assert promised <= rows[1].keys()
     assert rows[1]["train/loss"] < rows[0]["train/loss"]
     assert rows[0]["train/lr"] == pytest.approx(1e-6)
-    # top-1 over the 359 held-out digits is a whole number of them
+    # top-1 times the 359 validation images is a whole number
     hits = rows[1]["val/top1"] * 3.59
     assert hits == pytest.approx(round(hits), abs=1e-3)
 
@@ -69,7 +69,7 @@ def test_terminal__shows_summary_progress_and_table(finished):
     assert f"{results['val/top1']:.2f} % with the raw weights" in output
 
 
-def test_checkpoint__plain_containers_only(finished):
+def test_checkpoint__contains_plain_containers_only(finished):
     checkpoint = torch.load(finished[0] / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["classes"] == [str(digit) for digit in range(10)]
     assert checkpoint["config"]["model"]["name"] == "vit_nano"
@@ -77,7 +77,7 @@ def test_checkpoint__plain_containers_only(finished):
     assert not any("_orig_mod" in key for key in checkpoint["state_dict"])
 
 
-def test_eval__gives_the_runs_own_accuracies(finished):
+def test_eval__same_accuracies_as_the_training(finished):
     directory, _ = finished
     logs = directory.parents[2]
     result = run("eval.py", f"ckpt={directory}/checkpoints/last.ckpt", "trainer=cpu", logs=logs)
@@ -91,7 +91,7 @@ def test_eval__gives_the_runs_own_accuracies(finished):
     assert f"{results['ema']['top1']:.2f}" in result.stdout
 
 
-def test_resume__finished_run_goes_on_with_more_epochs(finished):
+def test_resume__finished_run_continues_with_more_epochs(finished):
     directory, _ = finished
     logs = directory.parents[2]
     assert "epochs are done" in error_of(run("train.py", f"resume={directory}", logs=logs))
@@ -101,13 +101,13 @@ def test_resume__finished_run_goes_on_with_more_epochs(finished):
     rows = metrics(directory)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["drop_path_rate"] == 0.1
-    # The third epoch begins at two thirds of a cosine over three, not at the end of one over two.
+    # The third epoch starts at two thirds of a cosine over three epochs, not at the end of one over two.
     assert rows[2]["train/lr"] == pytest.approx(1e-5 + (1e-3 - 1e-5) / 4, rel=1e-4)
     assert json.loads((directory / "results.json").read_text())["epochs"] == 3
 
 
-def test_own_images__with_everything_on(image_tree, tmp_path):
-    """Real JPEGs, DeiT's augmentation with mixing, a distilled backbone, accumulation, clipping, loader workers."""
+def test_own_images__with_all_options(image_tree, tmp_path):
+    """Real JPEGs, DeiT's augmentation with mixing, a distilled backbone, accumulation, clipping and loader workers."""
     directory = train(
         *(
             "data=imagefolder",
@@ -146,7 +146,7 @@ def test_compile__same_keys_and_same_curve(tmp_path):
         torch.testing.assert_close(load(compiled)[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_any_timm_backbone__by_name(tmp_path):
+def test_model__any_timm_backbone_by_name(tmp_path):
     directory = train(*QUICK, "model=timm", "model.name=resnet18", logs=tmp_path)
     checkpoint = torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["model.fc.weight"].shape == (10, 512)
@@ -156,7 +156,7 @@ def test_any_timm_backbone__by_name(tmp_path):
 
 @pytest.mark.slow
 def test_make_train__reaches_95_percent(tmp_path):
-    """What `make train` promises, at the size that it promises it."""
+    """The accuracy that the README states for `make train`, with the same settings."""
     directory = train("trainer=cpu", logs=tmp_path, OMP_NUM_THREADS="2", timeout=900)
     results = json.loads((directory / "results.json").read_text())
     assert results["val/top1"] >= 95

@@ -1,4 +1,4 @@
-"""Distillation through src/train.py, with a teacher that really knows ImageNet."""
+"""Distillation with src/train.py and a teacher trained on ImageNet."""
 
 import importlib.resources
 import json
@@ -18,7 +18,7 @@ DATA = ("data=imagefolder", "data.image_size=64", "data.batch_size=8", "data.num
 
 @pytest.fixture
 def imagenet_folders(tmp_path):
-    """Real photographs in folders named as ImageNet's classes are: two of scikit-image's, two of scikit-learn's."""
+    """Crops of four photographs, from scikit-image and scikit-learn, in folders named like ImageNet's classes."""
     from sklearn.datasets import load_sample_images
 
     found = {
@@ -37,8 +37,8 @@ def imagenet_folders(tmp_path):
     return tmp_path / "images"
 
 
-def test_teacher__knows_the_photographs(imagenet_folders):
-    """Of all 1000 classes and of the data's four, from batches normalised for a student of another size."""
+def test_teacher__classifies_the_photographs(imagenet_folders):
+    """The teacher chooses among the data's four classes, from images of another size and normalisation than its own."""
     from vitrail.data import Augmentation, ImageFolderDataModule
 
     data = ImageFolderDataModule(
@@ -53,7 +53,7 @@ def test_teacher__knows_the_photographs(imagenet_folders):
     assert (teacher(batch.image).argmax(1) == batch.label).float().mean() >= 0.75
 
 
-def test_train__the_distillation_token_learns_the_teacher(imagenet_folders, tmp_path):
+def test_train__distillation_token_learns_from_the_teacher(imagenet_folders, tmp_path):
     directory = train(
         *("experiment=deit_tiny_distilled", "teacher=efficientnet_lite0", *DATA, f"data.root={imagenet_folders}"),
         *("epochs=8", "schedule.warmup_epochs=1", "schedule.epoch_lag=false", "optimizer.lr=1e-2", "mixing=none"),
@@ -66,14 +66,14 @@ def test_train__the_distillation_token_learns_the_teacher(imagenet_folders, tmp_
         assert row["train/loss"] == pytest.approx((row["train/cls_loss"] + row["train/distill_loss"]) / 2, rel=1e-4)
     checkpoint = torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
     assert all(key.startswith("model.") for key in checkpoint["state_dict"])
-    assert not any("conv_stem" in key for key in checkpoint["state_dict"])  # of the teacher
+    assert not any("conv_stem" in key for key in checkpoint["state_dict"])  # a layer of the teacher
     result = run("eval.py", f"ckpt={directory}", "trainer=cpu", logs=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((directory / "results.json").read_text())["epochs"] == 8
 
 
-def test_train__from_what_the_teacher_left(imagenet_folders, tmp_path):
-    """The teacher annotates once; every later training reads its scores, of the crop that the student sees."""
+def test_train__from_the_teachers_label_maps(imagenet_folders, tmp_path):
+    """The teacher annotates once; later trainings read its scores for the student's crop."""
     annotated = run(
         *("annotate.py", "annotator=efficientnet_lite0", *DATA[:1], f"data.root={imagenet_folders}"),
         *(f"out={tmp_path / 'maps'}", "top_k=4"),
@@ -99,18 +99,18 @@ def test_train__from_what_the_teacher_left(imagenet_folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["objective=distillation"], "teacher: not set, but DistillationLoss learns from one"),
-        (["teacher=efficientnet_lite0"], "teacher: CrossEntropy asks none; set objective=distillation."),
+        (["objective=distillation"], "teacher: not set, but DistillationLoss needs a teacher"),
+        (["teacher=efficientnet_lite0"], "teacher: CrossEntropy does not use a teacher; set objective=distillation."),
         (
             ["objective=distillation", "teacher=efficientnet_lite0"],
-            "teacher: tf_efficientnet_lite0 has 1000 classes, the data has 10.",
+            "teacher: tf_efficientnet_lite0 has 1000 classes, the data has 10; use a teacher",
         ),
         (["objective=distillation", "teacher=run", "teacher.ckpt=/nowhere"], "/nowhere"),
         (
             ["objective=distillation", "teacher=timm", "teacher.name=resnet18", "teacher.pretrained=false"],
-            "teacher.pretrained=false: an untrained teacher; set teacher.weights=<file>.",
+            "teacher.pretrained=false: the teacher has no trained weights; set teacher.weights=<file>.",
         ),
     ],
 )
-def test_refuses(arguments, sentence, tmp_path):
+def test_teacher__invalid_settings_are_refused(arguments, sentence, tmp_path):
     assert sentence in error_of(run("train.py", "trainer=cpu", *arguments, logs=tmp_path))

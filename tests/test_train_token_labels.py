@@ -1,4 +1,4 @@
-"""Token labelling through src/train.py, on real JPEGs."""
+"""Token labelling with src/train.py, on real JPEGs."""
 
 import csv
 
@@ -27,7 +27,7 @@ def losses(directory):
 @pytest.mark.parametrize(
     "model", [SMALL, ("model=t2t_vit", "model.name=t2t_vit_7", "+model.depth=2", "model.token_head=true")]
 )
-def test_train__token_losses_fall(model, image_tree, label_maps, tmp_path):
+def test_train__token_loss_decreases(model, image_tree, label_maps, tmp_path):
     arguments = (*model, *DATA, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=10")
     rows = losses(train(*arguments, "optimizer.lr=3e-3", "augment.auto_augment=null", logs=tmp_path))
     assert rows[-1]["train/token_loss"] < 0.9 * rows[0]["train/token_loss"]
@@ -35,23 +35,26 @@ def test_train__token_losses_fall(model, image_tree, label_maps, tmp_path):
         assert row["train/loss"] == pytest.approx(row["train/cls_loss"] + row["train/token_loss"], rel=1e-4)
 
 
-def test_train__refuses_before_it_starts(image_tree, tmp_path):
+def test_train__missing_label_maps_are_refused(image_tree, tmp_path):
     common = (*SMALL, *DATA, *QUICK, f"data.root={image_tree}", "epochs=1")
     message = error_of(run("train.py", *common, "data.label_maps=/nowhere", logs=tmp_path))
     assert "data.label_maps=/nowhere: no label maps (no manifest.json)" in message
 
 
-def test_train__missing_maps_are_named(image_tree, label_maps, tmp_path):
+def test_train__image_without_a_label_map_is_named(image_tree, label_maps, tmp_path):
     (image_tree / "train" / "flower" / "flower_0.jpg").rename(image_tree / "train" / "flower" / "new.jpg")
     common = (*SMALL, *DATA, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=1")
     message = error_of(run("train.py", *common, logs=tmp_path))
-    assert "1 of 16 images have no map, the first is flower/new; data.on_missing_map=ignore" in message
+    assert (
+        "1 of 16 images have no map, the first is flower/new; annotate this data, or set data.on_missing_map=ignore"
+        in message
+    )
     result = run("train.py", *common, "data.on_missing_map=ignore", logs=tmp_path)
     assert result.returncode == 0
     assert "1 of 16 images have no label map" in result.stdout + result.stderr
 
 
-def test_finetune__starts_from_weights_of_another_resolution(image_tree, label_maps, tmp_path):
+def test_finetune__from_weights_of_another_resolution(image_tree, label_maps, tmp_path):
     common = (*SMALL, *QUICK, f"data.root={image_tree}", f"data.label_maps={label_maps}", "epochs=1")
     first = train(*DATA, *common, logs=tmp_path)
     larger = (*DATA, *common, "data.image_size=48", f"init_from={first}", "optimizer.lr=0", "schedule.warmup_lr=0")
@@ -73,6 +76,6 @@ def test_finetune__starts_from_weights_of_another_resolution(image_tree, label_m
         ),
     ],
 )
-def test_experiment__asks_for_what_it_needs(experiment, given, message, image_tree, tmp_path):
+def test_experiment__names_the_required_keys(experiment, given, message, image_tree, tmp_path):
     arguments = (f"experiment={experiment}", "trainer=cpu", *DATA, f"data.root={image_tree}", *given)
     assert message in error_of(run("train.py", *arguments, logs=tmp_path))

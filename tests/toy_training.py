@@ -1,4 +1,4 @@
-"""A program with train.py's config that pretends to train, in no time: for tests of what starts trainings."""
+"""A program with train.py's config that only pretends to train: for fast tests of launchers and sweeps."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from vitrail_runtime.secrets import redacted  # noqa: E402
 
 
 def main(config):
-    """The best learning rate is 1e-3; every epoch brings it a step closer. `seed=13` dies, `seed=14` is killed."""
+    """Write results that depend on learning rate and epochs (best at 1e-3); `seed=13` fails, `seed=14` is killed."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     overrides = redacted([*HydraConfig.get().overrides.task])
     (directory / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))

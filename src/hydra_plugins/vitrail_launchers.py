@@ -1,13 +1,13 @@
-"""Where the jobs of a sweep run: on this machine, on SLURM, on Ray.
+"""Launchers that run the jobs of a sweep: on this machine, on SLURM or on Ray.
 
-Hydra imports this file at every start, also of other programs, so it imports nothing heavy and changes nothing.
+Hydra imports this file at every start, also in other programs, so it imports no heavy packages and has no side effects.
 
-Every job is a fresh process in Hydra's run mode with a run directory of its own. Hydra's own launchers run jobs inside
-their process, where Lightning passes the parent's `--multirun` on to the ranks it starts: each of them would begin the
-whole sweep again (Lightning issue 11300, Hydra issue 2070). And they end the sweep where one job dies.
+Every job is a new process in Hydra's run mode with its own run directory. Hydra's own launchers run jobs inside their
+process, where Lightning passes the parent's `--multirun` on to the ranks that it starts: each rank would start the
+whole sweep again (Lightning issue 11300, Hydra issue 2070). They also end the sweep if one job fails.
 
-A sweep that is started again in its directory (`hydra.sweep.dir=...`) goes on: finished jobs are left as they are, and
-those that had begun go on from their last checkpoint.
+A sweep that is started again in its directory (`hydra.sweep.dir=...`) continues: finished jobs are kept, and
+unfinished ones resume from their last checkpoint.
 """
 
 import json
@@ -34,21 +34,21 @@ from vitrail_runtime.compat import hydra_flags
 from vitrail_runtime.programs import command_line
 from vitrail_runtime.secrets import redacted
 
-# What a launcher (Lightning's, torchrun's) tells a process about its rank; a job must not inherit it.
+# Variables in which a launcher (Lightning's, torchrun's) passes its rank to a process; a job must not inherit them.
 _RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"),
     *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
 )
 
-_ASK_SECONDS = 60  # between two questions to SLURM about jobs that left no result; submitit asks every ten minutes
+_POLL_SECONDS = 60  # interval of polling SLURM about jobs that left no result; submitit's default is ten minutes
 
 STOPPED = 128 + signal.SIGTERM
-"""Exit status of a training that was asked to stop, and saved."""
+"""Exit status of a training that was stopped and has saved its checkpoint."""
 
 
 class Job(NamedTuple):
-    """One training of a sweep; it can be pickled, and run anywhere that sees the same files."""
+    """One training of a sweep; it can be pickled and run on any machine with the same file system."""
 
     number: int
     overrides: list[str]
@@ -56,43 +56,43 @@ class Job(NamedTuple):
     command: list[str]
 
     def run(self, output: Any = None, **variables: str) -> int:
-        """Run it to its end, from its last checkpoint where it has one; the exit status."""
+        """Run the job to its end, from its last checkpoint if there is one, and return the exit status."""
         (Path(self.directory) / "stop").unlink(missing_ok=True)
         environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
-        begun = (Path(self.directory) / "checkpoints" / "last.ckpt").is_file()
-        resume = [f"resume='{self.directory}'"] if begun else []
+        has_checkpoint = (Path(self.directory) / "checkpoints" / "last.ckpt").is_file()
+        resume = [f"resume='{self.directory}'"] if has_checkpoint else []
         command = [*self.command, *resume]
         return subprocess.run(
             command, env={**environment, **variables}, stdout=output, stderr=output, check=False
         ).returncode
 
     def results(self) -> dict[str, Any] | None:
-        """What it left; None where it did not finish."""
+        """Return the contents of the job's `results.json`; None if the job did not finish."""
         file = Path(self.directory) / "results.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
     def is_finished(self) -> bool:
-        """Whether an earlier start of the sweep ran it, as it is now, to its end."""
-        told = Path(self.directory) / "overrides.txt"
-        if self.results() is None or not told.is_file():
+        """Return whether an earlier start of the sweep finished this job with the same overrides."""
+        saved = Path(self.directory) / "overrides.txt"
+        if self.results() is None or not saved.is_file():
             return False
-        before = [line for line in told.read_text(encoding="utf-8").splitlines() if not line.startswith("resume=")]
+        before = [line for line in saved.read_text(encoding="utf-8").splitlines() if not line.startswith("resume=")]
         return before == self.overrides
 
 
 Outcome = tuple[int | str, float]
-"""Exit status (or what became of it), and seconds."""
+"""Exit status (or a description of the failure), and seconds."""
 
 
 class JobLauncher(Launcher):
-    """Run each job as a fresh process on this machine.
+    """Launcher that runs each job as a new process on this machine.
 
-    A job that fails is noted and the others go on. Each job's result is what it leaves in `results.json`.
+    A failed job is recorded, and the others continue. The result of a job is the content of its `results.json`.
 
     Args:
-        parallel: jobs at a time; with more than one, each writes to `console.log` in its own directory. None runs as
-            many as there are GPUs for.
-        gpus: GPUs of each job, which then sees no others; None lets every job see all.
+        parallel: number of parallel jobs; if it is more than one, each job writes to `console.log` in its own
+            directory. None runs as many as there are GPUs for.
+        gpus: number of GPUs per job, which are the only ones visible to it; None makes all GPUs visible to every job.
     """
 
     def __init__(self, parallel: int | None = 1, gpus: int | None = None) -> None:
@@ -103,21 +103,22 @@ class JobLauncher(Launcher):
         self.parallel = most if parallel is None else parallel
         if gpus and self.parallel > most:
             raise HydraException(
-                f"hydra.launcher.parallel={parallel}: {len(visible)} GPUs are enough for {most} jobs of {gpus}."
+                f"hydra.launcher.parallel={parallel}: {len(visible)} GPUs are only enough for {most} jobs with {gpus}"
+                " GPUs each."
             )
         self._sets: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for number in range(self.parallel):
             self._sets.put(",".join(visible[number * gpus : (number + 1) * gpus]) if gpus else None)
         self._writing = threading.Lock()
         self.stopping = threading.Event()
-        """Set by a sweeper that is asked to stop while others of its threads wait for jobs."""
+        """Set by a sweeper to stop while its other threads wait for jobs."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what `launch` needs."""
+        """Store the config for `launch`."""
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; a JobReturn's value is the job's results, or None where it failed."""
+        """Run the jobs, and return their results as JobReturn values; None for failed jobs."""
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,13 +137,13 @@ class JobLauncher(Launcher):
         except KeyboardInterrupt:
             say_how_to_continue(folder)
             raise
-        # COMPLETED even where the job failed: Hydra would end the sweep otherwise. SweepTable sets the exit status.
+        # COMPLETED even if the job failed: otherwise Hydra would end the sweep. SweepTable sets the exit status.
         return [
             JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=job.results()) for job in jobs
         ]
 
     def _job(self, folder: Path, number: int, overrides: list[str]) -> Job:
-        """The parent's program in run mode: its flags about configs, the job's overrides, and its own directory."""
+        """Build a job: the parent's command in run mode, with its config flags, the job's overrides and directory."""
         directory = folder / str(number)
         directory.mkdir(exist_ok=True)
         args = hydra_flags(sys.argv[1:])
@@ -156,14 +157,14 @@ class JobLauncher(Launcher):
             if value
             for part in (flag, value)
         ]
-        ours = ("hydra.mode=", "hydra.sweep", "hydra.run.", "hydra.launcher", "hydra.sweeper")
-        hydra_overrides = [item for item in self.config.hydra.overrides.hydra if not item.startswith(ours)]
-        told = redacted(list(overrides))  # what is left out, the job finds in its environment
-        command = [*command_line(), *flags, *told, *redacted(hydra_overrides), f'hydra.run.dir="{directory}"']
-        return Job(number, told, str(directory), command)
+        of_sweep = ("hydra.mode=", "hydra.sweep", "hydra.run.", "hydra.launcher", "hydra.sweeper")
+        hydra_overrides = [item for item in self.config.hydra.overrides.hydra if not item.startswith(of_sweep)]
+        job_overrides = redacted(list(overrides))  # the job reads redacted secrets from its environment
+        command = [*command_line(), *flags, *job_overrides, *redacted(hydra_overrides), f'hydra.run.dir="{directory}"']
+        return Job(number, job_overrides, str(directory), command)
 
     def _record(self, folder: Path, job: Job, outcome: Outcome) -> None:
-        """Put a job's end into `jobs.json`, in place of what an earlier start noted of it."""
+        """Write the outcome of a job to `jobs.json`, replacing its outcome of an earlier start."""
         status, seconds = outcome
         stopped = (Path(job.directory) / "stop").is_file()
         entry = {
@@ -183,13 +184,13 @@ class JobLauncher(Launcher):
             unfinished.replace(record)
 
     def run(self, jobs: list[Job], keep: Callable[[Job, Outcome], None]) -> None:
-        """Run the jobs, so many at a time, and `keep` what became of each."""
+        """Run the jobs, `parallel` at a time, and call `keep` with the outcome of each."""
         pool = ThreadPoolExecutor(self.parallel)
         futures = [pool.submit(self._run, job, keep) for job in jobs]
         try:
             for future in futures:
                 future.result()
-        finally:  # after Ctrl-C, which the running jobs have heard as well
+        finally:  # on Ctrl-C, which the running jobs receive too
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, job: Job, keep: Callable[[Job, Outcome], None]) -> None:
@@ -197,7 +198,7 @@ class JobLauncher(Launcher):
             print(f"\njob {job.number}: {' '.join(job.overrides)}", flush=True)
         gpus = self._sets.get()
         started = time.monotonic()
-        # None lets a job write to this process's terminal.
+        # With None as output, the job writes to this process's terminal.
         with (Path(job.directory) / "console.log").open("a") if self.parallel > 1 else nullcontext() as output:
             status = job.run(output, **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}))
         self._sets.put(gpus)
@@ -205,18 +206,19 @@ class JobLauncher(Launcher):
 
 
 def _redact(file: Path) -> None:
-    """Take secrets out of what Hydra wrote."""
+    """Redact secrets in a file that Hydra has written."""
     if file.is_file() and (text := file.read_text(encoding="utf-8")) != redacted(text):
         file.write_text(redacted(text), encoding="utf-8")
 
 
 def say_how_to_continue(folder: Path) -> None:
-    """After Ctrl-C."""
-    print(f"\nstopped; the same command with hydra.sweep.dir={folder} goes on", file=sys.stderr, flush=True)
+    """Print how to continue the sweep after Ctrl-C."""
+    text = f"\nstopped; to continue, run the same command with hydra.sweep.dir={folder}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def visible_gpus() -> list[str]:
-    """Numbers or names of the GPUs that this process may use, without waking them."""
+    """Return the numbers or names of the visible GPUs, without initialising CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip()]
@@ -228,19 +230,19 @@ def visible_gpus() -> list[str]:
 
 
 class SlurmLauncher(JobLauncher):
-    """Submit each job to SLURM, through submitit: one job is one training, with a task for each of its processes.
+    """Launcher that submits each job to SLURM with submitit: one job is one training, with one task per process.
 
-    Several jobs become an array. A job that reaches its time limit is told so `signal_delay_s` before, by SIGUSR1; it
-    saves, and is queued again to go on in its run directory. A job that SLURM preempts saves on SIGTERM, and SLURM
-    queues it again. (Hydra's own launcher for submitit would start it at the beginning.)
+    Several jobs become an array. `signal_delay_s` before its time limit, a job gets SIGUSR1: it saves a checkpoint, is
+    requeued, and resumes in its run directory. A job that SLURM preempts saves on SIGTERM, and SLURM requeues it.
+    (Hydra's own submitit launcher would start it from the beginning.)
 
     Args:
-        parallel: jobs of an array that run at a time.
-        nodes: machines of a job.
-        tasks_per_node: processes of a job on each of them.
+        parallel: number of jobs of an array that run at the same time.
+        nodes: number of nodes per job.
+        tasks_per_node: number of processes per node.
         signal_delay_s: seconds between the signal and the time limit.
-        options: further options of sbatch, by submitit's names (`timeout_min`, `gpus_per_node`, `mem_gb`,
-            `slurm_partition`, ...); those that are null are left out.
+        options: further sbatch options, with submitit's names (`timeout_min`, `gpus_per_node`, `mem_gb`,
+            `slurm_partition`, ...); null values are omitted.
     """
 
     def __init__(
@@ -252,15 +254,15 @@ class SlurmLauncher(JobLauncher):
         self.options["slurm_signal_delay_s"] = signal_delay_s
 
     def run(self, jobs: list[Job], keep: Callable[[Job, Outcome], None]) -> None:
-        """Submit the jobs and wait for all."""
-        os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read at import, here and in the job; trainings listen to it
+        """Submit the jobs and wait for all of them."""
+        os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # submitit reads it at import, here and in the job
         try:
             import submitit
         except ImportError as error:
-            raise HydraException("launcher=slurm: needs submitit, pip install 'vitrail[slurm]'.") from error
+            raise HydraException("launcher=slurm: needs submitit; run pip install 'vitrail[slurm]'.") from error
         if not jobs:
             return
-        submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=_ASK_SECONDS)
+        submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=_POLL_SECONDS)
         try:
             executor = submitit.AutoExecutor(Path(jobs[0].directory).parent / "slurm", cluster="slurm")
             executor.update_parameters(
@@ -275,48 +277,50 @@ class SlurmLauncher(JobLauncher):
             raise HydraException(f"launcher=slurm: {str(error).splitlines()[0]}") from error
         names = ", ".join(str(job.job_id) for job in submitted)
         print(f"SLURM job{'s' * (len(jobs) > 1)} {names}; output in {submitted[0].paths.folder}", flush=True)
-        open_ = dict(zip(submitted, jobs, strict=True))
+        pending = dict(zip(submitted, jobs, strict=True))
         try:
-            while open_ and not self.stopping.is_set():
-                for future in [future for future in open_ if future.done()]:
-                    keep(open_.pop(future), (_outcome(future), time.monotonic() - started))
+            while pending and not self.stopping.is_set():
+                for future in [future for future in pending if future.done()]:
+                    keep(pending.pop(future), (_outcome(future), time.monotonic() - started))
                 time.sleep(1)
-        finally:  # after Ctrl-C
-            for future in open_:
+        finally:  # on Ctrl-C
+            for future in pending:
                 future.cancel()
 
 
 def _outcome(future: Any) -> int | str:
     try:
         return max(future.results())
-    except Exception as error:  # submitit's own, where the job's end left no result: killed, out of memory, a lost node
-        return f"{type(error).__name__}, SLURM says {future.state}"
+    except Exception as error:  # submitit's errors for jobs without a result: killed, out of memory, a lost node
+        return f"{type(error).__name__}, SLURM state {future.state}"
 
 
 def _slurm_task(job: Job) -> int:
-    """What each task of a SLURM job runs: the training, which takes part as Lightning's SLURM environment says."""
-    heard: set[int] = set()
-    for signum in (signal.SIGUSR1, signal.SIGTERM):  # every process of the job gets them; they are the training's
-        signal.signal(signum, lambda number, _: heard.add(number))  # ignored, they would be in the training, too
+    """Run the training in one task of a SLURM job; its rank comes from Lightning's SLURM environment."""
+    received: set[int] = set()
+    # Every process of the job gets these signals, and the training handles them. A handler does nothing here; SIG_IGN
+    # would be inherited by the training.
+    for signum in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(signum, lambda number, _: received.add(number))
     first = os.environ.get("SLURM_PROCID", "0") == "0"
     with (Path(job.directory) / "console.log").open("a") if first else nullcontext() as output:
         status = job.run(output)
-    out_of_time = status in (128 + signal.SIGUSR1, -signal.SIGUSR1)  # the latter: before it had anything to save
+    out_of_time = status in (128 + signal.SIGUSR1, -signal.SIGUSR1)  # negative: killed before its handler was installed
     if out_of_time and first:
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    if out_of_time or (signal.SIGTERM in heard and status != 0):
-        time.sleep(3600)  # until SLURM ends this task: if it ended by itself, the job would be over, not preempted
+    if out_of_time or (signal.SIGTERM in received and status != 0):
+        time.sleep(3600)  # wait for SLURM to end this task: if it exited, the job would count as finished
     return status
 
 
 class RayLauncher(JobLauncher):
-    """Run each job as a process on a Ray cluster, or on a Ray of this machine alone.
+    """Launcher that runs each job as a process on a Ray cluster, or with Ray on this machine only.
 
     Args:
-        address: of the cluster; None starts Ray here.
-        parallel: jobs at a time.
-        cpus: of each job.
-        gpus: of each job.
+        address: address of the cluster; None starts Ray on this machine.
+        parallel: number of parallel jobs.
+        cpus: number of CPUs per job.
+        gpus: number of GPUs per job.
     """
 
     def __init__(self, address: str | None = None, parallel: int = 16, cpus: float = 1, gpus: float = 0) -> None:
@@ -325,11 +329,11 @@ class RayLauncher(JobLauncher):
         self._starting = threading.Lock()
 
     def run(self, jobs: list[Job], keep: Callable[[Job, Outcome], None]) -> None:
-        """Hand the jobs to Ray and wait for all."""
+        """Run the jobs on Ray and wait for all of them."""
         try:
             import ray
         except ImportError as error:
-            raise HydraException("launcher=ray: needs Ray, pip install 'vitrail[ray]'.") from error
+            raise HydraException("launcher=ray: needs Ray; run pip install 'vitrail[ray]'.") from error
         with self._starting:
             if not ray.is_initialized():
                 ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
@@ -347,10 +351,10 @@ class RayLauncher(JobLauncher):
                     job = running.pop(reference)
                     try:
                         outcome: int | str = ray.get(reference)
-                    except Exception as error:  # Ray's own: the worker died, the cluster lost a node
+                    except Exception as error:  # Ray's errors: the worker died, the cluster lost a node
                         outcome = f"{type(error).__name__}"
                     keep(job, (outcome, time.monotonic() - started))
-        finally:  # after Ctrl-C
+        finally:  # on Ctrl-C
             for reference in running:
                 ray.cancel(reference)
             if running:

@@ -1,6 +1,6 @@
-"""The sweeper that searches with Optuna.
+"""Sweeper for hyperparameter search with Optuna.
 
-Hydra imports this file at every start, also of other programs, so it imports nothing heavy and changes nothing.
+Hydra imports this file at every start, also in other programs, so it imports no heavy packages and has no side effects.
 """
 
 import threading
@@ -24,23 +24,23 @@ _WATCH_SECONDS = 1.0
 
 
 class OptunaSweeper(Sweeper):
-    """Search for the values that give the best metric, with Optuna's tree-structured Parzen estimator.
+    """Sweeper that searches for the values with the best metric, using Optuna's tree-structured Parzen estimator.
 
-    Only this process samples; a job gets fixed values and gives its results back. As many trials as the launcher runs
-    jobs at a time are under way, each independent of the others. The study is kept in a file; started again with the
-    same one (`hydra.sweep.dir=...`), the search goes on, and trials that were under way go on from their checkpoints.
+    Only this process samples: a job gets fixed values and returns its results. The number of parallel trials is the
+    launcher's number of parallel jobs. The study is saved in a file. If the sweep is started again in its directory
+    (`hydra.sweep.dir=...`), the search continues, and unfinished trials resume from their checkpoints.
 
     Args:
         metric: key of a job's results, and column of its metrics.csv.
         direction: `maximize` or `minimize`.
-        trials: jobs to run in all.
-        space: for each config key either `choices`, or `low` and `high` with `log` and `step` at will; whole numbers
-            give whole numbers.
-        seed: of the sampler.
-        prune: end trials that are worse after an epoch than `median` of the others were after as many, or than what
-            `halving` (successive halving, arXiv:1810.05934) lets through; None ends none.
-        prune_after: epochs before a trial may be ended.
-        storage: Optuna's address of the study; None keeps it in `study.db` in the sweep's directory.
+        trials: total number of trials.
+        space: for each config key either `choices`, or `low` and `high`, optionally with `log` and `step`; if both
+            bounds are integers, the values are integers.
+        seed: seed of the sampler.
+        prune: how to end bad trials early: `median` ends a trial whose metric is worse than the median of the others
+            after as many epochs, `halving` uses successive halving (arXiv:1810.05934); None ends none.
+        prune_after: number of epochs before a trial can be ended.
+        storage: Optuna storage URL of the study; None uses `study.db` in the sweep's directory.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class OptunaSweeper(Sweeper):
         """Run all trials.
 
         Raises:
-            HydraException: an argument sweeps by itself, or the results lack the metric.
+            HydraException: an argument has several values, or the results lack the metric.
         """
         try:
             import optuna
         except ImportError as error:
-            raise HydraException("sweep: the search needs Optuna, pip install 'vitrail[sweep]'.") from error
+            raise HydraException("sweep: the search needs Optuna; run pip install 'vitrail[sweep]'.") from error
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         if swept := [item.input_line for item in parser.parse_overrides(arguments) if item.is_sweep_override()]:
             raise HydraException(
-                f"{swept[0]}: several values do not go with a search; put the key into the sweep's space."
+                f"{swept[0]}: a search accepts one value per key; add the key to the sweep's space instead."
             )
         directory = Path(self.config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,14 @@ class OptunaSweeper(Sweeper):
             sampler=optuna.samplers.TPESampler(seed=self.seed),
             pruner=self._pruner(optuna),
         )
-        if known:  # the sampler must not repeat what it drew before
+        if known:  # the sampler must not draw the same values again
             study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
-        asking = threading.Lock()
+        lock = threading.Lock()
         numbers = self._numbers(study)
 
         def work() -> None:
             while True:
-                with asking:
+                with lock:
                     number = next(numbers, None)
                     trial = None if number is None else self._trial(study, number)
                 if trial is None:
@@ -121,8 +121,8 @@ class OptunaSweeper(Sweeper):
                 future.result()
         except BaseException as error:
             self.launcher.stopping.set()
-            with asking:
-                numbers.close()  # no more trials
+            with lock:
+                numbers.close()  # start no more trials
             if isinstance(error, KeyboardInterrupt):
                 say_how_to_continue(directory.absolute())
             raise
@@ -137,7 +137,7 @@ class OptunaSweeper(Sweeper):
         return optuna.pruners.NopPruner()
 
     def _numbers(self, study: Any) -> Generator[int, None, None]:
-        """Trials to run: those that an earlier start left under way, then new ones."""
+        """Yield the numbers of the trials to run: unfinished ones of an earlier start, then new ones."""
         before = study.trials
         yield from (trial.number for trial in before if trial.state.name == "RUNNING")
         yield from range(len(before), self.trials)
@@ -146,7 +146,7 @@ class OptunaSweeper(Sweeper):
         return resumed_trial(study, number) or study.ask()
 
     def _run(self, study: Any, trial: Any, arguments: list[str]) -> None:
-        """Run one trial, and watch it."""
+        """Run one trial, report its epochs to Optuna, and prune it."""
         import optuna
 
         overrides = [*arguments, *self._sample(trial)]
@@ -163,10 +163,12 @@ class OptunaSweeper(Sweeper):
                         (directory / "stop").touch()
         (outcome,) = job.result()
         if self.launcher.stopping.is_set() and outcome.return_value is None:
-            return  # the study knows it as under way, and goes on with it
+            return  # the trial stays unfinished in the study, and the next start resumes it
         results = outcome.return_value
         if results is not None and self.metric not in results:
-            raise HydraException(f"hydra.sweeper.metric={self.metric}: a job's results hold {', '.join(results)}.")
+            raise HydraException(
+                f"hydra.sweeper.metric={self.metric}: not in a job's results; choose from {', '.join(results)}."
+            )
         if results is not None:
             study.tell(trial, results[self.metric])
         elif pruned:
@@ -175,7 +177,7 @@ class OptunaSweeper(Sweeper):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     def _report(self, trial: Any, directory: Path, reported: int) -> int:
-        """Tell Optuna of the epochs that a job has finished; how many it knows of."""
+        """Report the finished epochs of a job to Optuna, and return how many have been reported."""
         file = directory / "metrics.csv"
         if not file.is_file():
             return reported
@@ -191,6 +193,6 @@ class OptunaSweeper(Sweeper):
     def _suggest(trial: Any, key: str, axis: Any) -> Any:
         if "choices" in axis:
             return trial.suggest_categorical(key, axis["choices"])
-        whole = isinstance(axis["low"], int) and isinstance(axis["high"], int)
+        is_integer = isinstance(axis["low"], int) and isinstance(axis["high"], int)
         options = {name: axis[name] for name in ("log", "step") if name in axis}
-        return (trial.suggest_int if whole else trial.suggest_float)(key, axis["low"], axis["high"], **options)
+        return (trial.suggest_int if is_integer else trial.suggest_float)(key, axis["low"], axis["high"], **options)

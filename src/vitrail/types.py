@@ -166,7 +166,7 @@ class Outputs(NamedTuple):
         return logits if self.tokens is None else logits + TOKEN_WEIGHT * self.tokens.amax(1)
 
     def chunk(self, passes: int) -> list[Outputs]:
-        """Split the outputs of a batch that was repeated `passes` times into one `Outputs` per pass."""
+        """Split outputs (passes * B, ...) of a batch repeated `passes` times into one `Outputs` (B, ...) per pass."""
 
         def part(logits: Tensor | None, number: int) -> Any:
             return None if logits is None else logits.chunk(passes)[number]
@@ -202,7 +202,7 @@ class SparseTokens(NamedTuple):
         return dense.scatter_add_(2, self.classes, self.weights)
 
     def mixed(self, share: Tensor) -> SparseTokens:
-        """Mix with the reversed batch.
+        """Return the targets (B, N, C) mixed with those of the reversed batch.
 
         Args:
             share: (B, N) or broadcastable: weight of each token's own target; the other image's target has weight
@@ -226,7 +226,7 @@ class Targets(NamedTuple):
     cls: Tensor
     """Class indices (B,) or probabilities (B, C)."""
     tokens: Tensor | SparseTokens | None = None
-    """`token_targets`: probabilities (B, N, C) of the patch tokens, dense or sparse; (B, 1, C) for one shared target."""
+    """`token_targets`: probabilities (B, N, C) of the patch tokens, dense or sparse; (B, 1, C) if shared."""
     teacher_logits: Tensor | None = None
     """`teacher_logits`: (B, C), in the student's class order."""
     teacher_features: Tensor | None = None

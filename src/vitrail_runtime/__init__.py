@@ -1,7 +1,7 @@
-"""What runs around vitrail before PyTorch is imported: programs, `.env`, secrets, resolvers, allowed targets.
+"""Code that runs before PyTorch is imported: programs, `.env`, secrets, resolvers, allowed targets.
 
-Nothing heavy is imported here, so that `--help`, shell completion and a misspelt key answer at once. Nothing here
-imports `vitrail` before a command is about to run.
+It imports no heavy packages, so that `--help`, shell completion and errors about misspelt keys appear at once, and
+imports `vitrail` only when a command is about to run.
 """
 
 from vitrail_runtime.programs import run_program

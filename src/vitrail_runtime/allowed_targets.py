@@ -1,11 +1,11 @@
-"""What a config may build: `_target_` names code to be called, so a YAML from somebody else must not name just any.
+"""Restrict what a config may build: a `_target_` in somebody else's YAML must not be able to call arbitrary code.
 
-Every `_target_` is checked before it is resolved, and the object that it resolved to is checked again by where it was
-defined: `vitrail.runs.directory.subprocess.run` is Python's, not ours. `VITRAIL_TARGETS` (in the environment or `.env`)
-and `--allow` (on the command line), which no config can set, allow more: packages, modules, or single names, separated
-by commas.
+Every `_target_` is checked before it is resolved. The resolved object is then checked by the module that defines it:
+`vitrail.runs.directory.subprocess.run`, for example, is Python's function, not vitrail's. `VITRAIL_TARGETS` (in the
+environment or `.env`) and `--allow` (on the command line) allow more packages, modules or single names, separated by
+commas. No config can set them.
 
-Hydra's own part of a config names code in its logging, too, and can set environment variables; both are checked.
+Hydra's own part of a config can also name code, in its logging, and set environment variables; both are checked.
 """
 
 import os
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from vitrail_runtime.compat import start_checks, target_check
 
-# Whatever lies below these names may be built; functions only where they are vitrail's.
+# Everything below these names may be built; functions only if they are vitrail's.
 _ALLOWED = (
     *(f"vitrail.{room}" for room in ("checkpoints", "data", "models", "objectives", "training", "reporting")),
     *(f"vitrail.runs.{module}" for module in ("loggers", "preemption", "trained")),
@@ -38,7 +38,7 @@ _ALLOWED = (
     *("timm.layers", "timm.loss", "timm.optim", "timm.scheduler"),
 )
 
-# What Hydra's logging may name: it prints, and writes files.
+# What Hydra's logging config may name: classes that print or write files.
 _LOGGING = (
     *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
     *("logging.handlers.RotatingFileHandler", "rich.logging.RichHandler", "colorlog.ColoredFormatter"),
@@ -50,7 +50,7 @@ VARIABLE = "VITRAIL_TARGETS"
 
 
 def allow(names: str) -> None:
-    """Allow more names, separated by commas, for this process and those that it starts."""
+    """Allow more names, separated by commas, for this process and its child processes."""
     os.environ[VARIABLE] = ",".join(filter(None, (os.environ.get(VARIABLE, ""), names)))
 
 
@@ -60,10 +60,10 @@ def allowed() -> tuple[str, ...]:
 
 
 def check_target(target: str, built: Any = None) -> None:
-    """Refuse a name, and what it resolved to, that are not below an allowed one.
+    """Check that a name, and the object that it resolved to, lie below an allowed name.
 
     Raises:
-        HydraException: says which, and how to allow it.
+        HydraException: they do not; the message says how to allow them.
     """
     names = [target]
     if built is not None:
@@ -74,25 +74,27 @@ def check_target(target: str, built: Any = None) -> None:
         if not below:
             what = target if name == target else f"{target}, which is {name},"
             raise HydraException(
-                f"_target_: {what} is none of the packages that a config may build from; if you trust it, add"
+                f"_target_: {what} is not in a package that a config may build from; if you trust it, add"
                 f" --allow {name.rpartition('.')[0]}, or set VITRAIL_TARGETS to it in the environment or .env."
             )
     is_function = built is not None and not isinstance(built, type)
     if is_function and not names[-1].startswith("vitrail.") and all(root in _ALLOWED for root in below):
-        raise HydraException(f"_target_: {target} is a function; of other packages a config may build classes only.")
+        raise HydraException(f"_target_: {target} is a function; from other packages a config may build classes only.")
 
 
 def check_logging(tree: Any) -> None:
-    """Refuse code in a logging config, which Python's logging would import and call, but for what prints and writes.
+    """Check that a logging config names only the allowed classes: Python's logging imports and calls any name in it.
 
     Raises:
-        HydraException: says which.
+        HydraException: a name is not allowed.
     """
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         names_code = key in ("class", "()") or (isinstance(value, str) and "://" in value)
         if names_code and value not in _LOGGING:
-            raise HydraException(f"hydra.job_logging, hydra.hydra_logging: {value} is none of {', '.join(_LOGGING)}.")
+            raise HydraException(
+                f"hydra.job_logging, hydra.hydra_logging: {value} is not allowed; choose from {', '.join(_LOGGING)}."
+            )
         check_logging(value)
 
 
@@ -100,8 +102,8 @@ def check_logging(tree: Any) -> None:
 def guarded() -> Iterator[None]:
     """Check every `_target_`, logging config and environment variable that Hydra handles within the block.
 
-    Only vitrail's own programs and `vitrail.runs.config.instantiate` work in such a block; other Hydra programs in the
-    same environment are left alone.
+    Only vitrail's programs and `vitrail.runs.config.instantiate` use such a block, so other Hydra programs in the same
+    environment are not affected.
     """
     with target_check(check_target), start_checks(_check_log_config, _check_variables):
         yield
@@ -114,4 +116,6 @@ def _check_log_config(log_config: Any) -> None:
 
 def _check_variables(env: dict[str, str]) -> None:
     if env:
-        raise HydraException(f"hydra.job.env_set.{next(iter(env))}: a config sets no variables; set it in .env.")
+        raise HydraException(
+            f"hydra.job.env_set.{next(iter(env))}: configs cannot set environment variables; set it in .env."
+        )

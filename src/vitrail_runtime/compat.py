@@ -1,6 +1,6 @@
-"""Every private name of Lightning, Hydra and Optuna that vitrail uses, what for, and nothing else.
+"""All uses of private names of Lightning, Hydra and Optuna.
 
-Each function has a test (`tests/runtime/test_compat.py`), so that a new release that renames one is noticed at once.
+Each function has a test (`tests/runtime/test_compat.py`), so that a release that renames one is noticed at once.
 Packages are imported where they are used.
 """
 
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import lightning as L
 
-# Lightning: where a training is. Its loops count this, and offer no public view of it.
+# Lightning: the position in a training. Its loops count it, but there is no public API for it.
 
 
 def batches_seen(trainer: L.Trainer) -> int:
-    """Return how many training batches this training has started in all epochs, resumed ones included."""
+    """Return the number of batches that this training has started in all epochs, including those before resuming."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 def completed_batches(trainer: L.Trainer) -> int:
-    """Return how many batches of the current epoch have been started."""
+    """Return the number of batches of the current epoch that have been started."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
@@ -38,7 +38,7 @@ def is_accumulating(trainer: L.Trainer) -> bool:
 
 
 def next_batch(trainer: L.Trainer) -> tuple[int, int]:
-    """Return the epoch that a training is about to start or resume in, and how many batches of it are done."""
+    """Return the epoch in which a training is about to start or resume, and the number of its finished batches."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches = trainer.fit_loop.epoch_loop.batch_progress
     within = epochs.processed < epochs.ready
@@ -48,19 +48,19 @@ def next_batch(trainer: L.Trainer) -> tuple[int, int]:
 
 
 def skip_batches(trainer: L.Trainer, count: int) -> None:
-    """Count `count` more batches of the current epoch as done; fewer if negative."""
+    """Count `count` more batches of the current epoch as finished; fewer if negative."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     for name in ("ready", "started", "processed", "completed"):
         setattr(progress, name, getattr(progress, name) + count)
 
 
 def reopen_train_loader(trainer: L.Trainer) -> None:
-    """Let the training start a new pass over its loader: Lightning opens it before it knows where to resume."""
+    """Start a new pass over the training loader, which Lightning opens before it knows where to resume."""
     iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def epochs_in_checkpoint(checkpoint: dict[str, Any]) -> int:
-    """Return the number of epochs that a checkpoint of Lightning has finished."""
+    """Return the number of finished epochs in a Lightning checkpoint."""
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
@@ -68,7 +68,7 @@ def epochs_in_checkpoint(checkpoint: dict[str, Any]) -> int:
 
 
 def hydra_flags(arguments: list[str]) -> argparse.Namespace:
-    """Parse a command line with Hydra's own parser, for flags that a job of a sweep has to repeat."""
+    """Parse a command line with Hydra's parser, to get the flags that the jobs of a sweep need too."""
     from hydra._internal.utils import get_args_parser
 
     return get_args_parser().parse_args(arguments)
@@ -76,9 +76,9 @@ def hydra_flags(arguments: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def target_check(check: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call `check(name, None)` before Hydra resolves a `_target_`, and `check(name, object)` after.
+    """Call `check(name, None)` before Hydra resolves a `_target_`, and `check(name, object)` after it.
 
-    Hydra has no hook for this.
+    Hydra has no hook for this, so the block replaces one of its functions.
     """
     from hydra._internal.instantiate import _instantiate2
 
@@ -104,9 +104,9 @@ def target_check(check: Callable[[str, Any], None]) -> Iterator[None]:
 def start_checks(
     check_logging: Callable[[Any], None], check_variables: Callable[[dict[str, str]], None]
 ) -> Iterator[None]:
-    """Call the checks before Hydra applies a config's logging and its environment variables.
+    """Call the checks before Hydra applies a config's logging and environment variables.
 
-    `hydra.main` binds both functions by name in private modules.
+    Hydra has no hook for this, so the block replaces two of its functions in the modules that `hydra.main` uses.
     """
     import hydra._internal.hydra
     import hydra.core.utils
@@ -134,11 +134,11 @@ def start_checks(
 
 
 def resumed_trial(study: Any, number: int) -> Any:
-    """Return the trial of that number, which an earlier process began, to continue it; None if there is none.
+    """Return the trial of that number, which an earlier process started, to continue it; None if there is none.
 
-    A study hands out finished copies only.
+    Optuna's public API returns only read-only copies of existing trials.
     """
     import optuna
 
-    begun = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
-    return optuna.Trial(study, begun[number]._trial_id) if number in begun else None
+    existing = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    return optuna.Trial(study, existing[number]._trial_id) if number in existing else None

@@ -29,13 +29,13 @@ class Program(NamedTuple):
 
     config_name: str
     command: Callable[[DictConfig], str]
-    """Returns `module:function` below `vitrail.commands` for a config."""
+    """Maps a config to `module:function` below `vitrail.commands`."""
     help: str
 
 
 PROGRAMS = {
     "train": Program("train", lambda config: "plan:plan" if config.plan else "train:train", "train a backbone"),
-    "eval": Program("eval", lambda _: "eval:evaluate", "evaluate a run, an export, or anybody's weights"),
+    "eval": Program("eval", lambda _: "eval:evaluate", "evaluate a run, an export, or other weights"),
     "annotate": Program("annotate", lambda _: "annotate:annotate", "make or import label maps"),
     "doctor": Program("doctor", lambda _: "doctor:examine", "look for problems in data and label maps"),
     "export": Program("export", lambda _: "export:export", "export a run's network"),
@@ -69,14 +69,14 @@ def command_line() -> list[str]:
 def run_program(name: str) -> None:
     """Compose the program's config from the command line, run its command, and exit.
 
-    The exit status is 0, 1 after an error told in one sentence (or where the command returns False), or 130 after
-    Ctrl-C. The full traceback goes to the run's log file; `debug=...` shows it on the terminal.
+    The exit status is 0 on success, 1 after an error (reported in one sentence) or if the command returns False, and
+    130 after Ctrl-C. The full traceback goes to the run's log file; `debug=...` shows it on the terminal.
     """
     program = PROGRAMS[name]
     full = list(sys.argv)
 
     def job(config: DictConfig) -> Any:
-        sys.argv = full  # Lightning starts the other processes of this training with it
+        sys.argv = full  # Lightning starts the other ranks with these arguments
         try:
             module, _, function = program.command(config).partition(":")
             result = getattr(importlib.import_module(f"vitrail.commands.{module}"), function)(config)
@@ -92,7 +92,7 @@ def run_program(name: str) -> None:
     _load_dotenv(home() / ".env")
     try:
         sys.argv = [full[0], *_arranged(full[1 + len(_subcommand) :])]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; the sentence is written here
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; `_fail` prints the error
         _check_launcher()
         resolvers.register()
         with guarded():
@@ -132,7 +132,7 @@ def _arranged(arguments: list[str]) -> list[str]:
 
 
 def _check_launcher() -> None:
-    """Refuse a launcher without a multirun, which Hydra would silently not use."""
+    """Exit with an error if a launcher is set without a multirun: Hydra would silently ignore it."""
     chosen = [arg for arg in sys.argv[1:] if arg.startswith("launcher=") and arg != "launcher=local"]
     multirun = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv[1:]}
     if chosen and not multirun:
@@ -152,7 +152,7 @@ def _fail(error: Exception) -> None:
     sys.stdout.flush()
     if rank == "0" or "WORLD_SIZE" not in os.environ:
         sys.exit(1)
-    os._exit(1)  # a rank that unwinds normally would wait for the others in collective calls
+    os._exit(1)  # a rank that exits normally would wait for the others in collective calls
 
 
 def _load_dotenv(path: Path) -> None:

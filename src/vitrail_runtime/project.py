@@ -1,4 +1,4 @@
-"""Where things lie: the checkout, if this is one, and the packaged configs."""
+"""Paths of the project: the checkout, if there is one, and the config files."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 
 def checkout() -> Path | None:
-    """Return the root of the checkout that this package lies in; None for an installed package."""
+    """Return the root of the checkout that contains this package; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     return root if (root / "pyproject.toml").is_file() and (root / "src" / "vitrail_runtime").is_dir() else None
 
 
 def home() -> Path:
-    """Return the folder that `logs/`, `data/` and `.env` belong to: the checkout, or the current folder without one."""
+    """Return the folder of `logs/`, `data/` and `.env`: the checkout, or the current folder if there is none."""
     return checkout() or Path.cwd()

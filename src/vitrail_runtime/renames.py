@@ -1,4 +1,4 @@
-"""Names that changed, and what they are called now: for error messages, and for configs that earlier versions saved."""
+"""Renamed config keys, files and classes: for error messages, and for configs saved by earlier versions."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ RENAMED_KEYS = {
     **{f"callbacks.numbers.{key}": f"callbacks.nonfinite_guard.{key}" for key in _GUARD_KEYS},
     **{f"data.{key}": f"data.source.{key}" for key in _SOURCE_KEYS if key != "root"},
 }
-"""Config keys of version 0.1 and their names now."""
+"""Config keys of version 0.1 and their current names."""
 
 RENAMED_CHOICES = {
     "model": {
@@ -66,7 +66,7 @@ RENAMED_CHOICES = {
         "vit_tiny": "model=vit model.name=vit_tiny_patch16_224",
     },
 }
-"""Files of config groups in version 0.1 and what selects the same now."""
+"""Config group files of version 0.1 and the overrides that replace them."""
 
 _TARGETS = {
     "vitrail.data.Mixing": "vitrail.data.MixupCutMix",
@@ -81,7 +81,7 @@ _TARGETS = {
     "vitrail.models.annotator.timm_annotator": "vitrail.models.pretrained.timm_classifier",
     "vitrail.run.annotation.run_annotator": "vitrail.runs.trained.run_classifier",
 }
-"""Classes and functions of version 0.1 and their names now."""
+"""Classes and functions of version 0.1 and their current names."""
 
 _SOURCES = {
     "DigitsDataModule": "Digits",
@@ -94,7 +94,7 @@ _SOURCES = {
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a plain config of any earlier version as today's would be; today's are returned as they are."""
+    """Convert a plain config of any earlier version to the current names; current configs stay unchanged."""
     config = _renamed_targets(config)
     if "mix" in (config.get("augment") or {}):
         config["mixing"] = config["augment"].pop("mix")
@@ -106,7 +106,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     _move(config, "callbacks", "keep", "preemption")
     _move(config, "callbacks", "numbers", "nonfinite_guard")
     for old, new in (("ckpt", "init_from"), ("checkpointing", "grad_checkpointing")):
-        if old in config and "objective" in config:  # a training's; eval and export have a ckpt of their own
+        if old in config and "objective" in config:  # a training's config; in eval and export, `ckpt` is a current key
             config[new] = config.pop(old)
     if "objective" in config:
         config.setdefault("mixing", None)
@@ -132,7 +132,7 @@ def _move(config: dict[str, Any], group: str, old: str, new: str) -> None:
 
 
 def _upgrade_token_labels(config: dict[str, Any]) -> None:
-    """Move what builds targets from the loss to the target builder."""
+    """Move the settings that build targets from the objective to the target builder."""
     objective = config.get("objective") or {}
     if "dense_weight" not in objective:
         return
@@ -142,7 +142,7 @@ def _upgrade_token_labels(config: dict[str, Any]) -> None:
 
 
 def _upgrade_data(data: dict[str, Any]) -> None:
-    """Turn a data module of its own into the one data module with a source."""
+    """Replace the data module of one data set by `ImageDataModule` with a source."""
     source = _SOURCES.get(str(data.get("_target_", "")).rpartition(".")[2])
     if source is None or "source" in data:
         return

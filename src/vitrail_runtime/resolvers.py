@@ -1,4 +1,4 @@
-"""What configs can ask for by `${vitrail.name:...}`."""
+"""Resolvers that configs use as `${vitrail.name:...}`."""
 
 import os
 import secrets
@@ -15,27 +15,27 @@ from vitrail_runtime.project import home
 
 @cache
 def _stamp() -> str:
-    """Return the name of this job's directory, one for all of its processes; names sort in the order of their start.
+    """Return the name of this job's directory, the same in all of its processes; names sort by start time.
 
-    Processes that compose their configs each for itself, and may be restarted, have to find the same name, so SLURM's
-    or torchrun's id is used if there is one. Otherwise the time in microseconds, and two digits at random.
+    Each process composes its own config and may be restarted, and all have to find the same name. The name is therefore
+    SLURM's or torchrun's id if there is one. Otherwise it is the time in microseconds and two random digits.
     """
     if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return f"slurm_{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # of one srun, requeued or not
+        return f"slurm_{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # unchanged when SLURM requeues
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id and run_id != "none":  # torchrun's --rdzv-id, or what it drew for one machine
+    if run_id and run_id != "none":  # torchrun's --rdzv-id, or its random id for one machine
         return f"torchrun_{run_id}"
     stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}-{secrets.token_hex(1)}"
     return _agree(stamp) if run_id else stamp
 
 
 def _agree(stamp: str) -> str:
-    """The first stamp that a process of a torchrun without an id proposes, through torchrun's store.
+    """Return the same stamp in all processes of a torchrun without an id: the first one in torchrun's store.
 
-    (The ranks that Lightning starts are given the run directory on their command line.)
+    (Ranks that Lightning starts get the run directory on their command line.)
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        raise ValueError("--rdzv-id: torchrun needs one with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
+        raise ValueError("--rdzv-id: torchrun needs this option with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -47,12 +47,12 @@ def _run_dir(logs: str, task: str, resume: str | None) -> str:
         return str(Path(logs) / task / "runs" / _stamp())
     directory = Path(resume).expanduser().absolute()
     if not (directory / "config.yaml").is_file():
-        raise ValueError(f"resume={resume}: no run directory (it would hold a config.yaml).")
+        raise ValueError(f"resume={resume}: not a run directory (no config.yaml).")
     return str(directory)
 
 
 def _needed(key: str, what: str) -> str:
-    """For values that an experiment cannot do without; OmegaConf's ??? gives way to the group's null."""
+    """Raise an error for a required value of an experiment; a config group's null would override OmegaConf's `???`."""
     raise ValueError(f"{key}: not set; this experiment needs {what}, {key}=...")
 
 
@@ -63,13 +63,13 @@ def _auto_precision() -> str:
 
 
 def _imagenet(folder: str = "") -> str | None:
-    """`VITRAIL_IMAGENET`, or a folder below it; None if it is not set."""
+    """Return `VITRAIL_IMAGENET`, or a folder below it; None if the variable is not set."""
     root = os.environ.get("VITRAIL_IMAGENET")
     return str(Path(root) / folder) if root else None
 
 
 def register() -> None:
-    """Register what configs ask for by `${vitrail.name:...}`; done by vitrail's entry points, not on import."""
+    """Register the resolvers; vitrail's entry points call this, so that importing has no side effects."""
     resolvers: dict[str, Callable[..., Any]] = {
         "home": lambda: str(home()),
         "run_dir": _run_dir,

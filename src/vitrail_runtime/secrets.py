@@ -1,7 +1,4 @@
-"""Secrets come from the environment, and never reach a file, a log or a server.
-
-Beside the plugins because the programs need it before anything heavy is imported.
-"""
+"""Keep secrets, which come from environment variables, out of files, logs and servers."""
 
 import logging
 import os
@@ -12,15 +9,15 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SHORTEST = 8  # shorter values are words that could stand anywhere
+_SHORTEST = 8  # shorter values are likely to be ordinary words
 Tree = TypeVar("Tree")
 
 
 def redacted(tree: Tree) -> Tree:
-    """Text, or dicts and lists of it, in which the value of each secret variable is replaced by `${oc.env:...}`.
+    """Replace the value of each secret by `${oc.env:...}` in a text, or in dicts and lists of texts.
 
-    Secret are variables of the environment with KEY, TOKEN, SECRET, PASSW or CREDENTIAL in their names. A config that
-    is written so reads the secret again when it is used.
+    Secrets are environment variables with KEY, TOKEN, SECRET, PASSW or CREDENTIAL in their names. A redacted config
+    reads them from the environment again when it is used.
     """
     secrets = {value: name for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST}
     return _replace(tree, sorted(secrets.items(), key=lambda item: -len(item[0])))
@@ -38,19 +35,19 @@ def _replace(tree: Any, secrets: list[tuple[str, str]]) -> Any:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Another formatter's lines without secrets."""
+    """Formatter that redacts secrets in the lines of another formatter."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
         self.inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Format a record, without secrets."""
         return redacted(self.inner.format(record))
 
 
 def redact_logs() -> None:
-    """Keep secrets out of everything that is logged from here on."""
+    """Redact secrets in everything that is logged from now on."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, RedactingFormatter):
             handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter()))
@@ -58,7 +55,7 @@ def redact_logs() -> None:
 
 @contextmanager
 def redacted_arguments() -> Iterator[None]:
-    """Hide secrets in `sys.argv` from what stores the command line, as W&B does."""
+    """Redact secrets in `sys.argv` within the block, for packages that store the command line, such as W&B."""
     before = sys.argv
     sys.argv = redacted(list(before))
     try:

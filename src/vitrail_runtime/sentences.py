@@ -1,4 +1,4 @@
-"""Errors as one sentence: our own messages as they are, Hydra's and everybody else's in a line."""
+"""Turn an exception into one sentence for the user: vitrail's messages unchanged, all others shortened to a line."""
 
 import difflib
 import re
@@ -8,13 +8,13 @@ from hydra.errors import HydraException
 from vitrail_runtime.project import CONF
 from vitrail_runtime.renames import RENAMED_CHOICES, RENAMED_KEYS
 
-_OURS = ("ConfigError", "ImageError", "TrainingError")  # whose message is written for the user
+_OURS = ("ConfigError", "ImageError", "TrainingError")  # errors whose message is written for the user
 
 
 def sentence(error: BaseException) -> str:
-    """Return what to tell the user about an exception: our own message, or one line of anybody else's."""
+    """Return the message of an exception for the user: unchanged for vitrail's errors, otherwise one line."""
     text = str(error).strip()
-    if "Original Traceback (most recent call last)" in text:  # raised in a loader's worker, traceback and all
+    if "Original Traceback (most recent call last)" in text:  # raised in a data loader worker, with its traceback
         last = text.splitlines()[-1]
         name, _, message = last.partition(": ")
         return message if name.rsplit(".", 1)[-1] in _OURS else last
@@ -29,7 +29,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _composition(error: BaseException, text: str) -> str:
-    """Shorten Hydra's and OmegaConf's messages to what was asked for and what there is."""
+    """Shorten Hydra's and OmegaConf's messages to the requested name and the available ones."""
     if (override := getattr(error, "override", None)) is not None:
         return f"{override}: cannot be read as key=value ({text.splitlines()[0]})."
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -39,22 +39,20 @@ def _composition(error: BaseException, text: str) -> str:
             return f"{match[1]}: no such config group{_hint(match[1], _groups())}."
         if match[1] in RENAMED_KEYS:
             return f"{match[1]}: renamed to {RENAMED_KEYS[match[1]]}."
-        return (
-            f"{match[1]}: no such config key{_hint(match[1], _keys())}; to add it nevertheless, write +{match[1]}=..."
-        )
+        return f"{match[1]}: no such config key{_hint(match[1], _keys())}; to add it anyway, write +{match[1]}=..."
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, name = match[1].rpartition("/")
         if name in RENAMED_CHOICES.get(group, {}):
-            return f"{group}={name}: write {RENAMED_CHOICES[group][name]}."
+            return f"{group}={name}: renamed; write {RENAMED_CHOICES[group][name]}."
         names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
         near = difflib.get_close_matches(name, names, n=3)
-        known = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}."
+        known = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}."
         return f"{group}={name}: no such file in conf/{group}/; {known}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__
-    for told in (error, cause):
-        if type(told) is HydraException:  # ours, a sentence already
-            return str(told)
+    for raised in (error, cause):
+        if type(raised) is HydraException:  # raised by vitrail, with a message for the user
+            return str(raised)
     if cause is not None and str(cause).strip() not in text:
         lines.append(sentence(cause))
     return " ".join(line for line in lines if "HYDRA_FULL_ERROR" not in line) or type(error).__name__
@@ -70,7 +68,7 @@ def _groups() -> list[str]:
 
 
 def _keys() -> list[str]:
-    """Every dotted key that the config files name; good enough for a hint."""
+    """Return all dotted keys in the config files, by a simple parser that is good enough for hints."""
     keys = set()
     for path in (CONF).rglob("*.yaml"):
         group = path.parent.relative_to(CONF).as_posix().replace("/", ".")

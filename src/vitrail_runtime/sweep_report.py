@@ -1,6 +1,6 @@
-"""What a sweep shows at its end: its jobs as a table, and pictures by Optuna of what mattered.
+"""Report of a sweep: a table of its jobs, and a figure of the hyperparameters and their importance.
 
-Hydra builds the callback at every start, so matplotlib, Optuna and rich are imported where they are used.
+Hydra creates the callback at every start, so matplotlib, Optuna and rich are imported where they are used.
 """
 
 import csv
@@ -17,17 +17,17 @@ _JOBS_FOR_IMPORTANCE = 5
 
 
 class SweepTable(Callback):
-    """At the end of a sweep: its jobs as a table and a picture, best first; a failing exit status if one failed.
+    """Hydra callback that reports a finished sweep as a table and a figure, and exits with 1 if a job failed.
 
     Args:
-        metric: key of the jobs' results that orders the table.
+        metric: key of the jobs' results that sorts the table, best first.
     """
 
     def __init__(self, metric: str = "val/top1") -> None:
         self.metric = metric
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table, draw `sweep.png`, and exit with 1 where a job failed."""
+        """Print the table, draw `sweep.png`, and exit with 1 if a job failed."""
         from rich.console import Console
         from rich.table import Table
 
@@ -37,7 +37,7 @@ class SweepTable(Callback):
             return
         jobs = json.loads(record.read_text())
         metric, largest = self.metric, True
-        if "metric" in config.hydra.sweeper:  # a search says itself what is best
+        if "metric" in config.hydra.sweeper:  # a search has its own metric and direction
             metric, largest = config.hydra.sweeper.metric, config.hydra.sweeper.direction == "maximize"
         for job in jobs:
             if job["status"] == "pruned":
@@ -64,29 +64,29 @@ class SweepTable(Callback):
 
 
 def _draw(jobs: list[dict[str, Any]], metric: str, largest: bool, directory: Path) -> None:
-    """Write `sweep.png`, and say where; nothing without Optuna and matplotlib, or with fewer than two results."""
+    """Write `sweep.png` and print its path; skipped without Optuna and matplotlib, or with fewer than two results."""
     try:
         figure = sweep_figure(jobs, metric, largest)
     except ImportError:
         return
     if figure is not None:
         figure.savefig(directory / "sweep.png", dpi=110, bbox_inches="tight")
-        print(f"picture {directory / 'sweep.png'}")
+        print(f"figure: {directory / 'sweep.png'}")
 
 
 def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) -> Any:
-    """Draw each job as a line through its values (Optuna's parallel coordinates) and the importance of each key.
+    """Draw each job as a line through its values (Optuna's parallel coordinates), with the importance of each key.
 
-    The importance is fANOVA's (Hutter et al., ICML 2014), from five finished jobs on.
+    The importance is computed with fANOVA (Hutter et al., ICML 2014) if at least five jobs have finished.
 
     Args:
-        jobs: contents of `jobs.json`: `overrides` of each job, its `status` and its `results`; for a job that was
-            pruned, its best so far.
+        jobs: contents of `jobs.json`: `overrides`, `status` and `results` of each job; for a pruned job, its best
+            results so far.
         metric: key of the results.
-        largest: whether the largest is the best.
+        largest: whether a larger metric is better.
 
     Returns:
-        matplotlib's figure; None with fewer than two results, or if no key differs.
+        matplotlib's figure; None with fewer than two results, or if no key varies.
     """
     import matplotlib
     import optuna
@@ -106,7 +106,7 @@ def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) 
         study.add_trial(optuna.create_trial(params=params, distributions=spaces, value=float(job["results"][metric])))
     early = sum(job.get("status") == "pruned" for job in finished)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both plots are marked as experimental
+        warnings.simplefilter("ignore")  # Optuna warns that these functions are experimental
         axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study, params=names, target_name=metric)
         figure = axes.figure
         figure.set_size_inches(3 + 2.2 * len(names), 4.8)
@@ -123,7 +123,7 @@ def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) 
 
 
 def _space(values: list[str]) -> Any:
-    """Return Optuna's distribution of one key: a range of numbers, in decades if they are far apart, or choices."""
+    """Return Optuna's distribution of one key: a range of numbers, on a log scale if it is wide, or choices."""
     import optuna
 
     if not all(map(_is_number, values)):
@@ -137,7 +137,7 @@ def _is_numeric(space: Any) -> bool:
 
 
 def epochs_of(file: Path, metric: str) -> list[float]:
-    """Return a metric of each epoch from a metrics.csv."""
+    """Return a metric of each epoch from a metrics.csv file."""
     with file.open(newline="", encoding="utf-8") as rows:
         return [float(row[metric]) for row in csv.DictReader(rows) if row.get(metric)]
 
@@ -155,7 +155,7 @@ def _status(status: int | str) -> str:
 
 
 def _short(value: str) -> str:
-    """A sampled number in a few digits."""
+    """Shorten a sampled number to a few digits."""
     return f"{float(value):.4g}" if "." in value and _is_number(value) else value
 
 
@@ -164,7 +164,7 @@ def _number(value: float | None) -> str:
 
 
 def varied(jobs: list[dict[str, Any]]) -> list[str]:
-    """Return the keys that not all jobs have the same value of."""
+    """Return the keys whose values differ between jobs."""
     values: dict[str, set[str]] = {}
     for job in jobs:
         for item in job["overrides"]:

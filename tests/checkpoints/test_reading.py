@@ -35,14 +35,14 @@ def first(model):
         (lambda: {"model": state(1), "model_ema": state(2)}, True, 2),
     ],
 )
-def test_load__formats_of_others(content, ema, expected, model, tmp_path):
+def test_load__formats_of_other_frameworks(content, ema, expected, model, tmp_path):
     torch.save(content(), tmp_path / "x.pth")
     load_checkpoint(model, tmp_path / "x.pth", ema=ema)
     assert first(model) == expected
 
 
 @pytest.mark.parametrize(("ema", "expected"), [(None, 2), (True, 2), (False, 1)])
-def test_load__lightning_with_averages(ema, expected, model, tmp_path):
+def test_load__lightning_with_ema(ema, expected, model, tmp_path):
     with_prefix = lambda value: {f"model.{key}": tensor for key, tensor in state(value).items()}  # noqa: E731
     content = {"pytorch-lightning_version": "2", "state_dict": with_prefix(2), "current_model_state": with_prefix(1)}
     torch.save(content, tmp_path / "x.ckpt")
@@ -50,7 +50,7 @@ def test_load__lightning_with_averages(ema, expected, model, tmp_path):
     assert first(model) == expected
 
 
-def test_load__refuses_with_the_list(model, tmp_path):
+def test_load__error_lists_the_keys(model, tmp_path):
     weights = state(1)
     weights["cls_token"] = weights.pop("norm.weight", weights.pop("fc_norm.weight", torch.zeros(1)))
     weights["blocks.0.attn.qkv.bias"] = torch.zeros(9)
@@ -63,25 +63,25 @@ def test_load__refuses_with_the_list(model, tmp_path):
     assert first(model) == before
 
 
-def test_load__averages_asked_for_and_not_there(model, tmp_path):
+def test_load__no_ema_weights(model, tmp_path):
     torch.save(state(1), tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match="no averaged weights"):
+    with pytest.raises(ConfigError, match="contains no EMA weights"):
         load_checkpoint(model, tmp_path / "x.pth", ema=True)
 
 
-def test_load__nothing_is_executed(model, tmp_path):
-    class Trap:
+def test_load__code_is_not_executed(model, tmp_path):
+    class ExecutesCode:
         def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
+            return (open, (str(tmp_path / "executed"), "w"))
 
-    torch.save({"model": Trap()}, tmp_path / "x.pth")
+    torch.save({"model": ExecutesCode()}, tmp_path / "x.pth")
     with pytest.raises(ConfigError, match=r"can be loaded safely"):
         load_checkpoint(model, tmp_path / "x.pth")
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "executed").exists()
 
 
-def test_load__resizes_positions_as_the_papers(tmp_path):
-    """Against values recorded from the official scripts."""
+def test_load__resizes_positions_like_the_official_scripts(tmp_path):
+    """Compare with values recorded from the official scripts."""
     for case in recorded("backbone_parts.json")["pos_embed_resize_bicubic"]:
         side = case["new_grid"]
         sizes = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 2}
@@ -119,7 +119,7 @@ def test_load__other_resolution_and_classes(name, tmp_path, caplog):
     torch.testing.assert_close(state["blocks.0.mlp.fc1.weight"], source.state_dict()["blocks.0.mlp.fc1.weight"])
 
 
-def test_load__deit3_of_the_official_release(tmp_path):
+def test_load__official_deit3(tmp_path):
     model = create_model("deit3_small_patch16_224", 4, img_size=32, depth=1)
     rename = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
     weights = {}
@@ -135,7 +135,7 @@ def test_load__deit3_of_the_official_release(tmp_path):
 
 
 def test_load__google_release(tmp_path):
-    """An .npz with the names and layouts of the JAX code."""
+    """Load an .npz with the names and layouts of the JAX code."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
     width, heads = 192, 3
     block, rng = "Transformer/encoderblock_0/", np.random.default_rng(0)
@@ -170,7 +170,7 @@ def test_load__google_release(tmp_path):
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight.detach()[:width], torch.from_numpy(query.copy()))
 
 
-def test_load__allows_what_it_is_told_to(tmp_path):
+def test_load__allowed_keys(tmp_path):
     model = create_model("deit_nano", 4, img_size=16, token_head=True)
     torch.save(create_model("deit_nano", 4, img_size=16).state_dict(), tmp_path / "plain.pth")
     with pytest.raises(ConfigError, match=r"2 missing keys \(aux_head.bias, aux_head.weight\)"):
@@ -178,14 +178,14 @@ def test_load__allows_what_it_is_told_to(tmp_path):
     load_checkpoint(model, tmp_path / "plain.pth", allow=["aux_head.*"])
     torch.save(model.state_dict(), tmp_path / "dense.pth")
     notes = load_checkpoint(create_model("deit_nano", 4, img_size=16), tmp_path / "dense.pth")
-    assert notes == ["classifier of tokens (aux_head) left out; model.token_head=true keeps it."]
+    assert notes == ["classifier of tokens (aux_head) dropped; model.token_head=true keeps it."]
 
 
 def test_load__safetensors_and_old_files(model, tmp_path):
     save_file(state(5), tmp_path / "x.safetensors")
     load_checkpoint(model, tmp_path / "x.safetensors")
     assert first(model) == 5
-    namespace = argparse.Namespace(lr=1e-3)  # official scripts save their arguments, with torch of before 1.6
+    namespace = argparse.Namespace(lr=1e-3)  # official scripts save their arguments, in the format of torch < 1.6
     torch.save(
         {"state_dict": state(6), "args": namespace}, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=False
     )
@@ -193,9 +193,9 @@ def test_load__safetensors_and_old_files(model, tmp_path):
     assert first(model) == 6
 
 
-def test_load__positions_of_no_square_grid(tmp_path):
+def test_load__positions_not_a_square_grid(tmp_path):
     torch.save(create_model("deit_nano", 4, img_size=(16, 32)).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match="of no square grid"):
+    with pytest.raises(ConfigError, match="do not form a square grid"):
         load_checkpoint(create_model("deit_nano", 4, img_size=32), tmp_path / "x.pth")
 
 

@@ -1,4 +1,4 @@
-"""What `plan=true` says, against numbers that are known from elsewhere."""
+"""The estimates of `plan=true` agree with independently known numbers."""
 
 import re
 
@@ -16,7 +16,7 @@ def planned(*overrides):
         return make_plan(compose("train", [*overrides, "paths.run=/tmp/run", "trainer.precision=bf16-mixed"]))
 
 
-def test_deit_small__as_its_header_says():
+def test_deit_small__agrees_with_its_header():
     plan = planned("experiment=deit_small", "trainer=ddp_8gpu")
     assert plan.missing == ["data.root"]
     assert (plan.batch, plan.devices, plan.images, plan.classes) == (1024, 8, 1_281_167, 1000)
@@ -39,7 +39,7 @@ def test_deit_small__as_its_header_says():
         ("fashion_mnist", []),
     ],
 )
-def test_missing__is_asked_for(name, keys):
+def test_missing__lists_the_required_keys(name, keys):
     assert planned(f"experiment={name}").missing == keys
 
 
@@ -51,8 +51,8 @@ def test_memory__grows_with_the_batch_and_shrinks_with_checkpointing():
     assert planned().images == len(Digits().open("train"))
 
 
-def test_memory__of_a_sharded_model():
-    """Weights, gradients, AdamW's moments and the average, 20 bytes a parameter, on eight devices instead of one."""
+def test_memory__shrinks_with_sharding():
+    """Weights, gradients, AdamW's moments and EMA weights, 20 bytes per parameter, are sharded over eight devices."""
     whole, cut = (
         planned("model=deit", "model.name=deit_tiny_patch16_224", "data=imagenet", f"trainer={name}_8gpu")
         for name in ("ddp", "fsdp")
@@ -60,8 +60,8 @@ def test_memory__of_a_sharded_model():
     assert whole.memory - cut.memory == pytest.approx(whole.cost.parameters * 20 * 7 / 8)
 
 
-def test_work__of_a_teacher_and_of_submodels():
-    """A teacher's forward pass is a third of what its MACs cost in training; two submodels are twice the work."""
+def test_hours__include_teacher_and_submodels():
+    """A teacher costs a third of a training step with its MACs (forward pass only); two submodels double the work."""
     alone = planned("experiment=deit_tiny", "trainer=ddp_8gpu")
     taught = planned("experiment=deit_tiny_distilled", "trainer=ddp_8gpu")
     assert taught.teacher.macs == pytest.approx(15.9e9, rel=0.01)
@@ -74,15 +74,15 @@ def test_work__of_a_teacher_and_of_submodels():
 
 
 @pytest.mark.slow  # builds every network
-def test_hours__of_every_header_are_what_the_plan_computes(monkeypatch):
-    """The headers were not made up: time of the recipe's MACs at the stated share of an A100."""
-    monkeypatch.setattr("vitrail.commands.plan.activation_bytes", lambda *_: 0)  # which would take long for large ones
+def test_hours__in_every_header_equal_the_plan(monkeypatch):
+    """The hours in the headers of the recipes follow from their MACs at the assumed share of an A100."""
+    monkeypatch.setattr("vitrail.commands.plan.activation_bytes", lambda *_: 0)  # slow for large networks
     wrong = {}
     for path in sorted((PROJECT / "conf" / "experiment").glob("*.yaml")):
         text = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
         found = re.search(r"Expected: ([\d.]+) h on (\d+) A100", text)
         if found is None or path.stem.startswith(("cifar", "deit3_large", "lvvit_l")):
-            continue  # without hours, or slow to build
+            continue  # no hours in the header, or slow to build
         nodes = int(found[2]) // 8
         plan = planned(f"experiment={path.stem}", "trainer=ddp_8gpu", f"trainer.num_nodes={nodes}")
         if plan.hours is not None and plan.hours != pytest.approx(float(found[1]), rel=0.06):
@@ -90,12 +90,12 @@ def test_hours__of_every_header_are_what_the_plan_computes(monkeypatch):
     assert not wrong
 
 
-def test_curve__of_blocks():
+def test_curve__draws_blocks():
     assert curve([0.0, 1.0, 8.0]) == " ▁█"
     assert len(curve([1.0] * 310)) == 60
 
 
-def test_program__prints_and_trains_nothing(tmp_path):
+def test_program__prints_the_plan_without_training(tmp_path):
     result = run("train.py", "experiment=lvvit_s", "trainer=ddp_8gpu", "plan=true", logs=tmp_path)
     assert result.returncode == 0, result.stderr
     for words in (

@@ -1,4 +1,4 @@
-"""20,000 draws of the training transform are distributed as timm's own are."""
+"""Check that 20,000 draws of the training transform are distributed like timm's."""
 
 import numpy as np
 import pytest
@@ -15,28 +15,28 @@ from vitrail.types import InputSpec
 DRAWS = 20_000
 
 
-def watch(transform, boxes, operations):
-    """Note the crop and the operations that a pipeline of timm's stages draws."""
+def record_draws(transform, boxes, operations):
+    """Record the crops and operations that a pipeline of timm's stages draws."""
     for stage in getattr(transform, "transform", transform).transforms:
         if isinstance(stage, RandomResizedCropAndInterpolation):
             get_params = stage.get_params
 
-            def noted(image, scale, ratio, get_params=get_params):
+            def recorded(image, scale, ratio, get_params=get_params):
                 boxes.append(get_params(image, scale, ratio))
                 return boxes[-1]
 
-            stage.get_params = noted
+            stage.get_params = recorded
         if isinstance(stage, RandAugment):
             for operation in stage.ops:
-                # what an operation does is not looked at here, so it does nothing
+                # the effect of an operation is not tested here, so skip it
                 operation.aug_fn = lambda image, *_, name=operation.name, **__: operations.append(name) or image
     return transform
 
 
-def drawn(transform, boxes, operations, seed):
-    """Histograms of crop area, crop aspect, flip and operations of 20,000 draws."""
+def draw_histograms(transform, boxes, operations, seed):
+    """Return histograms of crop area, crop aspect ratio, flip and operations of 20,000 draws."""
     left_dark = Image.fromarray(np.tile(np.linspace(0, 255, 16).astype(np.uint8)[None, :, None], (16, 1, 3)))
-    watch(transform, boxes, operations)
+    record_draws(transform, boxes, operations)
     flips = []
     with seeded(seed):
         for _ in range(DRAWS):
@@ -59,11 +59,11 @@ def histograms():
     timms = create_transform(4, is_training=True, hflip=0.5, **options)
     augment = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", interpolation="bilinear")
     ours = augment.viewed(InputSpec(4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 0.5)
-    return drawn(ours, [], [], 1), drawn(timms, [], [], 2)
+    return draw_histograms(ours, [], [], 1), draw_histograms(timms, [], [], 2)
 
 
 @pytest.mark.parametrize("what", ["area", "aspect", "flip", "operations"])
-def test_draws__as_timms(histograms, what):
+def test_draws__distributed_like_timm(histograms, what):
     ours, timms = (histogram[what] for histogram in histograms)
     assert ours.sum() > 0.9 * DRAWS
     if what == "operations":

@@ -31,8 +31,8 @@ def test_batches__shapes_and_statistics():
     assert all(key.startswith("digits/train/") for key in batch.key)
 
 
-def test_views__function_of_seed_epoch_and_index():
-    """The same pixels with 0 and 2 workers and in any order; other pixels in another epoch or with another seed."""
+def test_views__depend_only_on_seed_epoch_and_index():
+    """Pixels are the same with 0 and 2 workers and in any order, but differ between epochs and between seeds."""
     first, second = digits(), digits(num_workers=2)
     for one, two, _ in zip(first.train_dataloader(), second.train_dataloader(), range(3), strict=False):
         torch.testing.assert_close(one.image, two.image, rtol=0, atol=0)
@@ -42,13 +42,13 @@ def test_views__function_of_seed_epoch_and_index():
     assert not torch.equal(view, digits(seed=1).train[Draw(5, 0, False)].image)
 
 
-def test_padding__is_not_counted():
+def test_padding__has_the_ignored_label():
     data = digits()
     assert data.val[Draw(3, 0, True)].label == IGNORE
     assert data.val[Draw(3, 0, False)].label == int(data.val.split.labels[3])
 
 
-def test_seeded__leaves_no_trace():
+def test_seeded__restores_the_generators():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -61,7 +61,7 @@ def test_seeded__leaves_no_trace():
         assert random.random() != inside[0]
 
 
-def test_corrupt__stop_or_skip(image_tree, tmp_path):
+def test_corrupt_image__stop_or_skip(image_tree, tmp_path):
     (image_tree / "train" / "flower" / "flower_2.jpg").write_text("no image")
     (image_tree / "val" / "flower" / "flower_1.jpg").write_text("no image")
     data = ImageFolderDataModule(str(image_tree), image_size=32)
@@ -86,17 +86,17 @@ def test_corrupt__stop_or_skip(image_tree, tmp_path):
         ({"batch_size": 0}, "data.batch_size=0"),
     ],
 )
-def test_refuses(arguments, message):
+def test_datamodule__invalid_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         digits(**arguments)
 
 
-def test_imagenet__refuses_other_folders(image_tree):
+def test_imagenet__other_folders_are_an_error(image_tree):
     with pytest.raises(ConfigError, match="2 class folders are not the 1000"):
         ImageNetDataModule(str(image_tree))
 
 
-def test_mixing__equals_timm_with_the_same_draws():
+def test_mixing__equals_timm_for_the_same_draws():
     from timm.data import Mixup
 
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
@@ -110,7 +110,7 @@ def test_mixing__equals_timm_with_the_same_draws():
             torch.testing.assert_close(mixed, expected, rtol=0, atol=0)
 
 
-def test_mixing__ranks_and_steps_draw_their_own():
+def test_mixing__different_draws_for_each_rank_and_step():
     mixes = [MixupCutMix().for_batch(torch.Size((4, 3, 8, 8)), None, key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0))]
     targets = [mix.probabilities(torch.eye(4)) for mix in mixes]
     assert len({tuple(target.flatten().tolist()) for target in targets}) == 3
@@ -118,7 +118,7 @@ def test_mixing__ranks_and_steps_draw_their_own():
         torch.testing.assert_close(target.sum(1), torch.ones(4))
 
 
-def test_mixing__refuses():
+def test_mixing__invalid_arguments():
     with pytest.raises(ConfigError, match=r"mixing: mixup and cutmix are both 0"):
         MixupCutMix(0, 0)
     with pytest.raises(ConfigError, match=r"mixing.mode=pairs"):
@@ -126,22 +126,22 @@ def test_mixing__refuses():
 
 
 @pytest.mark.parametrize("name", ["rand-m10-n8-inc1", "rand-m10-n8", "original", "v0"])
-def test_posterize__down_to_no_bits_at_all(name):
-    """Current Pillow refuses 0 bits, which timm draws at the highest magnitude; older ones gave a black picture."""
+def test_posterize__zero_bits(name):
+    """Posterising to 0 bits, which timm draws at the highest magnitude, gives black; current Pillow raises an error."""
     from PIL import Image
 
     from vitrail.types import InputSpec
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     transform = Augmentation(auto_augment=name).training(InputSpec((16, 16), (0.5,) * 3, (0.5,) * 3), hflip=0.0)
     (stage,) = [stage for stage in transform.transforms if hasattr(stage, "ops") or hasattr(stage, "policy")]
     operations = getattr(stage, "ops", None) or [operation for policy in stage.policy for operation in policy]
     posterize = [operation for operation in operations if operation.name.startswith("Posterize")]
     assert posterize
     for operation in posterize:
-        assert np.asarray(operation.aug_fn(picture, 0)).max() == 0
-        assert np.array_equal(np.asarray(operation.aug_fn(picture, 3)), np.asarray(picture) & 0b11100000)
-        assert operation.aug_fn(picture, 8) is picture
+        assert np.asarray(operation.aug_fn(image, 0)).max() == 0
+        assert np.array_equal(np.asarray(operation.aug_fn(image, 3)), np.asarray(image) & 0b11100000)
+        assert operation.aug_fn(image, 8) is image
     for index in range(300):
         with seeded(index):
-            transform(picture)
+            transform(image)

@@ -1,4 +1,4 @@
-"""One draw: pixels, labels and token labels all follow it."""
+"""Mixing: pixels, labels and token labels follow the same draw."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ ALPHAS = pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 
 
 def mixed_batch(mixing, key=(1, 2, 3)):
-    """Eight images of 16 pixels, each of its own grey and class, mixed, with maps that say their class everywhere."""
+    """Return a mixed batch of 8 images of 16 pixels: image i is grey i, and its label map has class i in every cell."""
     images = torch.arange(8.0)[:, None, None, None].repeat(1, 3, 16, 16)
     classes = torch.arange(8, dtype=torch.int32)[:, None, None, None].repeat(1, 1, 2, 2)
     box, flipped = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(8, 1), torch.zeros(8, dtype=torch.bool)
@@ -28,14 +28,14 @@ def mixed_batch(mixing, key=(1, 2, 3)):
 
 
 def own_share(batch):
-    """The share of each pixel's own image, read off the greys, (8, 16, 16)."""
+    """Return the share of each pixel's own image, computed from the greys, (8, 16, 16)."""
     own = torch.arange(8.0)[:, None, None]
     return (batch.image[:, 0] - own.flip(0)) / (own - own.flip(0))
 
 
 @MODES
 @ALPHAS
-def test_pixels_and_labels__are_timms_to_the_bit(alphas, mode):
+def test_pixels_and_labels__equal_timm_exactly(alphas, mode):
     mixing = MixupCutMix(*alphas, mode=mode)
     peer = Mixup(*alphas, mode=mode, label_smoothing=0.0, num_classes=8)
     for draw in range(20):
@@ -49,7 +49,7 @@ def test_pixels_and_labels__are_timms_to_the_bit(alphas, mode):
 
 @MODES
 @ALPHAS
-def test_token_shares__are_those_of_their_pixels(alphas, mode):
+def test_token_shares__equal_the_shares_of_their_pixels(alphas, mode):
     mixing = MixupCutMix(*alphas, mode=mode)
     for draw in range(10):
         batch = mixed_batch(mixing, (draw,))
@@ -58,7 +58,7 @@ def test_token_shares__are_those_of_their_pixels(alphas, mode):
         torch.testing.assert_close(batch.mix.probabilities(torch.eye(8)).diagonal(), covered.mean(1), atol=1e-5, rtol=0)
 
 
-def test_no_mix__for_one_image_and_below_prob():
+def test_no_mixing__for_one_image_or_zero_prob():
     assert MixupCutMix().for_batch(torch.Size((1, 3, 4, 4)), None, (0,)) is None
     assert MixupCutMix(prob=0.0).for_batch(SHAPE, None, (0,)) is None
     kept = MixupCutMix(prob=0.0, mode="elem").for_batch(SHAPE, None, (0,))
@@ -71,19 +71,19 @@ def test_token_targets__follow_the_pixels_of_cutmix():
     own = targets.tokens.to_dense()[torch.arange(8), :, torch.arange(8)].unflatten(1, (4, 4))
     covered = F.avg_pool2d(own_share(batch)[:, None], 4)[:, 0]
     torch.testing.assert_close(own, covered, atol=1e-5, rtol=0)
-    assert own.min() < 0.01, "some token lies within another image"
+    assert own.min() < 0.01, "at least one token shows only the other image"
     assert own.max() > 0.99
     torch.testing.assert_close(targets.cls, batch.mix.probabilities(torch.eye(8)), atol=1e-5, rtol=0)
 
 
-def test_token_targets__published_blends_all_alike():
+def test_token_targets__published_uses_one_share_for_all():
     batch = mixed_batch(MixupCutMix(0.0, 1.0, tokens="published"))
     tokens = TargetBuilder(smoothing=0.0)(batch, TokenLabelingLoss(), 8, (4, 4)).tokens.to_dense()
     probabilities = batch.mix.probabilities(torch.eye(8))
     torch.testing.assert_close(tokens, probabilities[:, None].expand(-1, 16, -1), atol=1e-5, rtol=0)
 
 
-def test_mixtoken__mixes_the_class_token_and_leaves_the_patch_tokens():
+def test_mixtoken__mixes_only_the_class_target():
     mixing = MixToken()
     key = next((1, step) for step in range(99) if mixing.for_batch(SHAPE, (4, 4), (1, step)).share < 1)
     batch = mixed_batch(mixing, key)
@@ -98,6 +98,6 @@ def test_mixtoken__mixes_the_class_token_and_leaves_the_patch_tokens():
     assert torch.equal(batch.image[:, 0, 0, 0], torch.arange(8.0))
 
 
-def test_mixing__refuses_what_it_does_not_know():
+def test_mixing__unknown_choice():
     with pytest.raises(ConfigError, match=r"mixing.tokens=pixels: must be position or published"):
         MixupCutMix(tokens="pixels")

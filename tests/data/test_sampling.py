@@ -6,7 +6,7 @@ from vitrail.data.sampling import EpochSampler
 
 
 @given(length=st.integers(0, 200), world=st.integers(1, 9))
-def test_in_order__every_sample_once_and_equal_numbers(length, world):
+def test_in_order__every_sample_once_and_equal_lengths(length, world):
     ranks = [list(EpochSampler(length, 0, False, rank, world, batch_size=7)) for rank in range(world)]
     assert len({len(draws) for draws in ranks}) == 1
     counted = sorted(draw.sample for draws in ranks for draw in draws if not draw.padding)
@@ -14,7 +14,7 @@ def test_in_order__every_sample_once_and_equal_numbers(length, world):
 
 
 @given(length=st.integers(1, 300), world=st.integers(1, 5), batch=st.integers(1, 16), epoch=st.integers(0, 3))
-def test_shuffled__processes_together_see_the_order_of_one(length, world, batch, epoch):
+def test_shuffled__all_processes_together_equal_one_process(length, world, batch, epoch):
     def draws(rank, world_size, batch_size):
         sampler = EpochSampler(length, 3, True, rank, world_size, batch_size)
         sampler.set_epoch(epoch)
@@ -30,7 +30,7 @@ def test_shuffled__processes_together_see_the_order_of_one(length, world, batch,
         assert together == set(one[step * batch * world : (step + 1) * batch * world])
 
 
-def test_shuffled__another_order_each_epoch_and_seed():
+def test_shuffled__order_differs_by_epoch_and_seed():
     orders = set()
     for seed in (0, 1):
         for epoch in (0, 1):
@@ -41,15 +41,15 @@ def test_shuffled__another_order_each_epoch_and_seed():
     assert len(orders) == 4
 
 
-def test_len__before_and_after():
+def test_len__counts_the_draws_of_one_process():
     assert len(EpochSampler(10, 0, False, 1, 4)) == 3
     assert len(EpochSampler(10, 0, True, 1, 2, batch_size=4)) == 4
     with pytest.raises(StopIteration):
         next(iter(EpochSampler(3, 0, True, batch_size=4)))
 
 
-def test_repeated__each_image_in_several_views_dealt_to_the_processes():
-    """DeiT's sampler, at its numbers: 3 views, 4 processes; as many draws as images, of a third of them."""
+def test_repeated__views_of_an_image_are_spread_over_processes():
+    """Repeated augmentation as in DeiT: 3 views, 4 processes; an epoch draws a third of the images three times each."""
     samplers = [EpochSampler(100, 5, True, rank, 4, batch_size=6, repeats=3) for rank in range(4)]
     ranks = [list(sampler) for sampler in samplers]
     assert [len(draws) for draws in ranks] == [24] * 4

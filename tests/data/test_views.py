@@ -1,4 +1,4 @@
-"""Views: what augmentation says it did is what happened to the pixels, and label maps follow it."""
+"""Views: the recorded geometry matches the pixels, and label maps follow it."""
 
 import numpy as np
 import pytest
@@ -18,14 +18,14 @@ PIXELS = InputSpec((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def position_image(width, height):
-    """Red says the column, green the row, from 0 to 255; blue says that there is a picture."""
+    """Return an image whose red is the column, green the row (0 to 255), and blue 255 everywhere."""
     x = np.broadcast_to(np.linspace(0, 255, width)[None], (height, width))
     y = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
     return Image.fromarray(np.stack((x, y, 0 * x + 255), axis=-1).round().astype(np.uint8))
 
 
-class Pictures:
-    """Two pictures that are not square."""
+class TwoImages:
+    """Split of two images that are not square."""
 
     labels = np.array([0, 1])
 
@@ -46,7 +46,7 @@ class Pictures:
     ("auto_augment", "crop_last"),
     [(None, False), ("rand-m9-mstd0.5-inc1", False), ("rand-m9-mstd0.5-inc1", True), ("3a", False)],
 )
-def test_view__same_pixels_as_without(auto_augment, crop_last):
+def test_view__pixels_equal_the_plain_transform(auto_augment, crop_last):
     options = {"erase_prob": 0.3, "interpolation": "random", "color_jitter": 0.3, "crop_last": crop_last}
     augment = Augmentation(auto_augment=auto_augment, **options)
     plain, viewed = augment.training(PIXELS, 0.5), augment.viewed(PIXELS, 0.5)
@@ -62,7 +62,7 @@ def test_view__same_pixels_as_without(auto_augment, crop_last):
     assert 15 < flips < 45
 
 
-def test_view__says_where_the_pixels_come_from():
+def test_view__matches_the_origin_of_the_pixels():
     viewed = Augmentation().viewed(PIXELS, 0.5)
     for draw in range(40):
         with seeded(draw):
@@ -79,7 +79,7 @@ def test_view__says_where_the_pixels_come_from():
 
 
 def position_maps(axis, cells, folder, center_square_maps="placed", **about):
-    """Maps of the two pictures, whose class is the column (or row) of the cell."""
+    """Return label maps of the two images, in which the class of a cell is its column (or row)."""
     position = np.arange(cells)
     classes = np.broadcast_to(position[None, :] if axis == "column" else position[:, None], (cells, cells))
     writer = LabelMapStore.create(folder, 2, 1, (cells, cells), cells, ["c/0", "c/1"], **about)
@@ -90,8 +90,8 @@ def position_maps(axis, cells, folder, center_square_maps="placed", **about):
 
 
 def targets_and_pixels(transform, axis, cells, folder, epochs):
-    """Where targets say that tokens come from, and where their pixels do, and how much of the picture they show."""
-    dataset = ViewDataset(Pictures(), transform, seed=1, maps=position_maps(axis, cells, folder))
+    """Return per token: origin by targets, origin by pixels, share of image, highest probability."""
+    dataset = ViewDataset(TwoImages(), transform, seed=1, maps=position_maps(axis, cells, folder))
     results = []
     for epoch in range(epochs):
         samples = [dataset[Draw(index, epoch, False)] for index in range(2)]
@@ -104,7 +104,7 @@ def targets_and_pixels(transform, axis, cells, folder, epochs):
 
 
 @pytest.mark.parametrize("axis", ["column", "row"])
-def test_token_targets__point_at_the_pixels_of_their_token(axis, tmp_path):
+def test_token_targets__match_the_pixels_of_their_token(axis, tmp_path):
     transform = Augmentation().viewed(PIXELS, 0.5)
     expected, seen, _, _ = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=20)
     assert (expected - seen).abs().mean() < 0.02, "half a cell is 0.014"
@@ -114,37 +114,39 @@ def test_token_targets__point_at_the_pixels_of_their_token(axis, tmp_path):
 @pytest.mark.parametrize("crop_last", [True, False])
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_token_targets__follow_rotations_shears_and_shifts(axis, crop_last, tmp_path):
-    """Two of them for every picture, each as strong as RandAugment has it; what they leave empty is of no class."""
+    """Apply two operations to every image, at RandAugment's strength; the empty area has no class."""
     augment = Augmentation(scale=(0.5, 1.0), auto_augment="rand-n2-m9-mstd0.5-inc1", crop_last=crop_last)
     transform = augment.viewed(PIXELS, 0.5)
     (stage,) = [stage for stage in transform.transform.transforms if hasattr(stage, "ops")]
     stage.ops = [op for op in stage.ops if op.name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
     for op in stage.ops:
         op.prob = 1.0
-    expected, seen, picture, sure = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=60)
-    whole, empty = picture > 0.999, picture < 0.001
+    expected, seen, blue, highest = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=60)
+    whole, empty = blue > 0.999, blue < 0.001
     assert whole.float().mean() > 0.4
     assert empty.float().mean() > 0.05
     errors = (expected - seen)[whole].abs()
     assert errors.mean() < 0.02, "half a cell is 0.014"
     assert errors.quantile(0.99) < 0.06
-    assert sure[empty].median() == pytest.approx(1 / 36, abs=1e-3)
-    assert (sure[empty] < 0.1).float().mean() > 0.9, "at its border a token sees cells of the picture, too"
+    assert highest[empty].median() == pytest.approx(1 / 36, abs=1e-3)
+    assert (highest[empty] < 0.1).float().mean() > 0.9, (
+        "tokens at the border of the empty area overlap cells of the image"
+    )
 
 
 @pytest.mark.parametrize(("center_square_maps", "x"), [("placed", (0.2, 0.8)), ("stretched", (0.0, 1.0))])
 def test_join__maps_of_the_central_square(center_square_maps, x, tmp_path):
-    """The first picture is 200 x 120 pixels: its central square begins at a fifth of its width."""
+    """The first image has 200 x 120 pixels, so its central square starts at a fifth of its width."""
     maps = position_maps("column", 60, tmp_path / "maps", center_square_maps, coverage="center square")
     made = maps(0, 0, View((0.0, 0.0, 1.0, 1.0), False), (200, 120))
-    said = made.scores[0].bool()
+    labelled = made.scores[0].bool()
     columns = (torch.arange(60) + 0.5) / 60
-    torch.testing.assert_close(said.any(0), (columns > x[0]) & (columns < x[1]))
-    seen = (made.classes[0, 30][said[30]] + 0.5) / 60 * (x[1] - x[0]) + x[0]
-    torch.testing.assert_close(seen, columns[said[30]], atol=0.01, rtol=0)
+    torch.testing.assert_close(labelled.any(0), (columns > x[0]) & (columns < x[1]))
+    seen = (made.classes[0, 30][labelled[30]] + 0.5) / 60 * (x[1] - x[0]) + x[0]
+    torch.testing.assert_close(seen, columns[labelled[30]], atol=0.01, rtol=0)
 
 
-def test_view__without_warps_labels_stay(tmp_path):
+def test_view__no_warps_if_turned_off(tmp_path):
     augment = Augmentation(auto_augment="rand-n2-m9-mstd0.5-inc1", warp_label_maps=False)
     views = []
     for draw in range(20):
@@ -160,7 +162,7 @@ def store_of(path, keys, num_classes=3, value=5.0):
     return writer.finish()
 
 
-def test_join__by_key_in_any_order(tmp_path):
+def test_join__finds_keys_in_any_order(tmp_path):
     store = store_of(tmp_path / "maps", ["c/1", "x/9", "c/0"])
     assert LabelMapJoin(store, ["c/0", "c/1"], list("abc")).records.tolist() == [2, 0]
     assert LabelMapJoin(store, ["c/1", "x/9", "c/0"], list("abc")).records.tolist() == [0, 1, 2]
@@ -168,7 +170,7 @@ def test_join__by_key_in_any_order(tmp_path):
 
 def test_join__missing_maps(tmp_path, caplog):
     store = store_of(tmp_path / "maps", ["c/0"])
-    with pytest.raises(ConfigError, match=r"1 of 2 images have no map, the first is c/1; data.on_missing_map=ignore"):
+    with pytest.raises(ConfigError, match=r"1 of 2 images have no map, the first is c/1; .*data.on_missing_map=ignore"):
         LabelMapJoin(store, ["c/0", "c/1"], list("abc"))
     with caplog.at_level("WARNING"):
         join = LabelMapJoin(store, ["c/0", "c/1"], list("abc"), on_missing="ignore")
@@ -180,12 +182,12 @@ def test_join__missing_maps(tmp_path, caplog):
     torch.testing.assert_close(targets.cls[0], torch.tensor([0.0, 5, 5]).softmax(0))
 
 
-def test_join__refuses_other_data(tmp_path):
+def test_join__maps_of_other_data(tmp_path):
     store = store_of(tmp_path / "maps", ["c/0"])
-    with pytest.raises(ConfigError, match="maps of 3 classes, the data has 5"):
+    with pytest.raises(ConfigError, match="the maps have 3 classes, the data has 5"):
         LabelMapJoin(store, ["c/0"], list("abcde"))
     with pytest.raises(
-        ConfigError, match="holds no map of any image; its keys look like c/0, the images' like train/c/0"
+        ConfigError, match="contains no map of any image; its keys look like c/0, the images' keys like train/c/0"
     ):
         LabelMapJoin(store, ["train/c/0"], list("abc"))
     with pytest.raises(ConfigError, match=r"data.on_missing_map=skip: must be error or ignore"):
@@ -195,7 +197,7 @@ def test_join__refuses_other_data(tmp_path):
 @pytest.mark.parametrize(
     ("augment", "key"), [({"vflip": 0.5}, "augment.vflip"), ({"enabled": False}, "augment.enabled")]
 )
-def test_view__refuses_what_maps_cannot_follow(augment, key):
+def test_view__unsupported_augmentation(augment, key):
     with pytest.raises(ConfigError, match=key):
         Augmentation(**augment).viewed(PIXELS, 0.5)
 
@@ -210,7 +212,7 @@ def test_mixtoken__draws_the_official_boxes(case):
         assert MixToken().draw(grid, random) == (x1, y1, x2, y2)
 
 
-def test_mixtoken__is_a_function_of_its_key_and_knows_its_share():
+def test_mixtoken__box_depends_only_on_key_and_share_matches_box():
     mixing = MixToken()
     boxes = [mixing.box((14, 20), (0, step, 0)) for step in range(50)]
     for step, (box, share) in enumerate(boxes):
@@ -227,7 +229,7 @@ def test_mixtoken__is_a_function_of_its_key_and_knows_its_share():
 
 @pytest.mark.parametrize(("whole_sides", "area"), [(False, 0.27), (True, 0.29)])
 def test_mixtoken__mean_area(whole_sides, area):
-    """Published boxes are smaller than the share asks for; boxes that leave the grid are cut in both."""
+    """Published boxes are smaller than the drawn share; parts outside the grid are cut off in both variants."""
     random = np.random.RandomState(0)
     areas = []
     for _ in range(4000):
@@ -236,14 +238,14 @@ def test_mixtoken__mean_area(whole_sides, area):
     assert np.mean(areas) == pytest.approx(area, abs=0.02)
 
 
-def test_check__looks_at_maps_before_training(tmp_path, caplog):
-    """Forty images of two classes, whose maps are right, half right, and of another order."""
+def test_check__maps_in_another_class_order(tmp_path, caplog):
+    """Check maps of 40 images of two classes: all correct, two thirds correct, and all swapped."""
     keys, labels = [f"c/{index}" for index in range(40)], np.arange(40) % 2
     for name, wrong in (("right", 0), ("poor", 14), ("other", 40)):
         writer = LabelMapStore.create(tmp_path / name, 40, 1, (2, 2), 2, keys)
         for index in range(40):
-            says = labels[index] ^ (index < wrong)
-            writer.write(index, np.full((1, 2, 2), 9.0), np.full((1, 2, 2), says))
+            map_class = labels[index] ^ (index < wrong)
+            writer.write(index, np.full((1, 2, 2), 9.0), np.full((1, 2, 2), map_class))
         writer.finish()
     joins = {
         name: LabelMapJoin(LabelMapStore.open(tmp_path / name), keys, ["a", "b"]) for name in ("right", "poor", "other")

@@ -9,7 +9,7 @@ from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 from vitrail.runs.config import instantiate
 
-# Parameters with 1000 classes, as published: the DeiT paper's table (5M, 22M, 86M) in full, and timm's own ViTs.
+# Published parameter counts with 1000 classes: the DeiT paper's table (5M, 22M, 86M), and timm's ViTs.
 PARAMETERS = {
     "deit_tiny_patch16_224": 5_717_416,
     "deit_small_patch16_224": 22_050_664,
@@ -28,7 +28,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_families__name_networks_of_the_published_size(name):
+def test_families__published_parameter_counts(name):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [f"model={name.partition('_')[0]}", f"model.name={name}"])
     with torch.device("meta"):
@@ -36,14 +36,14 @@ def test_families__name_networks_of_the_published_size(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-def test_registry__importing_vitrail_is_enough():
+def test_registry__importing_vitrail_registers_models():
     assert {"vit_nano", "deit_nano", "deit_nano_distilled"} <= set(timm.list_models())
     model = timm.create_model("vit_nano", num_classes=7, img_size=28, in_chans=1)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
     assert timm.create_model("deit_nano", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
 
 
-def test_create_model__image_size_only_where_weights_depend_on_it():
+def test_create_model__image_size_only_if_weights_depend_on_it():
     assert create_model("resnet18", num_classes=3, img_size=64)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     model = create_model("deit_tiny_patch16_224", num_classes=3, img_size=64)
     assert model.pos_embed.shape == (1, 17, 192)
@@ -59,7 +59,7 @@ def test_create_model__image_size_only_where_weights_depend_on_it():
         ({"name": "vit_nano", "colour": "red"}, "model.name=vit_nano: .*colour"),
     ],
 )
-def test_create_model__refuses(arguments, message):
+def test_create_model__invalid_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         create_model(num_classes=3, **arguments)
 
@@ -80,7 +80,7 @@ def test_forward_heads__both_heads_of_distilled_models():
     torch.testing.assert_close((trained.cls, trained.distill), model(images))
 
 
-def test_forward_heads__one_head_of_others():
+def test_forward_heads__one_head_of_other_models():
     model = create_model("vit_nano", num_classes=5, img_size=16).eval()
     images = torch.randn(2, 3, 16, 16)
     heads = forward_heads(model, images)
@@ -89,7 +89,7 @@ def test_forward_heads__one_head_of_others():
 
 
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense", "t2t_vit_16_ghost", "lvvit_t"])
-def test_device_and_precision__reach_every_layer(name):
+def test_device_and_precision__apply_to_every_layer(name):
     model = timm.create_model(name, img_size=32, device="meta", dtype=torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
@@ -98,7 +98,7 @@ def test_device_and_precision__reach_every_layer(name):
     assert model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_blocks__take_other_layers_of_timm():
+def test_blocks__accept_other_layers_of_timm():
     from timm.layers import SwiGLU
 
     for name in ("t2t_vit_7", "lvvit_t"):
@@ -106,8 +106,8 @@ def test_blocks__take_other_layers_of_timm():
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
 
 
-def test_plain_vit__positions_are_computed_for_any_size_and_not_trained():
-    """big_vision's table: a quarter each of sin x, cos x, sin y, cos y; frequencies from 1 to 1 / 10,000."""
+def test_plain_vit__fixed_positions_for_any_size():
+    """The table is big_vision's: a quarter each of sin x, cos x, sin y, cos y; frequencies from 1 to 1 / 10,000."""
     model = create_model("vit_plain_small_patch16_224", 7, (32, 48))
     assert "pos_embed" not in dict(model.named_parameters())
     assert not model.head.weight.any()

@@ -12,7 +12,7 @@ from vitrail.models.heads import add_token_head, mix_tokens, token_grid
     ("name", "tokens"),
     [("deit_nano", 16), ("deit_nano_distilled", 16), ("vit_nano", 4), ("t2t_vit_7", 1), ("deit3_small_patch16_224", 1)],
 )
-def test_token_head__for_every_vit(name, tokens):
+def test_token_head__any_vit(name, tokens):
     torch.manual_seed(0)
     size = {"depth": 1} | ({"img_size": 16})
     plain = create_model(name, 5, **size)
@@ -31,7 +31,7 @@ def test_token_head__for_every_vit(name, tokens):
     assert forward_heads(model, images).tokens.shape == (2, tokens, 7)
 
 
-def test_token_head__survives_copies_and_keeps_timm_methods():
+def test_token_head__works_after_copying_and_keeps_timm_methods():
     model = create_model("deit_nano", 5, img_size=16, token_head=True).eval()
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(copy.deepcopy(model)(images), model(images))
@@ -51,8 +51,8 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("name", "options", "size", "grid"), FAMILIES)
-def test_token_head__for_other_families_of_timm(name, options, size, grid):
-    """Token logits from any spatial feature map or token sequence, each place by itself; the class logits stay."""
+def test_token_head__other_families_of_timm(name, options, size, grid):
+    """Any spatial feature map or token sequence gives token logits, and class logits stay the same."""
     torch.manual_seed(0)
     sides = (size, size) if isinstance(size, int) else size
     plain = create_model(name, 5, sides, **options).eval()
@@ -64,7 +64,7 @@ def test_token_head__for_other_families_of_timm(name, options, size, grid):
     outputs = forward_heads(model, images)
     assert outputs.tokens.shape == (2, grid[0] * grid[1], 5)
     torch.testing.assert_close(model(images), outputs.cls + 0.5 * outputs.tokens.amax(1))
-    if not name.startswith("volo"):  # whose own `forward` merges both heads already
+    if not name.startswith("volo"):  # its own `forward` already merges both heads
         torch.testing.assert_close(outputs.cls, plain(images))
     else:
         torch.testing.assert_close(model(images), plain(images))
@@ -75,18 +75,18 @@ def test_token_head__for_other_families_of_timm(name, options, size, grid):
     assert forward_heads(model, images).tokens.shape == (2, grid[0] * grid[1], 7)
 
 
-def test_token_head__sees_its_place_only():
-    """Each place of a feature map is normalised, and classified by `aux_head`, alone."""
+def test_token_head__depends_only_on_its_position():
+    """Each position of a feature map is normalised and classified by `aux_head` separately."""
     torch.manual_seed(0)
     model = create_model("convnext_atto", 5, token_head=True, depths=(1, 1, 1, 1)).eval()
     images = torch.randn(1, 3, 64, 64)
     features = model.forward_features(images)
-    place = features[:, :, 1, 0][..., None, None]
-    expected = model.aux_head(model.head(place, pre_logits=True))
+    position = features[:, :, 1, 0][..., None, None]
+    expected = model.aux_head(model.head(position, pre_logits=True))
     torch.testing.assert_close(forward_heads(model, images).tokens[:, 2], expected)
 
 
-def test_token_head__refuses_what_has_no_spatial_features():
+def test_token_head__no_spatial_features():
     with pytest.raises(ConfigError, match=r"model.token_head=true: Linear has no spatial features"):
         add_token_head(torch.nn.Linear(3, 3))
 

@@ -16,7 +16,7 @@ def small(name="lvvit_s", **kwargs):
 
 @pytest.mark.parametrize("patch", [2, 4, 8, 16])
 @pytest.mark.parametrize("size", [(32, 32), (48, 80), (31, 33)])
-def test_stem__knows_its_grid(patch, size):
+def test_stem__grid_matches_output(patch, size):
     stem = ConvStem(size, patch, embed_dim=8, width=4)
     assert stem(torch.randn(1, 3, *size)).shape == (1, stem.num_patches, 8)
     kept = ConvStem(size, patch, embed_dim=8, width=4, output_fmt="NHWC")
@@ -35,7 +35,7 @@ def test_logits__class_plus_half_the_maximum_over_tokens():
 
 
 def test_residual_scale__divides_the_branches():
-    """With branches divided by 2, the first block adds half of what the same block adds undivided."""
+    """With branches divided by 2, a block adds half of what it adds with a scale of 1."""
     scaled, plain = small(depth=1), small(depth=1, skip_lam=1)
     plain.load_state_dict(scaled.state_dict())
     block_scaled, block_plain = scaled.blocks[0], plain.blocks[0]
@@ -45,8 +45,8 @@ def test_residual_scale__divides_the_branches():
     torch.testing.assert_close(2 * (block_scaled(x) - x), block_plain(x) - x, rtol=1e-4, atol=1e-6)
 
 
-def test_mixtoken__swaps_patches_and_gives_logits_back_in_place():
-    """With blocks that do nothing, a token's logits depend on its own patch and position alone."""
+def test_mixtoken__swaps_patches_and_restores_the_order_of_logits():
+    """With blocks that are the identity, a token's logits depend only on its own patch and position."""
     model = small(depth=1).eval()
     for weight in (model.blocks[0].attn.proj.weight, model.blocks[0].mlp.fc2.weight):
         torch.nn.init.zeros_(weight)
@@ -107,6 +107,6 @@ def test_dynamic_image_size__equals_a_model_of_that_size():
     assert forward_heads(dynamic, torch.randn(2, 3, 40, 64)).tokens.shape == (2, 40, 5)
 
 
-def test_borders_that_fill_no_patch__are_refused_from_configs():
+def test_image_size__not_a_multiple_of_the_patch_size():
     with pytest.raises(ConfigError, match=r"data.image_size=40: lvvit_t needs a multiple of its patch size 16"):
         create_model("lvvit_t", 5, img_size=40)

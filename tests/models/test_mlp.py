@@ -10,7 +10,7 @@ from vitrail.models.mlp import LeanMlp
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("drop", [0.0, 0.2])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_lean_mlp__is_timms(precision, drop, with_norm):
+def test_lean_mlp__equals_timm(precision, drop, with_norm):
     torch.manual_seed(0)
     lean, norm = LeanMlp(8, 24, drop=drop).train(), torch.nn.LayerNorm(8)
     torch.nn.init.normal_(norm.weight)
@@ -31,7 +31,7 @@ def test_lean_mlp__is_timms(precision, drop, with_norm):
     torch.testing.assert_close(results[0], results[1], **tolerance)
 
 
-def test_lean_mlp__keeps_the_hidden_layer_once():
+def test_lean_mlp__stores_the_hidden_layer_once():
     kept, lean, norm = [], LeanMlp(8, 800), torch.nn.LayerNorm(8)
     x = torch.randn(2, 5, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):

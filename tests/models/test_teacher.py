@@ -19,15 +19,15 @@ def classifier(size=32, classes=("a", "b", "c", "d")):
     return PretrainedClassifier(model, "test_resnet", (size, size), *HALF, classes=list(classes))
 
 
-def test_logits__of_the_images_as_the_teacher_knows_them():
-    """Student's normalisation undone, the teacher's applied, resized to the teacher's size."""
+def test_logits__images_are_converted_to_the_teachers_input():
+    """Images are converted to the teacher's normalisation and resized to its image size."""
     torch.manual_seed(1)
     pixels = torch.rand(2, 3, 48, 48)
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
-    known = classifier()
-    teacher = Teacher(known, *IMAGENET, "abcd")
+    trained = classifier()
+    teacher = Teacher(trained, *IMAGENET, "abcd")
     small = F.interpolate(pixels, (32, 32), mode="bicubic", antialias=True)
-    expected = known.model((small - 0.5) / 0.5)
+    expected = trained.model((small - 0.5) / 0.5)
     assert_close(teacher((pixels - mean) / std), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ def test_cross_entropy__equals_timm_on_indices():
     assert_close(loss, LabelSmoothingCrossEntropy(0.1)(LOGITS, LABELS))
 
 
-def test_cross_entropy__smoothing_after_mixing_equals_timms_before():
+def test_cross_entropy__smoothing_after_mixing_equals_smoothing_before():
     loss = CrossEntropy(0.1)(Outputs(LOGITS), Targets(MIXED))["loss"]
     assert_close(loss, SoftTargetCrossEntropy()(LOGITS, mixup_target(LABELS, 9, LAM, 0.1)))
 
@@ -33,7 +33,7 @@ def test_binary_cross_entropy__equals_timm(threshold, sum_classes):
     assert_close(ours(Outputs(LOGITS), Targets(MIXED))["loss"], expected)
 
 
-def test_distilled__both_heads_learn_the_label():
+def test_distilled_model__both_heads_learn_the_label():
     cls, distill = LOGITS.clone().requires_grad_(), (2 * LOGITS).clone().requires_grad_()
     loss = CrossEntropy()(Outputs(cls, distill=distill), Targets(LABELS))["loss"]
     loss.backward()
@@ -43,7 +43,7 @@ def test_distilled__both_heads_learn_the_label():
     assert distill.grad.abs().sum() > 0
 
 
-def test_refuses__what_makes_every_class_positive():
+def test_smoothing__invalid_values():
     with pytest.raises(ValueError, match=r"objective.smoothing=0.1 with objective.threshold=0"):
         BinaryCrossEntropy(0.1, 0.0)
     with pytest.raises(ValueError, match=r"objective.smoothing=1.0"):
@@ -52,7 +52,7 @@ def test_refuses__what_makes_every_class_positive():
 
 @pytest.mark.parametrize("objective", [CrossEntropy(0.1), BinaryCrossEntropy()])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_tokens__learn_the_label_of_the_image(objective, mixed):
+def test_token_logits__learn_the_label_of_the_image(objective, mixed):
     torch.manual_seed(0)
     cls, tokens = torch.randn(4, 5), torch.randn(4, 3, 5)
     target = torch.rand(4, 5).softmax(-1) if mixed else torch.randint(0, 5, (4,))

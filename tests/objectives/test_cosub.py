@@ -11,11 +11,11 @@ from vitrail.types import Outputs, Targets
 
 
 def published(logits, targets):
-    """The arithmetic of the official loop, written out."""
+    """Return the loss of the official training loop."""
     first, second = logits.chunk(2)
     loss = nn.BCEWithLogitsLoss()
-    wanted = (targets > 0).float()
-    with_labels = loss(first, wanted) + loss(second, wanted)
+    binary = (targets > 0).float()
+    with_labels = loss(first, binary) + loss(second, binary)
     with_others = loss(first, second.detach().sigmoid()) + loss(second, first.detach().sigmoid())
     return 0.25 * with_labels + 0.25 * with_others
 
@@ -35,7 +35,7 @@ def test_loss_and_gradient__as_published():
     torch.testing.assert_close(losses["loss"], (losses["label_loss"] + losses["cosub_loss"]) / 2)
 
 
-def test_loss__class_indices_another_base_and_heads_beside():
+def test_loss__class_indices_other_base_and_two_heads():
     logits, distill, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2])
     losses = CosubLoss(weight=0.2, base=CrossEntropy(0.1))(Outputs(logits, distill=distill), Targets(labels))
     smooth = lambda x: F.cross_entropy(x, labels, label_smoothing=0.1)  # noqa: E731
@@ -49,13 +49,13 @@ def test_loss__class_indices_another_base_and_heads_beside():
         CosubLoss(weight=2)
 
 
-def test_submodels__differ_by_stochastic_depth_alone():
+def test_submodels__differ_only_by_stochastic_depth():
     images = torch.randn(4, 3, 16, 16).repeat(2, 1, 1, 1)
     model = create_model("vit_nano", 10, 16, drop_path_rate=0.5).train()
     check_passes(model, CosubLoss())
     first, second = forward_heads(model, images).cls.chunk(2)
     assert (first - second).abs().amax() > 1e-3
     same = create_model("vit_nano", 10, 16, drop_path_rate=0.0).train()
-    with pytest.raises(ConfigError, match=r"model\.drop_path_rate: 0, so the 2 passes of CosubLoss are all alike"):
+    with pytest.raises(ConfigError, match=r"model\.drop_path_rate=0: the 2 passes of CosubLoss would be identical"):
         check_passes(same, CosubLoss())
     check_passes(same, CrossEntropy())

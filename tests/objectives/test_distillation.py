@@ -10,8 +10,8 @@ torch.manual_seed(0)
 CLS, DISTILL, TEACHER, LABELS = torch.randn(5, 7), torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
 
 
-def test_soft__as_the_paper_means_it():
-    """Mean over images of KL(teacher || student) at temperature tau, times tau squared."""
+def test_soft__as_in_the_paper():
+    """The loss is the mean over images of KL(teacher || student) at temperature tau, times tau squared."""
     loss = DistillationLoss("soft", 1.0, 2.0, per_class=False)(
         Outputs(CLS, distill=DISTILL), Targets(LABELS, teacher_logits=TEACHER)
     )
@@ -19,7 +19,7 @@ def test_soft__as_the_paper_means_it():
     assert_close(loss["loss"], 4 * (p * (p / q).log()).sum(-1).mean())
 
 
-def test_without_a_distillation_token__the_class_token_learns_both():
+def test_no_distillation_token__class_token_learns_both():
     loss = DistillationLoss("hard", 0.3)(Outputs(CLS), Targets(LABELS, teacher_logits=TEACHER))
     label, teacher = CrossEntropy(0.1)(Outputs(CLS), Targets(LABELS))["loss"], F.cross_entropy(CLS, TEACHER.argmax(-1))
     assert_close(loss["loss"], 0.7 * label + 0.3 * teacher)
@@ -34,8 +34,8 @@ def test_without_a_distillation_token__the_class_token_learns_both():
         ({"tau": 0}, "objective.tau=0: must be positive."),
     ],
 )
-def test_refuses(arguments, message):
+def test_distillation__invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         DistillationLoss(**arguments)
-    with pytest.raises(ValueError, match="needs the logits of a teacher"):
+    with pytest.raises(ValueError, match="needs teacher logits"):
         DistillationLoss()(Outputs(CLS), Targets(LABELS))

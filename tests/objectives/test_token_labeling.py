@@ -42,15 +42,15 @@ def test_sparse__extreme_logits():
     assert tokens.grad.isfinite().all()
 
 
-def test_sparse__differentiated_once_only():
+def test_sparse__gradient_only_once():
     cls, tokens, targets = batch()
     loss = TokenLabelingLoss()(Outputs(cls, tokens), Targets(targets.cls, targets.tokens))["loss"]
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
+    with pytest.raises(RuntimeError, match="gradient of the token loss can be computed once only"):
         loss.backward()
 
 
-def test_class_indices__are_taken_too():
+def test_class_indices__equal_cross_entropy():
     logits, tokens = torch.randn(2, 3), torch.randn(2, 4, 3)
     losses = TokenLabelingLoss()(Outputs(logits, tokens), Targets(torch.tensor([2, 0])))
     torch.testing.assert_close(losses["cls_loss"], torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0])))
@@ -58,6 +58,6 @@ def test_class_indices__are_taken_too():
     torch.testing.assert_close(losses["token_loss"], each)
 
 
-def test_refuses():
+def test_token_labeling__needs_token_logits():
     with pytest.raises(ValueError, match=r"needs token logits; set model.token_head=true"):
         TokenLabelingLoss()(Outputs(torch.randn(2, 3)), Targets(torch.tensor([0, 1])))

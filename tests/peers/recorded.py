@@ -1,9 +1,9 @@
 """Weights, inputs and comparisons for values recorded from the official implementations.
 
-Weights: every entry of a state dict is drawn from numpy's RandomState seeded with the CRC-32 of its key, so that anyone
-can make the same ones. Letter `n` means 0.02 z in recipe A and 0.05 z in recipe B (0.7 z for the performer's random
-features), `w` 1 + 0.1 z, `v` 1 + 0.1 |z|, `z` zero. Everything follows the recipe, position tables and running
-statistics too. A makes attention nearly uniform; B does not. Inputs are RandomState(1234).standard_normal.
+Weights: every entry of a state dict is drawn from NumPy's RandomState, seeded with the CRC-32 of its key, so they are
+reproducible anywhere. With z standard normal, letter `n` means 0.02 z in recipe A and 0.05 z in recipe B (0.7 z for the
+performer's random features), `w` 1 + 0.1 z, `v` 1 + 0.1 |z|, `z` zero. Position tables and running statistics follow
+the recipe too. Attention is nearly uniform with A, but not with B. Inputs are RandomState(1234).standard_normal.
 """
 
 import json
@@ -17,12 +17,12 @@ FOLDER = Path(__file__).parent
 
 
 def recorded(name):
-    """The JSON file `name` of this folder."""
+    """Return the contents of the JSON file `name` in this folder."""
     return json.loads((FOLDER / name).read_text())
 
 
 def draw(key, shape, fill, recipe):
-    """One tensor of the weights."""
+    """Return one tensor of the weights."""
     z = np.asarray(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape), dtype=np.float32)
     scale = 0.02 if recipe == "A" else 0.7 if key.endswith(("attention1.w", "attention2.w")) or key == "w" else 0.05
     value = {"n": scale * z, "w": 1 + 0.1 * z, "v": 1 + 0.1 * np.abs(z), "z": 0 * z}[fill]
@@ -31,18 +31,18 @@ def draw(key, shape, fill, recipe):
 
 @torch.no_grad()
 def fill(model, letters, recipe, official=lambda key: key):
-    """Give `model` the recipe's weights; `official` maps its keys to those that were recorded."""
+    """Fill `model` with the recipe's weights; `official` maps its keys to the recorded ones."""
     for (key, tensor), letter in zip(model.state_dict().items(), letters, strict=True):
         tensor.copy_(draw(official(key), tensor.shape, letter, recipe))
 
 
 def images(side, batch=2, seed=1234):
-    """The recorded input."""
+    """Return the recorded input (B, 3, side, side)."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, side, side)).astype(np.float32))
 
 
 def assert_tensor(actual, expected, rtol=1e-4):
-    """Values within rtol and 2e-5 of the standard deviation; mean, standard deviation and norm within rtol."""
+    """Check values to rtol plus 2e-5 standard deviations, and mean, standard deviation and norm to rtol."""
     a = actual.detach().double().numpy()
     assert list(a.shape) == expected["shape"]
     std = expected["std"]

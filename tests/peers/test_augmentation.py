@@ -1,4 +1,4 @@
-"""Our training images against timm's own pipeline with the same draws, pixel by pixel, on 200 real photographs."""
+"""Training and evaluation images equal those of timm's pipeline with the same draws, on 200 real photographs."""
 
 import importlib.resources
 
@@ -17,7 +17,7 @@ from vitrail.data.sampling import Draw
 from vitrail.runs.config import instantiate
 
 FILES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
-# What the official commands pass to timm's create_transform.
+# Arguments of timm's create_transform in the official commands.
 PUBLISHED = {
     "deit": {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic", "re_prob": 0.25, "re_mode": "pixel"},
     "deit3": {"auto_augment": "3a", "color_jitter": 0.3, "interpolation": "bicubic"},
@@ -28,19 +28,19 @@ EVALUATION = {"deit": (0.875, "bicubic"), "deit3": (1.0, "bicubic"), "augreg_med
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """200 JPEGs of 60 to 400 pixels a side, wide and tall, cut out of eight photographs."""
+    """Write 200 JPEGs with sides of 60 to 400 pixels, wide and tall, cropped from eight photographs."""
     folder = importlib.resources.files("skimage.data")
-    pictures = [Image.open(str(folder / name)).convert("RGB") for name in FILES]
-    pictures += [Image.fromarray(image) for image in load_sample_images().images]
+    sources = [Image.open(str(folder / name)).convert("RGB") for name in FILES]
+    sources += [Image.fromarray(image) for image in load_sample_images().images]
     root, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for number in range(200):
-        picture = pictures[number % len(pictures)]
-        width, height = (int(random.integers(60, min(side, 401))) for side in picture.size)
-        left, top = int(random.integers(picture.width - width + 1)), int(random.integers(picture.height - height + 1))
+        source = sources[number % len(sources)]
+        width, height = (int(random.integers(60, min(side, 401))) for side in source.size)
+        left, top = int(random.integers(source.width - width + 1)), int(random.integers(source.height - height + 1))
         for split in ("train", "val"):
             target = root / split / str(number % 2) / f"{number:03d}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
-            picture.crop((left, top, left + width, top + height)).save(target, quality=int(random.integers(70, 96)))
+            source.crop((left, top, left + width, top + height)).save(target, quality=int(random.integers(70, 96)))
     return root
 
 
@@ -54,7 +54,7 @@ def data_with(name, root):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_training__same_pixels_from_the_same_draws(name, photographs):
+def test_training__same_pixels_for_the_same_draws(name, photographs):
     data = data_with(name, photographs)
     options = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": None, **PUBLISHED[name]}
     timms = create_transform(96, is_training=True, **options)

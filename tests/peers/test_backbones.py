@@ -1,4 +1,4 @@
-"""Every backbone against the official implementation: keys, logits of all heads, gradients, cost."""
+"""Compare every backbone with the official implementation: keys, logits of all heads, gradients, cost."""
 
 import hashlib
 
@@ -25,12 +25,12 @@ def build(name):
 
 
 def official(key):
-    """DeiT III's LayerScale has another name in timm."""
+    """Return the official name of a key; timm renames DeiT III's LayerScale."""
     return key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
 
 
-def without_chance(model):
-    """All dropout and stochastic depth off; the performer has a dropout of its own."""
+def without_randomness(model):
+    """Turn off all dropout and stochastic depth, including the performer's dropout."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -54,7 +54,7 @@ def test_keys_and_cost__as_official(name):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_weight_decay__of_the_same_parameters(name):
+def test_weight_decay__same_parameters_as_official(name):
     record, model = RECORDS[name], build(name)
     also = ["dist_token"] if "distilled" in name else []
     optimizer = OptimizerFactory("adamw", weight_decay=0.05, decay_also=also).build(model, 512)
@@ -63,7 +63,12 @@ def test_weight_decay__of_the_same_parameters(name):
     assert "".join("-" if flag is None else str(int(flag)) for flag in ours) == record["decay"]
 
 
-LARGE = ("deit_base", "deit3_base", "t2t_vit_t_24", "lvvit_s_384")  # recipe B, the stronger, does by default
+LARGE = (
+    "deit_base",
+    "deit3_base",
+    "t2t_vit_t_24",
+    "lvvit_s_384",
+)  # by default only with recipe B, which is the stronger test
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ LARGE = ("deit_base", "deit3_base", "t2t_vit_t_24", "lvvit_s_384")  # recipe B, 
 def test_outputs_and_gradients__as_official(name, recipe):
     record = RECORDS[name]
     golden, x = record[recipe], images(record["img_size"])
-    model = without_chance(build(name))
+    model = without_randomness(build(name))
     fill(model, record["fill"], recipe, official)
     model.eval()
     with torch.no_grad():
@@ -99,7 +104,7 @@ def test_outputs_and_gradients__as_official(name, recipe):
         if "train" in golden:
             assert_tensor(model.train()(x), golden["train"])
     if "grad" in golden:
-        fill(model, record["fill"], recipe, official)  # training moved BatchNorm's statistics
+        fill(model, record["fill"], recipe, official)  # training changed BatchNorm's statistics
         assert_gradients(model, x, golden["grad"])
 
 
@@ -153,7 +158,7 @@ def test_stochastic_depth__as_official(name):
 
 
 @pytest.mark.parametrize("name", PARTS["init_stats"])
-def test_initial_weights__are_drawn_as_officially(name):
+def test_initial_weights__distributed_as_official(name):
     torch.manual_seed(0)
     state = timm.create_model(name).state_dict()
     for key, mean, std, low, high in PARTS["init_stats"][name]:

@@ -1,4 +1,4 @@
-"""Distillation losses against values that DeiT's own code gave."""
+"""Compare distillation losses with values recorded from DeiT's code."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ BASES = {
 
 
 def inputs(case):
-    """Logits of both tokens and of the teacher, and labels, drawn in this order from the case's seed."""
+    """Return logits of both tokens and the teacher (B, C), and labels, drawn in this order from the case's seed."""
     shape = (case["B"], case["C"])
     random = np.random.RandomState(case["seed"])
     logits = [torch.from_numpy((random.standard_normal(shape) * scale).astype(np.float32)) for scale in (2, 2, 3)]

@@ -1,4 +1,4 @@
-"""Token targets and their loss against the official token-labelling code."""
+"""Compare token targets and their loss with the official token-labelling code."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ LOSSES = recorded("token_label_loss.json")["loss"]
 @pytest.mark.parametrize("form", [token_targets, sparse_token_targets])
 @pytest.mark.parametrize("case", CASES)
 def test_token_targets__as_official(case, form, transpose):
-    """Recorded: column 0 the truth, 1 the class token, then the patch tokens, mixed with the mirrored batch."""
+    """Recorded columns: the true label, the class token, then the patch tokens, mixed with the reversed batch."""
     data = np.load(FOLDER / "token_label" / case)
     top, left, height, width = torch.from_numpy(data["coords"]).float().unbind(1)
     boxes = torch.stack((left, top, left + width, top + height), 1)
@@ -41,7 +41,7 @@ def test_token_targets__as_official(case, form, transpose):
 
 
 def loss_inputs(case):
-    """Logits and targets of a recorded loss, drawn as its description says, in this order, from its seed."""
+    """Return logits and targets of a recorded loss, drawn from its seed in this order, as in its description."""
     b, n, c = case["B"], case["N"], case["C"]
 
     def softmax(values, axis):

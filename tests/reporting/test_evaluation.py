@@ -24,14 +24,14 @@ def predictions_of(logits, labels, keys=None):
 
 @pytest.fixture
 def by_hand():
-    """Six images of three classes; of class 2, which is worst, one is called 0 and two are called 1."""
+    """Six images of three classes; of the worst class, 2, one image is predicted as 0 and two as 1."""
     chances = torch.tensor(
         [[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.2, 0.5, 0.3], [0.1, 0.6, 0.3]]
     )
     return predictions_of(chances.log(), [0, 0, 1, 2, 2, 2])
 
 
-def test_evaluation__by_hand(by_hand):
+def test_evaluation__equals_manual_scores(by_hand):
     evaluation = Evaluation.of(by_hand)
     assert evaluation.top1 == pytest.approx(3 / 6)
     assert evaluation.top5 == 1  # of three classes
@@ -45,7 +45,7 @@ def test_evaluation__by_hand(by_hand):
     assert worst.confidence == pytest.approx((0.5 + 0.5 + 0.6) / 3)
 
 
-def test_evaluation__files(by_hand, tmp_path):
+def test_evaluation__writes_csv_files(by_hand, tmp_path):
     Evaluation.of(by_hand).write(tmp_path, "raw", ["cat", "dog", "n07920052"], by_hand)
     rows = {
         name: list(csv.reader((tmp_path / f"{name}_raw.csv").open())) for name in ("classes", "confusions", "images")
@@ -57,8 +57,8 @@ def test_evaluation__files(by_hand, tmp_path):
     assert rows["images"][4] == ["image_3", "n07920052", "cat", "0.5000"]
 
 
-def test_real_labels__as_timm_counts_them():
-    """The first 400 images of ImageNet's validation; half of the logits are drawn to labels that are right."""
+def test_real_labels__same_accuracy_as_timm():
+    """The first 400 validation images of ImageNet; for half of them, the right logits are raised."""
     random = np.random.default_rng(0)
     names = [f"ILSVRC2012_val_{index + 1:08d}.JPEG" for index in range(50_000)]
     peer = RealLabelsImagenet(names)
@@ -78,7 +78,7 @@ def test_real_labels__as_timm_counts_them():
     assert sum(score.images for score in evaluation.classes) == sum(len(label_sets[name]) for name in names[:400])
 
 
-def test_picture_and_report__name_the_worst_class(by_hand):
+def test_figure_and_report__show_the_worst_class(by_hand):
     evaluation = Evaluation.of(by_hand)
     names = ["cat", "dog", "n07920052"]
     text = io.StringIO()

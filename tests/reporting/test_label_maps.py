@@ -1,4 +1,4 @@
-"""Pictures of label maps: the colours stand where the maps say so."""
+"""Pictures of label maps have the right colours in the right places."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ PIXELS = InputSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Greys:
-    """Four grey pictures, of which the third cannot be read."""
+    """A split of four grey images, the third of which is unreadable."""
 
     labels = np.array([0, 1, 0, 1])
 
@@ -35,7 +35,7 @@ class Greys:
 
 @pytest.fixture
 def sheet(tmp_path):
-    """Maps that say class 0 in the left half and class 1 in the right, surely on the left, hardly on the right."""
+    """Picture of maps with class 0 on the left, at high probability, and class 1 on the right, at low probability."""
     writer = LabelMapStore.create(tmp_path / "maps", 4, 1, (4, 4), 3, Greys().keys(), annotator="me")
     classes = np.repeat([[0, 0, 1, 1]], 4, axis=0)[None]
     for index in range(4):
@@ -49,29 +49,29 @@ def sheet(tmp_path):
 
 
 def cell(sheet, row, panel, x, y):
-    """Colour in the middle of a place given in quarters of a panel."""
+    """Return the colour at the centre of a cell, for a grid of 4 x 4 cells per panel."""
     return sheet[40 + row * 186 + 21 + 42 * y, 6 + panel * 174 + 21 + 42 * x]
 
 
 def test_sheet__colours_follow_the_maps(sheet):
-    assert sheet.shape == (40 + 3 * 186, 6 + 5 * 174 + 236, 3), "the unreadable image is left out"
+    assert sheet.shape == (40 + 3 * 186, 6 + 5 * 174 + 236, 3), "the unreadable image is omitted"
     for row in range(3):
         assert cell(sheet, row, 0, 0, 0).tolist() == [128, 128, 128]
         for panel in (1, 3):  # the map, and the targets of a crop that is the whole image
             left, right = cell(sheet, row, panel, 0, 2), cell(sheet, row, panel, 3, 1)
-            assert left[0] - left[1] > 100, "class a is red, and sure"
-            assert 10 < right[2] - right[0] < 90, "class b is blue, and not"
+            assert left[0] - left[1] > 100, "class a is red, with high probability"
+            assert 10 < right[2] - right[0] < 90, "class b is blue, with low probability"
     legend = sheet[40 : 40 + 168, -236:]
     assert (legend == (230, 25, 75)).all(-1).sum() == 13 * 13
 
 
-def test_describe__names_of_imagenet_in_words():
+def test_describe__readable_imagenet_names():
     assert describe("n07920052") == "espresso"
     assert describe("my class") == "my class"
 
 
-def test_sheet__swaps_what_mixtoken_swaps(tmp_path):
-    """The first picture is black and of class 0, its mirror image in the batch white and of class 1."""
+def test_sheet__shows_the_box_swapped_by_mixtoken(tmp_path):
+    """The first image is black with class 0; its mixing partner is white with class 1."""
 
     class Two(Greys):
         def __len__(self):

@@ -25,7 +25,7 @@ def test_grid__shows_each_image_and_its_caption():
     assert isinstance(sheet, Image.Image)
     assert sheet.getpixel((70, 70)) == (255, 0, 0)
     assert sheet.getpixel((220, 70)) == (0, 255, 0)
-    assert sheet.width == 2 * 148 + 4  # the third image is left out
+    assert sheet.width == 2 * 148 + 4  # the third image is omitted
     captions = np.asarray(sheet.convert("L"))[150:, :]
     assert (captions < 128).sum() > 50
 

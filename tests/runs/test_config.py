@@ -1,4 +1,4 @@
-"""Every shipped config composes, and what it says is what is built."""
+"""Every shipped config composes and can be instantiated."""
 
 import re
 import shlex
@@ -100,7 +100,7 @@ def test_strategy__follows_the_trainer_and_the_user():
     assert composed("trainer=gpu").trainer.precision == "bf16-mixed"
 
 
-def test_check_keys__names_the_unknown():
+def test_check_keys__names_the_unknown_key():
     with pytest.raises(ConfigError, match=r"^optimizr: no such config key"):
         check_keys(OmegaConf.create({"optimizer": 1, "optimizr": 2}), "train")
 

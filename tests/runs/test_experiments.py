@@ -1,4 +1,4 @@
-"""Every shipped recipe trains, and those with recorded learning rates run at exactly these."""
+"""Every shipped recipe trains, and uses the official learning rates if they were recorded."""
 
 import json
 
@@ -39,7 +39,7 @@ def hydra():
 
 @pytest.mark.parametrize("recipe", [*EXPERIMENTS, "deit3_small objective=cosub"])
 def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, tmp_path):
-    """As it is but for the data, the size of images and batches, and blocks: one where the recipe has many."""
+    """The recipe runs unchanged except for the data, smaller images and batches, and a single block."""
     weights = tmp_path / "teacher.pt"
     name, *options = recipe.split()
     smaller = [
@@ -79,7 +79,7 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
 
 
 class Toy(nn.Module):
-    """A network that trains 310 epochs in a second."""
+    """A network that trains for 310 epochs in a second."""
 
     num_classes = 2
 
@@ -92,7 +92,7 @@ class Toy(nn.Module):
 
 
 class Toys(L.LightningDataModule):
-    """Two batches an epoch, which count as `batch_size` images each."""
+    """Data with a few tiny batches per epoch, which claim to have `batch_size` images each."""
 
     def __init__(self, batch_size, batches):
         super().__init__()
@@ -115,7 +115,7 @@ class Rates(L.Callback):
 @pytest.mark.parametrize(
     ("case", "name", "batch"), [(case, name, batch) for case, recipes in RECIPES.items() for name, batch in recipes]
 )
-def test_lr__of_every_epoch_as_recorded(case, name, batch, accumulate, tmp_path):
+def test_lr__of_every_epoch_equals_the_recorded_one(case, name, batch, accumulate, tmp_path):
     config = compose("train", [f"experiment={name}", "data.label_maps=maps", "init_from=weights", "data.root=images"])
     optimizer, schedule = instantiate(config.optimizer, "optimizer"), instantiate(config.schedule, "schedule")
     optimizer.decay_also = ()

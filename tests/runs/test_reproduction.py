@@ -1,4 +1,4 @@
-"""`reproduce=<run>`: the same again, bit for bit on one CPU process, and a difference where there is one."""
+"""`reproduce=<run>` repeats a run, bit for bit on one CPU process, and reports differences."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from programs import QUICK, error_of, metrics, run, run_directories, train
 from vitrail.runs.reproduction import changes, comparison
 
 
-def test_reproduce__the_same_metrics_in_a_new_run(tmp_path):
+def test_reproduce__same_metrics_in_a_new_run(tmp_path):
     first = train(*QUICK, "model.drop_path_rate=0.1", "augment=deit", "seed=7", logs=tmp_path)
     result = run("train.py", f"reproduce={first}", logs=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "The same, to the last digit written." in result.stdout
+    assert "Identical, to the last digit written." in result.stdout
     again = run_directories(tmp_path)[-1]
     assert again != first
     kept = [{key: value for key, value in row.items() if "speed" not in key} for row in metrics(first)]
@@ -24,19 +24,19 @@ def test_reproduce__the_same_metrics_in_a_new_run(tmp_path):
     assert json.loads((again / "results.json").read_text())["reproduced"] is True
 
 
-def test_reproduce__says_what_differs(tmp_path):
+def test_reproduce__reports_differences(tmp_path):
     first = train(*QUICK, logs=tmp_path)
-    told = yaml.safe_load((first / "versions.yaml").read_text())
-    told["packages"]["timm"] = "0.1"
-    (first / "versions.yaml").write_text(yaml.safe_dump(told))
+    versions = yaml.safe_load((first / "versions.yaml").read_text())
+    versions["packages"]["timm"] = "0.1"
+    (first / "versions.yaml").write_text(yaml.safe_dump(versions))
     result = run("train.py", f"reproduce={first}", "optimizer.lr=3e-2", logs=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"since that run: timm 0\.1, now 1\.", result.stdout)
-    assert "Not the same; see the table." in result.stdout
+    assert re.search(r"changed since that run: timm 0\.1, now 1\.", result.stdout)
+    assert "Not identical; see the table." in result.stdout
     assert json.loads((run_directories(tmp_path)[-1] / "results.json").read_text())["reproduced"] is False
 
 
-def test_comparison__of_numbers_that_are_none(tmp_path):
+def test_comparison__nan_equals_nan(tmp_path):
     for name, losses in (("one", "1.0 nan"), ("two", "1.0 nan"), ("three", "1.0 0.5"), ("four", "1.0")):
         (tmp_path / name).mkdir()
         rows = "".join(f"{epoch},{loss}\n" for epoch, loss in enumerate(losses.split()))
@@ -45,13 +45,13 @@ def test_comparison__of_numbers_that_are_none(tmp_path):
     assert found == {"two": True, "three": False, "four": False}
 
 
-def test_reproduce__errors(tmp_path):
-    assert "reproduce=/nowhere: no run directory" in error_of(run("train.py", "reproduce=/nowhere", logs=tmp_path))
+def test_reproduce__missing_run_is_refused(tmp_path):
+    assert "reproduce=/nowhere: not a run directory" in error_of(run("train.py", "reproduce=/nowhere", logs=tmp_path))
 
 
-def test_changes__one_sentence_each():
+def test_changes__one_line_each():
     before = {"commit": "a", "python": "3.11", "platform": "x", "packages": {"torch": "1", "timm": "1"}}
     now = {"commit": "b", "python": "3.11", "platform": "x", "packages": {"torch": "2", "numpy": "2"}}
     assert changes(before, now) == [
-        *("commit a, now b", "numpy not there, now 2", "timm 1, now not there", "torch 1, now 2")
+        *("commit a, now b", "numpy not installed, now 2", "timm 1, now not installed", "torch 1, now 2")
     ]

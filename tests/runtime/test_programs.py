@@ -1,4 +1,4 @@
-"""Programs before anything heavy is imported: help, errors as sentences, `.env`."""
+"""Programs before heavy packages are imported: help, error messages, `.env`."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from vitrail_runtime.programs import _load_dotenv
 from vitrail_runtime.sentences import sentence
 
 
-def test_help__shows_groups_and_overrides_without_importing_torch(tmp_path):
+def test_help__shows_groups_and_overrides(tmp_path):
     result = run("train.py", "--help", logs=tmp_path)
     assert result.returncode == 0
     groups = (
@@ -23,14 +23,14 @@ def test_help__shows_groups_and_overrides_without_importing_torch(tmp_path):
         assert override in result.stdout
 
 
-def test_entry_point__imports_nothing_heavy():
+def test_entry_point__imports_no_heavy_packages():
     code = "import sys; import vitrail_runtime; sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT / "src", check=False)
     assert result.returncode == 0
 
 
 def test_shell_completion__completes_groups(tmp_path):
-    """The function that `eval "$(python src/train.py -sc install=bash)"` installs, called as bash calls it."""
+    """Call the function that `eval "$(python src/train.py -sc install=bash)"` installs as bash does."""
     script = f"""
         eval "$({sys.executable} src/train.py -sc install=bash)"
         COMP_LINE="python src/train.py model=deit_s"; COMP_POINT=${{#COMP_LINE}}
@@ -62,11 +62,11 @@ def test_shell_completion__completes_groups(tmp_path):
         ),
     ],
 )
-def test_sentence__of_an_exception(error, expected):
+def test_sentence__for_an_exception(error, expected):
     assert sentence(error) == expected
 
 
-def test_dotenv__environment_wins(tmp_path, monkeypatch):
+def test_dotenv__does_not_override_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("VITRAIL_A", "environment")
     monkeypatch.delenv("VITRAIL_B", raising=False)
     monkeypatch.delenv("VITRAIL_C", raising=False)
@@ -79,7 +79,7 @@ def test_dotenv__environment_wins(tmp_path, monkeypatch):
     assert "VITRAIL_C" not in os.environ
 
 
-def test_env_example__names_every_variable_that_is_read():
+def test_env_example__documents_every_variable():
     import re
 
     read = set()

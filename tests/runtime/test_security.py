@@ -1,4 +1,4 @@
-"""Configs and checkpoints of others are data; secrets stay in the environment."""
+"""Configs and checkpoints cannot run code, and secrets stay in the environment."""
 
 import os
 import re
@@ -32,24 +32,24 @@ EVIL = "{_target_: pathlib.Path.touch, _args_: [%s]}"
         ),
     ],
 )
-def test_target__of_foreign_code_is_refused(target):
+def test_target__foreign_code_is_refused(target):
     with guarded(), pytest.raises(HydraException, match="_target_: "):
         instantiate(OmegaConf.create({"_target_": target, "_partial_": True}))
 
 
-def test_target__in_a_shared_experiment_runs_nothing(tmp_path):
-    """In vitrail's own config, and in Hydra's callbacks, which run before any program of vitrail does."""
+def test_target__in_a_shared_experiment_does_not_run(tmp_path):
+    """In vitrail's own config, and in Hydra's callbacks, which run before vitrail's programs."""
     proof = tmp_path / "proof"
     evil = EVIL % proof
     result = run("train.py", *QUICK, f"+callbacks.evil={evil}", logs=tmp_path)
-    assert "_target_: pathlib.Path.touch is none of the packages that a config may build from" in error_of(result)
+    assert "_target_: pathlib.Path.touch is not in a package that a config may build from" in error_of(result)
     result = run("train.py", *QUICK, f"+hydra.callbacks.evil={evil}", logs=tmp_path)
-    assert "_target_: pathlib.Path.touch is none of the packages" in error_of(result)
+    assert "_target_: pathlib.Path.touch is not in a package" in error_of(result)
     assert not proof.exists()
 
 
-def test_hydras_own_config__runs_nothing_either(tmp_path):
-    """Python's logging calls what its config names, and variables would widen what may be named."""
+def test_hydra_config__does_not_run_code(tmp_path):
+    """Python's logging calls anything that its config names, and environment variables could allow more targets."""
     proof, evil = tmp_path / "proof", tmp_path / "evil"
     evil.mkdir()
     touch = f"{{'()': pathlib.Path.touch, self: {proof}}}"
@@ -69,7 +69,7 @@ def test_hydras_own_config__runs_nothing_either(tmp_path):
     assert not proof.exists()
 
 
-def test_target__more_is_allowed_by_the_environment_alone(tmp_path):
+def test_target__more_are_allowed_only_by_environment_and_command_line(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import lightning as L\nclass Hello(L.Callback):\n"
         "    def on_train_start(self, trainer, module):\n        print('hello from outside')\n"
@@ -84,7 +84,7 @@ def test_target__more_is_allowed_by_the_environment_alone(tmp_path):
     assert "hello from outside" in on_the_command_line.stdout, on_the_command_line.stderr
 
 
-def test_checkpoint__with_code_in_it_is_refused(tmp_path):
+def test_checkpoint__with_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/proof",)
@@ -96,8 +96,8 @@ def test_checkpoint__with_code_in_it_is_refused(tmp_path):
     assert not (tmp_path / "proof").exists()
 
 
-def test_secrets__are_in_no_file_of_a_run(tmp_path):
-    """Not in configs, overrides, logs, checkpoints, W&B's and TensorBoard's files, nor on the terminal."""
+def test_secrets__not_in_any_file_of_a_run(tmp_path):
+    """They are not in configs, overrides, logs, checkpoints, W&B's or TensorBoard's files, nor on the terminal."""
     token = SECRETS["CLUSTER_TOKEN"]
     result = run(
         *("train.py", *QUICK, "logger=[wandb,tensorboard]", "+logger.wandb.notes=${oc.env:CLUSTER_TOKEN}"),
@@ -117,14 +117,14 @@ def test_secrets__are_in_no_file_of_a_run(tmp_path):
     for path in files:
         content = path.read_bytes()
         assert SECRETS["WANDB_API_KEY"].encode() not in content, path
-        if path not in wandb_own:  # the user gave W&B this one as a note
+        if path not in wandb_own:  # the user passed this secret to W&B as a note
             assert token.encode() not in content, path
     for value in SECRETS.values():
         assert value not in result.stdout + result.stderr
     assert "notes: ${oc.env:CLUSTER_TOKEN}" in (directory / "config.yaml").read_text()
 
 
-def test_secrets__in_an_error(tmp_path):
+def test_secrets__not_in_an_error(tmp_path):
     result = run(
         "train.py", *QUICK, f"data.root={SECRETS['CLUSTER_TOKEN']}", "data=imagefolder", logs=tmp_path, **SECRETS
     )
@@ -134,8 +134,8 @@ def test_secrets__in_an_error(tmp_path):
         assert not path.is_file() or SECRETS["CLUSTER_TOKEN"].encode() not in path.read_bytes()
 
 
-def test_secrets__in_a_sweep(tmp_path):
-    """Jobs are told the variable's name in its place, so that what is recorded, printed and pickled has no more."""
+def test_secrets__not_in_a_sweep(tmp_path):
+    """Jobs get the variable's name instead of its value, so that nothing saved, printed or pickled contains it."""
     token = SECRETS["CLUSTER_TOKEN"]
     arguments = (f"+note=token-{token}", "seed=12,13", f"hydra.sweep.dir={tmp_path}/sweep")
     for _ in range(2):
@@ -149,14 +149,14 @@ def test_secrets__in_a_sweep(tmp_path):
         )
         assert "1 of 2 jobs failed: job 1 (+note=token-${oc.env:CLUSTER_TOKEN} seed=13)" in result.stderr
         assert token not in result.stdout + result.stderr
-    assert len((tmp_path / "sweep" / "0" / "starts.txt").read_text().splitlines()) == 1  # known as finished
+    assert len((tmp_path / "sweep" / "0" / "starts.txt").read_text().splitlines()) == 1  # recognised as finished
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or token.encode() not in path.read_bytes(), path
 
 
-def test_redacted__whole_values_and_parts(monkeypatch):
+def test_redacted__whole_values_and_parts_of_values(monkeypatch):
     monkeypatch.setenv("DB_PASSWORD", "correct horse")
-    monkeypatch.setenv("SHORT_KEY", "train")  # a word that stands everywhere
+    monkeypatch.setenv("SHORT_KEY", "train")  # an ordinary word
     tree = {"uri": "http://me:correct horse@host", "list": ["correct horse", 3, None], "train": "train"}
     assert redacted(tree) == {
         "uri": "http://me:${oc.env:DB_PASSWORD}@host",

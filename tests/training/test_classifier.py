@@ -1,4 +1,4 @@
-"""The LightningModule against a plain loop: same losses, same weights, same averages."""
+"""The LightningModule gives the same losses, weights and EMA weights as a plain training loop."""
 
 import copy
 
@@ -69,7 +69,7 @@ def test_training__equals_a_plain_loop(tmp_path):
             seen += 1
             loss = torch.sum(-(0.9 * target + 0.01) * F.log_softmax(model(images), -1), -1).mean() / 2
             loss.backward()
-            losses.append(loss.item())  # as Lightning hands it on: divided by the accumulation
+            losses.append(loss.item())  # as Lightning reports it: divided by the number of accumulated batches
             if number % 2:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 plain.step()
@@ -77,7 +77,7 @@ def test_training__equals_a_plain_loop(tmp_path):
                 step += 1
                 scheduler.step_update(step)
                 weights = [parameter.detach().clone() for parameter in model.parameters()]
-                decay = min(0.9, step / (9 + step))  # the first update copies, so n counts from 0 at step 1
+                decay = min(0.9, step / (9 + step))  # the first update copies the weights, so step 1 is update 0
                 average = weights if step == 1 else [
                     decay * old + (1 - decay) * new for old, new in zip(average, weights, strict=True)
                 ]  # fmt: skip
@@ -86,12 +86,14 @@ def test_training__equals_a_plain_loop(tmp_path):
     for ours, theirs in ((module.model.state_dict(), list(model.parameters())), (ema.average, average)):
         for (name, one), other in zip(ours.items(), theirs, strict=True):
             one, other = one.detach(), other.detach()
-            if name.endswith("qkv.bias"):  # no loss depends on the keys' biases: Adam blows up rounding noise there
+            if name.endswith(
+                "qkv.bias"
+            ):  # the loss does not depend on the keys' biases: Adam amplifies rounding errors
                 one, other = (torch.cat((bias[:64], bias[128:])) for bias in (one, other))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_validation__counts_and_ignores():
+def test_validation__metrics_without_ignored_images():
     module, _ = build()
     module.eval()
     images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
@@ -116,30 +118,30 @@ def test_validation__fewer_than_five_classes():
     assert module.val_metrics.compute_and_reset("")["top5"] == 100
 
 
-def test_forward__distilled_model_averages_its_heads():
+def test_forward__distilled_model_averages_its_two_heads():
     model = create_model("deit_nano_distilled", 10, 8, depth=1).eval()
     module = ImageClassifier(model, CrossEntropy(), 10).eval()
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(module(images), model(images))
 
 
-def test_ema__measured_beside_the_raw_weights_and_kept_apart(tmp_path):
+def test_ema__validated_and_saved_separately_from_the_raw_weights(tmp_path):
     module, data = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
     ema = EMA(decay=0.99, warmup=False)
     fit = trainer(tmp_path, [ema], max_epochs=1, limit_train_batches=8)
     fit.fit(module, datamodule=data)
-    averaged = copy.deepcopy(module)
-    averaged.model.load_state_dict(ema.average)
+    ema_module = copy.deepcopy(module)
+    ema_module.model.load_state_dict(ema.average)
     fit.save_checkpoint(tmp_path / "x.ckpt")
-    assert not torch.equal(averaged.model.head.weight, module.model.head.weight)
-    for model, suffix in ((module, ""), (averaged, "_ema")):
+    assert not torch.equal(ema_module.model.head.weight, module.model.head.weight)
+    for model, suffix in ((module, ""), (ema_module, "_ema")):
         model.eval()
         for batch in data.val_dataloader():
             model.validation_step(batch, 0)
         for name, value in model.val_metrics.compute_and_reset("val/").items():
             assert fit.callback_metrics[f"{name}{suffix}"] == pytest.approx(float(value), rel=1e-5)
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    assert torch.equal(checkpoint["state_dict"]["model.head.weight"], averaged.model.head.weight)
+    assert torch.equal(checkpoint["state_dict"]["model.head.weight"], ema_module.model.head.weight)
     assert torch.equal(checkpoint["current_model_state"]["model.head.weight"], module.model.head.weight)
 
 
@@ -156,12 +158,12 @@ def test_ema__averages_float_buffers_and_copies_counters(tmp_path):
     assert not torch.equal(average["bn1.running_mean"], model.bn1.running_mean)
 
 
-def test_ema__refuses():
+def test_ema__invalid_decay_is_refused():
     with pytest.raises(ConfigError, match=r"callbacks.ema.decay=1.0"):
         EMA(decay=1.0)
 
 
-def test_checkpointing__same_gradients_or_refused():
+def test_grad_checkpointing__same_gradients_or_refused():
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     gradients = []
     for checkpointing in (False, True):

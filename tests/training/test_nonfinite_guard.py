@@ -1,4 +1,4 @@
-"""Steps whose numbers went bad, in real trainings of the digits: found, named, kept, and dealt with as asked."""
+"""Non-finite steps in real trainings of the digits are detected, located, saved and handled as configured."""
 
 import lightning as L
 import pytest
@@ -12,7 +12,10 @@ POISON = "digits/train/000007"
 
 
 class Poison(L.Callback):
-    """Makes `part` give NaN whenever its batch holds a certain image; notes weights and rates after each step."""
+    """Callback that makes module `part` return NaN for batches with a certain image, and records every step.
+
+    It records weights and learning rate after each step, and whether the batch contained the image.
+    """
 
     def __init__(self, part, always=False):
         self.part, self.always, self.holds = part, always, False
@@ -45,7 +48,7 @@ def fit(folder, poison, *overrides, ckpt=None):
     return trainer, guard
 
 
-def test_stop__names_the_module_and_keeps_the_step(tmp_path):
+def test_stop__names_the_module_and_saves_the_step(tmp_path):
     poison = Poison("blocks.1.attn.proj")
     with pytest.raises(
         TrainingError, match=r"epoch 1, step \d+: a loss of nan, first in the output of blocks.1.attn.proj"
@@ -59,10 +62,10 @@ def test_stop__names_the_module_and_keeps_the_step(tmp_path):
     torch.testing.assert_close(torch.cat([weight.flatten() for weight in kept["weights"].values()]), poison.weights[-1])
 
 
-def test_skip__leaves_the_step_out(tmp_path):
+def test_skip__skips_the_step(tmp_path):
     poison = Poison("blocks.1.attn.proj")
     trainer, guard = fit(tmp_path, poison, "callbacks.nonfinite_guard.on_bad=skip")
-    assert guard.skipped == sum(poison.bad) == 2  # once an epoch
+    assert guard.skipped == sum(poison.bad) == 2  # once per epoch
     assert trainer.global_step == 2 * 44
     for step in range(1, 88):
         same = torch.equal(poison.weights[step], poison.weights[step - 1])
@@ -70,7 +73,7 @@ def test_skip__leaves_the_step_out(tmp_path):
     assert poison.weights[-1].isfinite().all()
 
 
-def test_skip__statistics_of_batchnorm_too(tmp_path):
+def test_skip__restores_batchnorm_statistics(tmp_path):
     poison = Poison("conv1")
     overrides = (
         "model=timm",
@@ -84,13 +87,13 @@ def test_skip__statistics_of_batchnorm_too(tmp_path):
     assert all(buffer.isfinite().all() for buffer in trainer.lightning_module.model.buffers())
 
 
-def test_skip__not_for_ever(tmp_path):
-    with pytest.raises(TrainingError, match=r"first in the output of head.*3 steps in a row were left out before"):
+def test_skip__ends_the_training_at_the_limit(tmp_path):
+    with pytest.raises(TrainingError, match=r"first in the output of head.*The last 3 steps had already been skipped"):
         fit(tmp_path, Poison("head", always=True), "callbacks.nonfinite_guard.on_bad=skip")
 
 
-def test_rollback__returns_to_the_checkpoint_with_a_lower_rate(tmp_path):
-    """The poisoned image comes in the first epoch, too; so the first checkpoint is of an earlier step."""
+def test_rollback__restores_the_checkpoint_and_lowers_the_learning_rate(tmp_path):
+    """The poisoned image also occurs in the first epoch, so a checkpoint is saved after every step."""
     poison = Poison("norm")
     overrides = (
         "callbacks.nonfinite_guard.on_bad=rollback",
@@ -110,26 +113,26 @@ def test_rollback__returns_to_the_checkpoint_with_a_lower_rate(tmp_path):
     assert (again.returns, again.lr_scale) == (2, 0.25)
 
 
-def test_rollback__without_a_checkpoint(tmp_path):
-    with pytest.raises(TrainingError, match="There is no checkpoint yet to return to"):
+def test_rollback__without_a_checkpoint_ends_the_training(tmp_path):
+    with pytest.raises(TrainingError, match="There is no checkpoint yet to roll back to"):
         fit(tmp_path, Poison("norm", always=True), "callbacks.nonfinite_guard.on_bad=rollback")
 
 
 class BadGradient(L.Callback):
-    """One weight's gradient becomes infinite in the third step; the loss knows nothing of it."""
+    """Callback that makes one weight's gradient infinite in the third step; the loss stays finite."""
 
     def on_after_backward(self, trainer, module):
         if trainer.global_step == 2:
             module.model.blocks[2].mlp.fc1.weight.grad[0, 0] = float("inf")
 
 
-def test_gradient__alone_is_named(tmp_path):
-    sentence = "step 3: a gradient that is not finite, first in the gradient of blocks.2.mlp.fc1.weight"
+def test_gradient__infinite_with_a_finite_loss_is_located(tmp_path):
+    sentence = "step 3: a non-finite gradient, first in the gradient of blocks.2.mlp.fc1.weight"
     with pytest.raises(TrainingError, match=sentence):
         fit(tmp_path, BadGradient())
 
 
-def test_values__are_checked(tmp_path):
+def test_options__invalid_ones_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"callbacks.nonfinite_guard.on_bad=hope: choose stop, skip or rollback"):
         NonfiniteGuard(tmp_path, tmp_path, on_bad="hope")
     with pytest.raises(ConfigError, match=r"callbacks.nonfinite_guard.factor=2: must lie in \(0, 1\]"):

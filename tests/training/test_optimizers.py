@@ -16,8 +16,8 @@ def names_of(model, optimizer, **conditions):
     return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
-def test_weight_decay__where_the_published_recipes_have_it():
-    """DeiT: not for biases, norms, position embedding and class token; matrices and the patch kernel only."""
+def test_weight_decay__same_parameters_as_in_the_published_recipes():
+    """DeiT decays matrices and the patch kernel, but not biases, norms, position embedding and class token."""
     model = create_model("deit_tiny_patch16_224", num_classes=10, img_size=32)
     optimizer = OptimizerFactory(weight_decay=0.05).build(model, 512)
     decayed, free = names_of(model, optimizer, weight_decay=0.05), names_of(model, optimizer, weight_decay=0.0)
@@ -52,12 +52,12 @@ def test_layer_decay__lower_for_earlier_blocks():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "lion", "muon"])
-def test_any_optimiser_of_timm__by_name(name):
+def test_name__any_optimiser_of_timm(name):
     model = create_model("vit_nano", 10, 32)
     assert OptimizerFactory(name=name).build(model, 512).param_groups
 
 
-def test_refuses():
+def test_options__invalid_ones_are_refused():
     with pytest.raises(ConfigError, match=r"optimizer.lr_scaling=quadratic: must be one of linear, sqrt, none"):
         OptimizerFactory(lr_scaling="quadratic")
     with pytest.raises(ConfigError, match=r"optimizer.name=adamm"):
@@ -66,20 +66,20 @@ def test_refuses():
         OptimizerFactory(colour="red").build(torch.nn.Linear(2, 2), 512)
 
 
-def test_decay_also__what_the_model_exempts():
-    """DeiT's own code gave weight decay to the distillation token, which its timm did not know of."""
+def test_decay_also__overrides_the_models_exemptions():
+    """DeiT's code applied weight decay to the distillation token, because its version of timm did not exempt it."""
     model = create_model("deit_nano_distilled", 10, 32)
     optimizer = OptimizerFactory(decay_also=["dist_token"]).build(model, 512)
     assert "dist_token" in names_of(model, optimizer, weight_decay=0.05)
     assert {"cls_token", "pos_embed"} <= names_of(model, optimizer, weight_decay=0.0)
-    with pytest.raises(ConfigError, match=r"optimizer.decay_also: dist_token is no parameter of VisionTransformer"):
+    with pytest.raises(ConfigError, match=r"optimizer.decay_also: dist_token is not a parameter of VisionTransformer"):
         OptimizerFactory(decay_also=["dist_token"]).build(create_model("deit_nano", 10, 32), 512)
 
 
 @pytest.mark.parametrize(
     ("name", "heads"), [("deit_nano_distilled", ("head.", "head_dist.")), ("lvvit_nano", ("head.",))]
 )
-def test_backbone_lr_scale__all_but_the_classifiers(name, heads):
+def test_backbone_lr_scale__scales_all_but_the_classifiers(name, heads):
     model = create_model(name, 10, 64)
     optimizer = OptimizerFactory("sgd", 0.05, 5e-4, "none", backbone_lr_scale=0.01).build(model, 64)
     fast, slow = names_of(model, optimizer, lr=0.05), names_of(model, optimizer, lr=5e-4)
@@ -89,7 +89,7 @@ def test_backbone_lr_scale__all_but_the_classifiers(name, heads):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lookahead_adamw"])
-def test_loaded_state__moments_are_the_checkpoints_and_settings_the_configs(name):
+def test_load_state_dict__moments_from_the_checkpoint_and_settings_from_the_config(name):
     model = create_model("deit_nano", 10, 32)
 
     def built(**changed):

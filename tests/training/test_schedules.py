@@ -1,4 +1,4 @@
-"""The schedule against recorded learning rates of the official runs, and through a real Trainer."""
+"""The schedule equals recorded learning rates of the official runs, also in a real Trainer."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def optimizer(lr):
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_cosine__equals_the_official_schedules(name):
+def test_cosine__equals_official_schedules(name):
     case = RECORDED[name]
     built = optimizer(case["peak"])
     schedule = CosineSchedule(
@@ -36,8 +36,8 @@ def test_cosine__equals_the_official_schedules(name):
         assert built.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-7)
 
 
-def test_warmup_prefix__the_cosine_begins_at_the_peak():
-    """Google's schedule: linear from 0, then half a cosine over the steps that are left."""
+def test_warmup_prefix__cosine_starts_at_the_peak():
+    """Google's schedule: linear from 0, then half a cosine over the remaining steps."""
     schedule = CosineSchedule(2, 0.0, 0.0, per_step=True, warmup_prefix=True)
     built = optimizer(1.0)
     scheduler = schedule.build(built, 10, steps_per_epoch=5)
@@ -47,8 +47,8 @@ def test_warmup_prefix__the_cosine_begins_at_the_peak():
         assert built.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_late__counts_epochs():
-    with pytest.raises(ConfigError, match=r"schedule.epoch_lag=true: counts epochs; set schedule.per_step=false"):
+def test_late__requires_a_per_epoch_schedule():
+    with pytest.raises(ConfigError, match=r"schedule.epoch_lag=true: needs a per-epoch schedule"):
         CosineSchedule(late=True, per_step=True)
 
 
@@ -63,7 +63,7 @@ class Rates(L.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("per_step", [False, True])
 def test_trainer__steps_the_schedule(per_step, accumulate, tmp_path):
-    """Four epochs of four batches: the rate at each batch is the formula's, per epoch or per optimiser step."""
+    """In four epochs of four batches, each batch's learning rate follows the formula, per epoch or per step."""
     schedule = CosineSchedule(1, 1e-6, 1e-5, cooldown_epochs=1, per_step=per_step)
     data = ImageDataModule(Digits(), augment=Augmentation(enabled=False), image_size=8, batch_size=8, num_workers=0)
     model = create_model("vit_nano", 10, 8, depth=1)
@@ -94,6 +94,6 @@ def test_warmup__shortened_with_a_warning(caplog):
     assert "schedule.warmup_epochs=5 does not fit into 4 epochs" in caplog.text
 
 
-def test_cooldown__leaves_nothing():
-    with pytest.raises(ConfigError, match=r"schedule.cooldown_epochs=4: leaves none of 4 epochs"):
+def test_cooldown__as_long_as_the_training_is_refused():
+    with pytest.raises(ConfigError, match=r"schedule.cooldown_epochs=4: leaves none of the 4 epochs for the cosine"):
         CosineSchedule(cooldown_epochs=4).build(optimizer(1.0), 4, 10)

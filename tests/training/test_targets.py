@@ -1,4 +1,4 @@
-"""What objective, backbone, mixing, data and teacher must agree on, and the targets that follow."""
+"""Contracts between objective, backbone, mixing, data and teacher, and the targets of a batch."""
 
 import pytest
 import torch
@@ -39,28 +39,28 @@ def check(model, objective, mixing=None, provided=NOTHING):
     [
         (
             *("deit_nano", TokenLabelingLoss(), None, MAPS),
-            "TokenLabelingLoss needs token logits, which VisionTransformer has not; set model.token_head",
+            "TokenLabelingLoss needs token logits, which VisionTransformer does not have; set model.token_head",
         ),
         ("lvvit_t", TokenLabelingLoss(), None, NOTHING, "data.label_maps: not set, but TokenLabelingLoss needs token"),
-        ("lvvit_t", CrossEntropy(), None, MAPS, "data.label_maps: CrossEntropy reads none"),
-        ("lvvit_t", CrossEntropy(), MixToken(), NOTHING, "mixing: MixToken needs targets of tokens"),
-        ("deit_nano", DistillationLoss(), None, NOTHING, "teacher: not set, but DistillationLoss learns from one"),
-        ("deit_nano", FeatureLoss(), None, NOTHING, "teacher: not set, but FeatureLoss learns from its features"),
-        ("deit_nano", FeatureLoss(), None, MAPS, "teacher: not set, but FeatureLoss learns from its features"),
-        ("deit_nano", CrossEntropy(), None, TEACHER, "teacher: CrossEntropy asks none"),
-        ("deit_nano", DistillationLoss(), None, TEACHER | MAPS, "data.label_maps: hold a teacher's answers already"),
+        ("lvvit_t", CrossEntropy(), None, MAPS, "data.label_maps: CrossEntropy does not use label maps"),
+        ("lvvit_t", CrossEntropy(), MixToken(), NOTHING, "mixing: MixToken needs token targets"),
+        ("deit_nano", DistillationLoss(), None, NOTHING, "teacher: not set, but DistillationLoss needs a teacher"),
+        ("deit_nano", FeatureLoss(), None, NOTHING, "teacher: not set, but FeatureLoss needs a teacher's features"),
+        ("deit_nano", FeatureLoss(), None, MAPS, "teacher: not set, but FeatureLoss needs a teacher's features"),
+        ("deit_nano", CrossEntropy(), None, TEACHER, "teacher: CrossEntropy does not use a teacher"),
+        ("deit_nano", DistillationLoss(), None, TEACHER | MAPS, "data.label_maps: already contain a teacher's scores"),
         (
             "deit_nano",
             DecisionLoss(),
             None,
             NOTHING,
-            "DecisionLoss needs outputs.decisions; VisionTransformer gives cls",
+            "DecisionLoss needs outputs.decisions; VisionTransformer has cls",
         ),
         ("deit_nano", DepthLoss(), None, MAPS, "DepthLoss needs depth_maps, which nothing provides; known needs are"),
         ("deit_nano", CosubLoss(base=TokenLabelingLoss()), None, NOTHING, "CosubLoss needs token logits"),
     ],
 )
-def test_contracts__what_does_not_fit_is_refused_by_name(model, objective, mixing, provided, message):
+def test_contracts__mismatch_is_refused_and_names_the_key(model, objective, mixing, provided, message):
     with pytest.raises(ConfigError, match=message):
         check(model, objective, mixing, provided)
 
@@ -83,7 +83,7 @@ def test_contracts__mixtoken_needs_a_backbone_that_mixes_tokens():
         ("deit_nano", torch.nn.Identity(), None, NOTHING),
     ],
 )
-def test_contracts__what_fits(model, objective, mixing, provided):
+def test_contracts__valid_combination(model, objective, mixing, provided):
     check(model, objective, mixing, provided)
 
 
@@ -101,7 +101,7 @@ class Needs(Objective):
         self.needs = frozenset(needs)
 
 
-def test_targets__only_what_is_declared():
+def test_targets__only_the_declared_ones():
     plain = TargetBuilder()(batch(), CrossEntropy(), 5, None)
     assert plain.cls.tolist() == [0, 3, 1, 4]
     assert (plain.tokens, plain.teacher_logits, plain.teacher_features) == (None, None, None)
@@ -110,8 +110,8 @@ def test_targets__only_what_is_declared():
     assert both.teacher_logits.shape == (4, 5)
 
 
-def test_targets__of_a_new_objective_are_token_labellings():
-    """Label maps become token targets for anybody who declares the need, never a teacher's logits."""
+def test_targets__custom_objective_gets_token_targets():
+    """Label maps become token targets for any objective that declares the need, but not a teacher's logits."""
     ours = TargetBuilder(smoothing=0.2)(batch(), Needs("token_targets"), 5, (2, 3))
     expected = token_targets(*batch().label_map, (2, 3), 5, smoothing=0.2)
     torch.testing.assert_close(ours.tokens.to_dense(), expected.tokens)
@@ -119,8 +119,8 @@ def test_targets__of_a_new_objective_are_token_labellings():
     assert ours.teacher_logits is None
 
 
-def test_targets__of_a_teacher():
-    class Hat(torch.nn.Module):
+def test_targets__from_a_teacher():
+    class ColourTeacher(torch.nn.Module):
         provides = TEACHER
 
         def forward(self, images):
@@ -129,12 +129,12 @@ def test_targets__of_a_teacher():
         def features(self, images):
             return images.flatten(2).transpose(1, 2)
 
-    made = TargetBuilder(teacher=Hat())(batch(), Needs("teacher_logits", "teacher_features"), 5, None)
+    made = TargetBuilder(teacher=ColourTeacher())(batch(), Needs("teacher_logits", "teacher_features"), 5, None)
     torch.testing.assert_close(made.teacher_logits, batch().image.mean((2, 3)))
     assert made.teacher_features.shape == (4, 64, 3)
 
 
-def test_targets__without_maps_every_token_learns_its_own_images_label():
+def test_targets__without_maps_each_token_gets_the_label_of_its_image():
     objective = TokenLabelingLoss(token_weight=0)
     truth = F.one_hot(torch.tensor([0, 3, 1, 4]), 5) * 0.9 + 0.1 / 5
     plain = TargetBuilder()(batch(maps=False), objective, 5, (2, 2))
@@ -149,7 +149,7 @@ def test_targets__without_maps_every_token_learns_its_own_images_label():
 
 
 @pytest.mark.parametrize(("mode", "share_where_wrong"), [("published", 0.9), ("intended", 0.1)])
-def test_ground_truth__as_the_code_and_as_its_comment(mode, share_where_wrong):
+def test_ground_truth__as_in_the_official_code_and_as_in_its_comment(mode, share_where_wrong):
     label = torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]])
     truth = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
     share = torch.tensor([[0.5], [share_where_wrong]])
@@ -157,7 +157,7 @@ def test_ground_truth__as_the_code_and_as_its_comment(mode, share_where_wrong):
     torch.testing.assert_close(blend_ground_truth(label, truth, "none"), label)
 
 
-def test_refuses():
+def test_target_builder__invalid_options_are_refused():
     with pytest.raises(ConfigError, match=r"targets.ground_truth=maybe: choose none, published, intended"):
         TargetBuilder(ground_truth="maybe")
     with pytest.raises(ConfigError, match=r"targets.smoothing=1: must lie in"):

@@ -1,4 +1,7 @@
-"""One recipe of each family against a plain loop written from its facts: 30 steps from the same weights and batches."""
+"""One recipe of each family equals a plain loop written from its paper: 30 steps from the same weights and batches.
+
+Shapes: B images, C classes, N patch tokens.
+"""
 
 import copy
 import math
@@ -22,7 +25,7 @@ EPOCHS, STEPS, BATCH, CLASSES, SIDE = 10, 3, 8, 5, 64
 
 
 def batches(label_maps):
-    """The three batches of every epoch."""
+    """Return the three batches of every epoch."""
     random = torch.Generator().manual_seed(0)
     found = []
     for number in range(STEPS):
@@ -57,7 +60,7 @@ class Losses(L.Callback):
 
 
 def cosine(peak, epoch, warmup, end, cooldown=0):
-    """DeiT's, T2T-ViT's and LV-ViT's: linear to `peak`, then a cosine whose clock began at 0, then `end`."""
+    """Return the learning rate of DeiT, T2T-ViT and LV-ViT: linear warm-up, cosine counted from epoch 0, cooldown."""
     if epoch < warmup:
         return 1e-6 + epoch * (peak - 1e-6) / warmup
     if epoch >= end:
@@ -73,8 +76,8 @@ def soft(logits, target):
     return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
 
-class Hat(nn.Module):
-    """A teacher that looks at mean colours."""
+class ColourTeacher(nn.Module):
+    """A teacher whose logits depend on the colours only."""
 
     def forward(self, images):
         return torch.cat((images.mean((2, 3)), images.std((2, 3))), 1)[:, :CLASSES] * 50
@@ -83,7 +86,7 @@ class Hat(nn.Module):
 def deit(model, batch, step, mixing):
     heads = forward_heads(model, batch.image)
     base = soft(heads.cls, smooth(batch.label))
-    return 0.5 * base + 0.5 * F.cross_entropy(heads.distill, Hat()(batch.image).argmax(1))
+    return 0.5 * base + 0.5 * F.cross_entropy(heads.distill, ColourTeacher()(batch.image).argmax(1))
 
 
 def deit3(model, batch, step, mixing):
@@ -95,9 +98,9 @@ def t2t(model, batch, step, mixing):
 
 
 def lvvit(model, batch, step, mixing):
-    """Class token: its share of the image's and the mirror image's map; tokens: their own maps."""
+    """Class token: its shares of the maps of the image and its mixing partner; patch tokens: their own maps."""
     targets = token_targets(*batch.label_map, (8, 8), CLASSES)
-    box, left = mixing.box((8, 8), (7, step + 1, 0))  # drawn for the batch that counts as begun
+    box, left = mixing.box((8, 8), (7, step + 1, 0))  # the random key counts the batches that have started
     heads = forward_heads(model, batch.image, box)
     return soft(heads.cls, left * targets.cls + (1 - left) * targets.cls.flip(0)) + soft(heads.tokens, targets.tokens)
 
@@ -119,7 +122,7 @@ SMALL = {
     "deit_nano_distilled": {"patch_size": 16},
     "t2t_vit_7": {"depth": 1, "token_drop": 0.0},
 }
-# recipe, backbone, its loss, rate of each step, weight decay, names that get none, clipping, decay of the average
+# recipe, backbone, loss, learning rate of each step, weight decay, parameters without it, clipping, EMA decay
 FACTS = [
     ("deit_small_distilled", "deit_nano_distilled", deit, lambda s: cosine(1e-3, max(0, s // STEPS - 1), 2, 10),
      0.05, {"cls_token", "pos_embed"}, None, 0.99996),
@@ -146,7 +149,8 @@ def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, 
         objective, schedule = instantiate(config.objective, "objective"), instantiate(config.schedule, "schedule")
         optimizer = instantiate(config.optimizer, "optimizer")
         mixing = instantiate(config.mixing, "mixing") if recipe == "lvvit_s" else None
-        targets = instantiate(config.targets, "targets", teacher=Hat() if recipe == "deit_small_distilled" else None)
+        teacher = ColourTeacher() if recipe == "deit_small_distilled" else None
+        targets = instantiate(config.targets, "targets", teacher=teacher)
     torch.manual_seed(0)
     model = create_model(name, CLASSES, SIDE, token_head=name == "lvvit_nano", **SMALL.get(name, {}))
     nn.init.trunc_normal_(model.head.weight, std=0.02)
@@ -188,7 +192,6 @@ def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, 
     assert losses.values == pytest.approx(expected, rel=1e-5)
     for ours, theirs in ((module.model.state_dict(), weights), *([(ema.average, average)] if ema else [])):
         for key, value in ours.items():
-            if key in theirs and not key.endswith(
-                ("qkv.bias", "kqv.bias")
-            ):  # no loss depends on keys' biases: Adam amplifies rounding
+            # The loss does not depend on the keys' biases: Adam amplifies rounding errors there.
+            if key in theirs and not key.endswith(("qkv.bias", "kqv.bias")):
                 torch.testing.assert_close(value.detach(), theirs[key], rtol=1e-3, atol=1e-5, msg=key)

@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path, values: bool = True, key: str = "ckpt") ->
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{key}={path}: cannot be loaded safely as a checkpoint ({reason}).") from error
+        raise ConfigError(f"{key}={path}: not a checkpoint that can be loaded safely ({reason}).") from error
     if not isinstance(checkpoint, dict):
         raise ConfigError(f"{key}={path}: contains a {type(checkpoint).__name__}, not a checkpoint.")
     return put_back(checkpoint, path) if values else checkpoint
@@ -173,7 +173,8 @@ def fit_weights(
         classes = {fitted[key].shape[0] for key in heads}, {own[key].shape[0] for key in heads}
         if same_classes:
             raise ConfigError(
-                f"{source}: has {max(classes[0])} classes, the model {max(classes[1])}; use a checkpoint of the same classes."
+                f"{source}: has {max(classes[0])} classes, the model has {max(classes[1])};"
+                " use a checkpoint with the same classes."
             )
         notes.append(
             f"{max(classes[0])} classes in the checkpoint, {max(classes[1])} in the model: "

@@ -103,8 +103,8 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise ConfigError(
-            f"{target}: cannot be written ({_reason(error)}). The last complete checkpoint still exists; solve the"
-            f" problem and resume={target.parent.parent} continues from it."
+            f"{target}: cannot be written ({_reason(error)}). The last good checkpoint is still there; free disk space"
+            f" or fix the permissions, and resume={target.parent.parent} continues from it."
         ) from error
 
 
@@ -146,8 +146,8 @@ def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
     if free < needed:
         gib = 2**30
         raise ConfigError(
-            f"paths.logs: {folder} has {free / gib:.2f} GiB left, checkpoints need {needed / gib:.2f}; free some space, or"
-            " set paths.logs (VITRAIL_LOGS) to another disk."
+            f"paths.logs: {folder} has {free / gib:.2f} GiB left, checkpoints need {needed / gib:.2f}."
+            " Free some space, or set paths.logs (VITRAIL_LOGS) to another disk."
         )
 
 

@@ -1,1 +1,1 @@
-"""The programs: one module for each entry point; none imports another."""
+"""The programs: one module per entry point; they do not import each other."""

@@ -1,4 +1,4 @@
-"""The annotation job: label maps for every image of a split, on one or several processes, interrupted at will."""
+"""Annotate: write label maps for every image of a split, with one or several processes; it can be interrupted."""
 
 import logging
 import os
@@ -42,10 +42,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def annotate(config: DictConfig) -> LabelMapStore:
-    """Make the label maps that `config` describes, or what is missing of them; print the summary, draw the preview.
+    """Write the label maps that `config` describes, or the missing ones; print a summary and draw the preview.
 
     Raises:
-        ConfigError: a setting cannot work.
+        ConfigError: a setting is invalid.
     """
     set_up_logging()
     check_keys(config, "annotate")
@@ -56,7 +56,7 @@ def annotate(config: DictConfig) -> LabelMapStore:
         get_console().print(annotation_report(store, None, []), soft_wrap=True)
         return store
     job = Job.build(plain(config))
-    _say_match(job)
+    _log_class_match(job)
     data, split = job.data, job.split
     names = list(job.data.classes) if job.chosen is not None else job.annotator.classes
     num_classes = len(names) if names is not None else job.annotator.num_classes
@@ -67,8 +67,8 @@ def annotate(config: DictConfig) -> LabelMapStore:
         store = LabelMapStore.open(out)
         asked = (about, len(split), config.top_k, job.grid or store.grid)
         if (store.about, len(store), store.top_k, store.grid) != asked:
-            raise ConfigError(f"out={out}: holds finished label maps of another kind; name another folder.")
-        log.info("%s is finished already", out)
+            raise ConfigError(f"out={out}: contains finished label maps with other settings; choose another folder.")
+        log.info("%s is already finished", out)
     else:
         rows, columns = job.grid or job.scores(torch.zeros(1, 3, *job.annotator.image_size)).shape[-2:]
         writer = LabelMapStore.create(
@@ -90,17 +90,17 @@ def annotate(config: DictConfig) -> LabelMapStore:
 
 
 class Job(NamedTuple):
-    """What each process builds for itself from the config."""
+    """Annotator and data of one process, built from the config."""
 
     config: dict[str, Any]
     annotator: PretrainedClassifier
     data: ImageDataModule
     split: Split
-    chosen: list[int] | None  # annotator's classes that the maps hold, in the data's order; None: all
+    chosen: list[int] | None  # annotator's classes to store, in the data's order; None: all
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> "Job":
-        """Build annotator and data, and match their classes."""
+        """Build annotator and data, and match their classes by name."""
         annotator = instantiate(config["annotator"], "annotator")
         data = instantiate(config["data"], "data", augment=Augmentation())
         data.prepare_data()
@@ -108,7 +108,7 @@ class Job(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns that were asked for."""
+        """Rows and columns that the config sets; None for the annotator's."""
         grid = self.config["grid"]
         if grid is None:
             return None
@@ -118,14 +118,14 @@ class Job(NamedTuple):
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
-        """Raw scores (B, C, H, W), of the chosen classes."""
+        """Return raw scores (B, C, h, w) of the chosen classes in h x w cells, for images (B, 3, H, W)."""
         dtype = _DTYPES.get(self.config["precision"])
         with torch.autocast(images.device.type, dtype) if dtype else nullcontext():
             scores = self.annotator(images, self.grid, self.config["flip"]).float()
         return scores if self.chosen is None else scores[:, self.chosen]
 
     def describe(self, names: list[str] | None) -> dict[str, Any]:
-        """What the manifest says of these maps."""
+        """Return the metadata of these maps for the manifest."""
         whole = self.config["crop"] == "whole"
         return {
             "annotator": self.annotator.name,
@@ -142,23 +142,23 @@ class Job(NamedTuple):
         }
 
 
-def _say_match(job: Job) -> None:
-    """Say how the annotator's classes and the data's belong together, where they are not the same."""
+def _log_class_match(job: Job) -> None:
+    """Log how the annotator's classes match the data's, if they are not the same."""
     known, count = job.annotator.classes, job.data.num_classes
     if job.chosen is not None:
-        log.info("maps hold the data's %d classes out of the annotator's %d", count, job.annotator.num_classes)
+        log.info("storing the data's %d classes out of the annotator's %d", count, job.annotator.num_classes)
     elif known is None and job.annotator.num_classes == count:
-        log.warning("the annotator's classes have no names; they are taken to be the data's, in the data's order")
+        log.warning("the annotator's classes have no names; assuming the data's classes in the data's order")
     elif known != list(job.data.classes):
         log.warning(
-            "the annotator knows %d other classes than the data's %d: these maps are for looking at, not for training",
+            "the annotator's %d classes are not the data's %d: these maps are for viewing only, not for training",
             job.annotator.num_classes,
             count,
         )
 
 
 def _fill(job: Job, writer: LabelMapWriter, out: Path) -> None:
-    """Write every record that is not there yet, and show how it goes."""
+    """Write all missing records, and show the progress."""
     todo = np.flatnonzero(writer.done == 0)
     devices = _devices(job.config)
     parts = [part for part in np.array_split(todo, len(devices)) if len(part)]
@@ -193,10 +193,10 @@ def _fill(job: Job, writer: LabelMapWriter, out: Path) -> None:
 
 
 def _devices(config: dict[str, Any]) -> list[str]:
-    """The device of each process."""
+    """Return the device of each process."""
     gpus = torch.cuda.device_count() if config["device"] in ("auto", "cuda") else 0
     if config["device"] == "cuda" and not gpus:
-        raise ConfigError("device=cuda: PyTorch sees no GPU here; device=cpu annotates on the processor.")
+        raise ConfigError("device=cuda: PyTorch sees no GPU here; use device=cpu.")
     count = config["processes"] or max(gpus, 1)
     return [f"cuda:{number % gpus}" if gpus else "cpu" for number in range(count)]
 
@@ -204,7 +204,7 @@ def _devices(config: dict[str, Any]) -> list[str]:
 def _annotate(
     job: Job, writer: LabelMapWriter, records: NDArray[np.int64], device: str, out: Path, processes: int = 1
 ) -> Iterator[int]:
-    """Write the maps of some records, batch by batch; gives the number of each batch."""
+    """Write the maps of some records batch by batch, and yield the size of each batch."""
     annotator, config = job.annotator, job.config
     cropping = "squash" if config["crop"] == "whole" else "center"
     augmentation = Augmentation(crop_pct=1.0, crop_mode=cropping, eval_interpolation=annotator.interpolation)
@@ -226,11 +226,11 @@ def _annotate(
     for batch in loader:
         best = job.scores(batch.image.to(device, non_blocking=True)).topk(top_k, dim=1)
         scores, classes = best.values.clamp(-65504, 65504).half().cpu().numpy(), best.indices.cpu().numpy()
-        unreadable = (batch.label == IGNORE).numpy()  # training never asks for them either
+        unreadable = (batch.label == IGNORE).numpy()  # these records stay empty; training skips the images too
         scores[unreadable] = 0
         if not np.isfinite(scores).all():
             raise ConfigError(
-                f"precision={config['precision']}: the annotator's scores are not finite; fp32 or bf16 may do."
+                f"precision={config['precision']}: the annotator's scores are not finite; try precision=fp32 or bf16."
             )
         for offset, record in enumerate(records[start : start + len(scores)]):
             writer.write(int(record), scores[offset], classes[offset])
@@ -239,10 +239,10 @@ def _annotate(
 
 
 def _in_processes(config: dict[str, Any], parts: list[Any], devices: list[str], show: Any) -> None:
-    """Let each part be written by a process of its own.
+    """Write each part in its own process.
 
     Raises:
-        ConfigError: what went wrong in one of them.
+        ConfigError: a process failed with a ConfigError or ImageError.
     """
     context = multiprocessing.start_processes(
         _process, (config, parts, devices), nprocs=len(parts), join=False, start_method="spawn"
@@ -256,17 +256,20 @@ def _in_processes(config: dict[str, Any], parts: list[Any], devices: list[str], 
         kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
         raise (ConfigError if kind.endswith(("ConfigError", "ImageError")) else RuntimeError)(message) from error
     except multiprocessing.ProcessExitedException as error:
-        raise RuntimeError(f"a process was ended ({error}); the same command again goes on") from error
+        raise RuntimeError(f"a process died ({error}); run the same command again to continue") from error
 
 
 def _process(number: int, config: dict[str, Any], parts: list[NDArray[np.int64]], devices: list[str]) -> None:
-    """One of several processes."""
+    """Write the part of one of several processes."""
     if devices[number] == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // len(parts)))
     job = Job.build(config)
     out = Path(config["out"]).expanduser()
     writer = LabelMapWriter.join(out)
     if len(job.split) != writer.num_samples:
-        raise ConfigError(f"data.root: {len(job.split)} images where there were {writer.num_samples} a moment ago.")
+        raise ConfigError(
+            f"data.root: contains {len(job.split)} images, but {writer.num_samples} when the job started; do not change"
+            " it while annotating."
+        )
     for _ in _annotate(job, writer, parts[number], devices[number], out, len(parts)):
         pass

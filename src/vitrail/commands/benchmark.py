@@ -1,4 +1,4 @@
-"""Speed and memory of a backbone, alone or against another, on one device."""
+"""Measure speed and memory of a backbone, alone or against another one, on one device."""
 
 import csv
 import importlib.util
@@ -32,7 +32,7 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Side(NamedTuple):
-    """One of the backbones: `heads` gives its outputs for a batch."""
+    """One of the two compared backbones; `heads` returns its outputs for images (B, 3, H, W)."""
 
     name: str
     model: nn.Module
@@ -40,14 +40,14 @@ class Side(NamedTuple):
 
 
 def benchmark(config: DictConfig) -> list[dict[str, Any]]:
-    """Measure `config.model` and `config.against`, print the table, append to `config.csv`.
+    """Measure `config.model` and `config.against`, print the table, and append the rows to `config.csv`.
 
     Returns:
-        A row for each side: milliseconds a step (median), images a second, peak memory in MB, MACs, and the share of
-        what the device reaches in large matrix products at this precision.
+        One row per side: milliseconds per step (median), images per second, peak memory in MB, MACs, and the share of
+        the device's throughput in large matrix products at this precision.
 
     Raises:
-        ConfigError: a setting that is not there, or an `against` that cannot be built.
+        ConfigError: a setting is invalid, or `against` cannot be built.
     """
     check_keys(config, "benchmark")
     check_choices(config, _CHOICES)
@@ -57,7 +57,7 @@ def benchmark(config: DictConfig) -> list[dict[str, Any]]:
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: PyTorch sees no GPU here; device=cpu measures on the processor.")
+        raise ConfigError("device=cuda: PyTorch sees no GPU here; use device=cpu.")
     name = model_name(config.model)
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     sides = height_width(config.image_size or (cfg.input_size[1:] if cfg else (224, 224)))
@@ -67,7 +67,7 @@ def benchmark(config: DictConfig) -> list[dict[str, Any]]:
         contestants.append(_theirs(config.against, config.num_classes, sides, device))
     steps = [_step(side, images, config) for side in contestants]
     peak = _matmul_peak(device, _DTYPES[config.precision])
-    seconds = _in_turns(steps, config.rounds, config.steps, device)
+    seconds = _time_interleaved(steps, config.rounds, config.steps, device)
     rows = []
     for side, step, times in zip(contestants, steps, seconds, strict=True):
         macs = _macs(side.model, sides)
@@ -110,26 +110,26 @@ def _ours(config: DictConfig, sides: tuple[int, int], device: torch.device) -> S
 def _theirs(against: str, num_classes: int, sides: tuple[int, int], device: torch.device) -> Side:
     if ".py:" not in against:
         if not timm.is_model(against):
-            raise ConfigError(f"against={against}: neither a backbone that timm knows nor file.py:function.")
+            raise ConfigError(f"against={against}: neither a backbone in timm nor file.py:function.")
         model = timm.create_model(against, num_classes=num_classes, img_size=sides).to(device)
         return Side(against, model, lambda images: _tensors(forward_heads(model, images)[:3]))
     path, _, function = against.partition(".py:")
     file = Path(f"{path}.py")
     if not file.is_file():
-        raise ConfigError(f"against={against}: there is no file {file}.")
+        raise ConfigError(f"against={against}: no such file {file}.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, function):
-        raise ConfigError(f"against={against}: {file} has no {function}.")
+        raise ConfigError(f"against={against}: {file} has no function {function}.")
     built = getattr(module, function)().to(device)
     return Side(f"{file.stem}:{function}", built, lambda images: _tensors(built(images)))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    """Return all floating tensors of nested tuples."""
+    """Return all floating-point tensors in nested tuples or lists."""
     if isinstance(outputs, Tensor):
         return [outputs] if outputs.is_floating_point() else []
     return [tensor for output in outputs for tensor in _tensors(output)] if isinstance(outputs, tuple | list) else []
@@ -156,42 +156,44 @@ def _step(side: Side, images: Tensor, config: DictConfig) -> Callable[[], None]:
     return train if config.mode == "train" else infer
 
 
-def _in_turns(steps: list[Callable[[], None]], rounds: int, count: int, device: torch.device) -> list[list[float]]:
-    """Seconds of a step, `rounds` times for each side, in turns, so that the machine's mood is shared."""
+def _time_interleaved(
+    steps: list[Callable[[], None]], rounds: int, count: int, device: torch.device
+) -> list[list[float]]:
+    """Return the seconds per step, `rounds` times for each side, interleaved, so that drift affects both alike."""
     seconds: list[list[float]] = [[] for _ in steps]
-    for round_ in range(-2, rounds):  # the first two warm up
+    for round_ in range(-2, rounds):  # the first two rounds warm up
         for step, times in zip(steps, seconds, strict=True):
-            _wait(device)
+            _synchronise(device)
             started = time.perf_counter()
             for _ in range(count):
                 step()
-            _wait(device)
+            _synchronise(device)
             if round_ >= 0:
                 times.append((time.perf_counter() - started) / count)
     return seconds
 
 
-def _wait(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _matmul_peak(device: torch.device, dtype: torch.dtype | None) -> float:
-    """Operations a second that this device reaches in a large matrix product: the best of ten."""
+    """Return the operations per second that this device reaches in a large matrix product, the best of ten."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype or torch.float32) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        _wait(device)
+        _synchronise(device)
         started = time.perf_counter()
         a @ b
-        _wait(device)
+        _synchronise(device)
         best = min(best, time.perf_counter() - started)
     return 2 * side**3 / best
 
 
 def _peak_memory(step: Callable[[], None], model: nn.Module, device: torch.device) -> float:
-    """Bytes at the fullest moment of a step, weights included: as PyTorch's allocators count them."""
+    """Return the peak memory of a step in bytes, including weights, as counted by PyTorch's allocators."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
@@ -200,7 +202,7 @@ def _peak_memory(step: Callable[[], None], model: nn.Module, device: torch.devic
 
 
 def extra_memory(step: Callable[[], Any]) -> int:
-    """Bytes at the fullest moment of a step on the CPU, above what was there before it."""
+    """Return the peak memory of a step on the CPU in bytes, above the memory in use before it."""
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     kineto: Any = profiler.profiler
@@ -214,7 +216,7 @@ def extra_memory(step: Callable[[], Any]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler writes to the error stream on machines without a GPU."""
+    """Silence stderr within the block: the profiler writes to it on machines without a GPU."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         sys.stderr.flush()
@@ -229,7 +231,7 @@ def _quiet() -> Iterator[None]:
 def _macs(model: nn.Module, sides: tuple[int, int]) -> int:
     try:
         return measure_cost(model, sides).macs
-    except Exception:  # anybody's code may do what tensors without data cannot
+    except Exception:  # custom code may not support tensors on the meta device
         return 0
 
 

@@ -1,4 +1,4 @@
-"""The doctor's job: everything about a data set and its label maps that would spoil a training, found beforehand."""
+"""Doctor: check a data set and its label maps for problems before training."""
 
 import os
 from collections import Counter
@@ -31,10 +31,10 @@ from vitrail.runs.logs import set_up_logging
 
 
 def examine(config: DictConfig) -> bool:
-    """Print what is found about the data of `config`; whether nothing is wrong.
+    """Print the findings about the data of `config`, and return whether there are no errors.
 
     Raises:
-        ConfigError: a key that nothing reads.
+        ConfigError: a key is unknown.
     """
     set_up_logging()
     check_keys(config, "doctor")
@@ -49,7 +49,7 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
         data.prepare_data()
         splits = {name: data.source.open(name) for name in ("train", "val")}
     except ConfigError as error:
-        yield Finding("folders", "error", str(error), "fix the folders, or the key that is named")
+        yield Finding("folders", "error", str(error), "fix the folders or the config key in the message")
         return
     counts = ", ".join(f"{len(split):,} {name} images" for name, split in splits.items())
     yield Finding("folders", "ok", f"{counts} of {data.num_classes} classes")
@@ -67,7 +67,7 @@ def _balance(split: Split, classes: list[str]) -> Finding:
     least, most = int(counts.argmin()), int(counts.argmax())
     text = f"{counts[least]} images of {classes[least]} to {counts[most]} of {classes[most]}"
     if counts[most] > 20 * counts[least]:
-        return Finding("balance", "warning", text, "rare classes will be learnt badly")
+        return Finding("balance", "warning", text, "expect low accuracy on the rare classes")
     return Finding("balance", "ok", text)
 
 
@@ -78,13 +78,13 @@ def _overlap(splits: dict[str, Split]) -> Finding:
             "overlap",
             "warning",
             f"{len(both)} images have the same name in train and val, the first is {both[0]}",
-            "if they are the same pictures, the validation is worth nothing",
+            "if they are the same images, the validation accuracy is meaningless",
         )
-    return Finding("overlap", "ok", "no image of val has the name of one in train")
+    return Finding("overlap", "ok", "no image name occurs in both train and val")
 
 
 def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Finding:
-    """Decode some images; count in `shapes` how many are square."""
+    """Decode a sample of images, and count the square ones in `shapes`."""
 
     def look(index: int) -> tuple[int, int] | str:
         try:
@@ -98,8 +98,8 @@ def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Find
     sizes = [item for item in found if not isinstance(item, str)]
     shapes.update(width == height for width, height in sizes)
     if broken:
-        text = f"{len(broken)} of {len(found)} images looked at cannot be read: {broken[0]}"
-        return Finding(f"{name} images", "error", text, "remove them, or data.on_corrupt=skip")
+        text = f"{len(broken)} of {len(found)} sampled images cannot be read: {broken[0]}"
+        return Finding(f"{name} images", "error", text, "remove them, or set data.on_corrupt=skip")
     sides = sorted(min(size) for size in sizes)
     text = f"{len(found)} decoded; shorter sides {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}"
     return Finding(f"{name} images", "ok", text)
@@ -109,7 +109,7 @@ def _label_maps(data: ImageDataModule, split: Split, config: DictConfig, oblong:
     try:
         store = LabelMapStore.open(Path(str(data.label_maps)))
     except ConfigError as error:
-        yield Finding("label maps", "error", str(error), "annotate, or name the right folder")
+        yield Finding("label maps", "error", str(error), "run annotate.py, or set data.label_maps to the right folder")
         return
     yield Finding("label maps", "ok", f"{len(store):,} maps by {store.about.get('annotator', 'an unknown annotator')}")
     names = check_names(store, data.classes)

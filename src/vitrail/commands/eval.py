@@ -1,4 +1,4 @@
-"""Evaluate a trained network, on the images that it was validated on or on others."""
+"""Evaluate a trained network on its validation images or on other images."""
 
 import logging
 from pathlib import Path
@@ -25,14 +25,17 @@ from vitrail.training.predictions import Predictions, Predictor
 log = logging.getLogger(__name__)
 
 _CHOICES = {"weights": ("both", "raw", "ema"), "among": ("data", "all")}
-_INPUT = ("image_size", "mean", "std")  # keys of `data` that belong to the network, unless the user names them
+_INPUT = ("image_size", "mean", "std")  # keys of `data` that come from the network unless the user sets them
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
-    """Evaluate what `config` describes; returns image count, loss, accuracies and calibration error of each weights.
+    """Run the evaluation that `config` describes, and write and print its results.
+
+    Returns:
+        Number of images, loss, accuracies and calibration error for each set of weights (`raw`, `ema`).
 
     Raises:
-        ConfigError: a setting cannot work, or the checkpoint does not fit model or data.
+        ConfigError: a setting is invalid, or the checkpoint does not fit the model or the data.
     """
     set_up_logging()
     check_keys(config, "eval")
@@ -63,25 +66,25 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         run.write_results(results)
         get_console().print(evaluation_report(evaluations, classes, title))
-        log.info("classes, confusions and images as CSV, and a picture, in %s", run.path)
+        log.info("CSV files of classes, confusions and images, and a figure, are in %s", run.path)
     return results
 
 
 def _class_names(trained: TrainedModel, data: ImageDataModule) -> list[str]:
-    """Return the names of the network's classes; those of the data if nobody recorded them and the number fits."""
+    """Return the network's class names; the data's if none were recorded and the number of classes is the same."""
     recorded, count = trained.classes, trained.num_classes
     if recorded is not None and (trained.is_run or set(data.classes) <= set(recorded)):
         return recorded
     if count != data.num_classes:
-        raise ConfigError(f"ckpt={trained.path}: knows {count} classes, not {data.num_classes}.")
+        raise ConfigError(f"ckpt={trained.path}: has {count} classes, but the data has {data.num_classes}.")
     return data.classes
 
 
 def open_trained(config: DictConfig) -> TrainedModel:
-    """Open the network, built for the image size that the command line names, if it does.
+    """Open the network, built for `data.image_size` if the command line sets it.
 
     Raises:
-        ConfigError: as `load_run`; or nothing says which images to evaluate somebody's weights on.
+        ConfigError: the network cannot be opened, or it is not from a run and no data is set.
     """
     size = None if config.data is None else config.data.get("image_size")
     named = size is not None and _is_named("data.image_size")
@@ -94,14 +97,15 @@ def open_trained(config: DictConfig) -> TrainedModel:
 
 
 def _is_named(key: str) -> bool:
-    """Whether the command line sets a key."""
+    """Return whether the command line sets a key."""
     return key in {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
 
 
 def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
-    """Build the validation images, fed as the network was; with the `data` and `augment` of the command line.
+    """Build the validation data with the network's input settings and the command line's `data` and `augment`.
 
-    Each of both is a whole group or single keys. Image size and normalisation stay the network's unless they are named.
+    `data` and `augment` can be whole groups or single keys. Image size and normalisation are the network's unless the
+    command line sets them.
     """
     spec = trained.input
     fed = {"image_size": list(spec.size), "mean": list(spec.mean), "std": list(spec.std)}
@@ -122,30 +126,43 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
         given = plain(config.augment)
         augment = given if "_target_" in given else augment | given
     if "train_dir" in data.get("source", {}):
-        data["source"]["train_dir"] = None  # nothing is trained on, so it need not be there
-    if "skipped_file" in data:
-        data["skipped_file"] = str(Path(HydraConfig.get().runtime.output_dir) / "skipped.txt")  # not the training's
+        data["source"]["train_dir"] = None  # training images are not needed
+    if "skipped_file" in data:  # must not overwrite the training's file
+        data["skipped_file"] = str(Path(HydraConfig.get().runtime.output_dir) / "skipped.txt")
     augmentation = instantiate(OmegaConf.create(augment), "augment")
     return instantiate(OmegaConf.create(data), "data", augment=augmentation)
 
 
 def match_classes(data: list[str], network: list[str], among: str) -> tuple[list[int] | None, list[int] | None]:
-    """The network's class of each class of the data, and those among which it is to choose; None for all of them.
+    """Match the data's classes with the network's.
+
+    Args:
+        data: class names of the data.
+        network: class names of the network.
+        among: `data` restricts the predictions to the data's classes, `all` allows all of the network's.
+
+    Returns:
+        The network's class index of each class of the data (None if they are the same), and the classes that
+        predictions are restricted to (None for all).
 
     Raises:
-        ConfigError: a class of the data is none of the network's.
+        ConfigError: the network does not have all classes of the data.
     """
     if data == network:
         return None, None
     if unknown := sorted(set(data) - set(network)):
         raise ConfigError(
-            f"data: its {len(data)} classes are not the {len(network)} that the checkpoint knows"
-            f" ({len(unknown)} unknown, first {unknown[0]})."
+            f"data: {len(unknown)} of its {len(data)} classes are not among the checkpoint's {len(network)} classes;"
+            f" the first is {unknown[0]}."
         )
     chosen = [network.index(name) for name in data]
     if len(data) == len(network) or among == "all":
         return chosen, None
-    log.info("the network chooses among the data's %d of its %d classes (among=all: all)", len(data), len(network))
+    log.info(
+        "predictions are restricted to the data's %d of the network's %d classes; among=all allows all of them",
+        len(data),
+        len(network),
+    )
     return chosen, chosen
 
 
@@ -162,9 +179,9 @@ def _predict(
 
 
 def _label_sets(data: ImageDataModule, chosen: list[int] | None) -> dict[str, list[int]] | None:
-    """For data with several labels an image: those of each, as the network counts classes."""
+    """Return the labels of each image as the network's class indices; None if images have one label each."""
     sets = getattr(data.val.split, "label_sets", None)
     if sets is None:
         return None
-    own = range(data.num_classes) if chosen is None else chosen
-    return {key: [own[label] for label in labels] for key, labels in zip(data.val.split.keys(), sets, strict=True)}
+    index_of = range(data.num_classes) if chosen is None else chosen
+    return {key: [index_of[label] for label in labels] for key, labels in zip(data.val.split.keys(), sets, strict=True)}

@@ -1,4 +1,4 @@
-"""Export a run's network for programs that know nothing about runs."""
+"""Export a run's network to formats that other programs can load."""
 
 import json
 import logging
@@ -22,29 +22,32 @@ from vitrail.runs.trained import TrainedModel, load_run
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference of logits, in their standard deviations, between a run's network and what was exported."""
+"""Largest allowed difference between the logits of a run's network and of its export, in standard deviations."""
 
 
 class Exported(NamedTuple):
-    """A network, and what has to be known to use it."""
+    """A network to export, and what is needed to use it."""
 
     model: nn.Module
     name: str
-    """timm's name."""
+    """Name in timm."""
     arguments: dict[str, Any]
-    """Of timm.create_model, besides classes and image size."""
+    """Arguments of timm.create_model, except number of classes and image size."""
     size: tuple[int, int]
+    """Image height and width in pixels."""
     input: dict[str, Any]
-    """timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode."""
+    """Input settings under timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode."""
     classes: list[str]
+    """Class names in the order of the logits."""
     card: str
+    """Model card, in Markdown."""
 
 
 def export(config: DictConfig) -> Path:
-    """Write what `config` asks for into a folder, and check it against the run's network; the folder.
+    """Export the network that `config` describes, check the export against it, and return the folder.
 
     Raises:
-        ConfigError: a setting cannot work, or the checkpoint is of no run.
+        ConfigError: a setting is invalid, or the checkpoint is not from a run.
     """
     set_up_logging()
     check_keys(config, "export")
@@ -67,9 +70,9 @@ def _run_directory(trained: TrainedModel) -> Path:
 
 
 def describe_export(trained: TrainedModel) -> Exported:
-    """Collect what the exported files say about a trained network."""
+    """Collect the metadata of a trained network for the exported files."""
     node, spec = trained.config["model"], trained.input
-    ours = ("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path")
+    not_exported = ("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path")
     fed = {
         "input_size": [3, *spec.size],
         "mean": list(spec.mean),
@@ -78,13 +81,13 @@ def describe_export(trained: TrainedModel) -> Exported:
         "crop_pct": spec.crop_pct,
         "crop_mode": spec.crop_mode,
     }
-    arguments = {key: value for key, value in node.items() if key not in ours and value is not None}
+    arguments = {key: value for key, value in node.items() if key not in not_exported and value is not None}
     classes = trained.classes or [str(number) for number in range(trained.num_classes)]
     return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, _card(trained, classes, fed))
 
 
 def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str:
-    """Write a model card: what the network is, how images are fed to it, what it reached."""
+    """Return a model card: architecture, input settings and accuracy."""
     results = _run_directory(trained) / "results.json"
     reached = json.loads(results.read_text()) if results.is_file() else {}
     top1 = reached.get("val/top1_ema" if trained.weights == "ema" else "val/top1")
@@ -93,7 +96,7 @@ def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str
         *("---", "library_name: timm", "pipeline_tag: image-classification", "tags: [image-classification, timm]"),
         *("---", f"# {trained.name}", ""),
         f"Trained with vitrail{epochs}, {len(classes)} classes; {trained.weights} weights.",
-        "" if top1 is None else f"Top-1 of its own validation images: {top1:.2f} % (the best epoch).",
+        "" if top1 is None else f"Top-1 on its validation images: {top1:.2f} % (best epoch).",
         *("", "| Images | |", "|---|---|"),
         *(f"| {key} | {value} |" for key, value in fed.items()),
         *("", f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.", ""),
@@ -102,17 +105,21 @@ def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str
 
 
 def compare(exported: Exported, load: Callable[[], Callable[[Tensor], Tensor]]) -> float:
-    """Largest difference of logits for three random images, in standard deviations of the logits.
+    """Return the largest difference of logits for three random images, in standard deviations of the logits.
+
+    Args:
+        exported: network as it was before the export.
+        load: loads the exported network, which maps images (B, 3, H, W) to logits (B, C).
 
     Raises:
-        ConfigError: what was written does not give the same logits.
+        ConfigError: the difference exceeds `TOLERANCE`.
     """
     images = torch.randn(3, 3, *exported.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = exported.model(images), load()(images)
     difference = float((expected - found).abs().max() / expected.std())
     if not difference < TOLERANCE:
-        raise ConfigError(f"to: what was written gives other logits, by {difference:.1e} of their standard deviation.")
+        raise ConfigError(f"to: the exported network's logits differ by {difference:.1e} standard deviations.")
     return difference
 
 
@@ -128,10 +135,10 @@ def _write_config(exported: Exported, out: Path) -> None:
 
 
 def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:
-    """The architecture by timm alone.
+    """Build the network with timm alone.
 
     Raises:
-        ConfigError: timm does not know it with these arguments.
+        ConfigError: timm cannot build it with these arguments.
     """
     size = exported.size if timm.get_pretrained_cfg_value(exported.name, "fixed_input_size") else None
     more = {} if size is None else {"img_size": size}
@@ -141,8 +148,8 @@ def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:
         ).eval()
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"model.name={exported.name}: timm cannot load it as the run built it ({str(error).splitlines()[0]});"
-            " to=onnx and to=torch_export keep any network."
+            f"model.name={exported.name}: timm cannot load it with the run's arguments ({str(error).splitlines()[0]});"
+            " to=onnx and to=torch_export support any network."
         ) from error
 
 
@@ -164,7 +171,7 @@ def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
     fixed = timm.get_pretrained_cfg_value(exported.name, "fixed_input_size")
     arguments = exported.arguments | ({"img_size": list(exported.size)} if fixed else {})
     more = {"num_classes": len(exported.classes), "label_names": exported.classes, "pretrained_cfg": exported.input}
-    # Both formats, as on timm's own hub: older versions of timm cannot read safetensors from a folder.
+    # Both formats, as in timm's hub repositories: older versions of timm cannot read safetensors from a folder.
     save_for_hf(exported.model, str(out), model_config=more, model_args=arguments, safe_serialization="both")
 
     def load() -> nn.Module:
@@ -172,8 +179,8 @@ def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
             return timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         except RuntimeError as error:
             raise ConfigError(
-                f"to=hub: timm cannot load {exported.name} as the run built it ({str(error).splitlines()[0]});"
-                " to=onnx and to=torch_export keep any network."
+                f"to=hub: timm cannot load {exported.name} with the run's arguments ({str(error).splitlines()[0]});"
+                " to=onnx and to=torch_export support any network."
             ) from error
 
     return load
@@ -182,9 +189,9 @@ def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
 def _write_onnx(exported: Exported, out: Path) -> Callable[[], Callable[[Tensor], Tensor]]:
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  # PyTorch's exporter asks for it
+        import onnxscript  # noqa: F401  # PyTorch's exporter needs it
     except ModuleNotFoundError as error:
-        raise ConfigError("to=onnx: not installed, pip install 'vitrail[export]'.") from error
+        raise ConfigError("to=onnx: not installed; run pip install 'vitrail[export]'.") from error
     path = out / "model.onnx"
     program = torch.onnx.export(
         exported.model,
@@ -233,7 +240,7 @@ _USES = {
 
 
 def _use(to: str, name: str, folder: str) -> str:
-    """How to load it, in Python."""
+    """Return Python code, in Markdown, that loads the export."""
     code = _USES[to].format(name=name, folder=folder)
     library = {"onnx": "import onnxruntime", "torch_export": "import torch"}.get(to, "import timm, vitrail")
     more = "\narguments = {...}  # num_classes and model_args of config.json" if "**arguments" in code else ""

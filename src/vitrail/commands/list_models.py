@@ -1,4 +1,4 @@
-"""List the backbones: what they cost, what was published, which weights there are."""
+"""List the backbones with their cost, published accuracy and released weights."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def show(config: DictConfig) -> None:
     """Print the table of all backbones, or `config.model` with its layers.
 
     Raises:
-        ConfigError: a key that nothing reads, or an image size that does not fit the backbone.
+        ConfigError: a key is unknown, or the image size does not fit the backbone.
     """
     check_keys(config, "list_models")
     console = get_console()
@@ -42,13 +42,13 @@ def show(config: DictConfig) -> None:
 
 
 def known_backbones() -> list[str]:
-    """Return the names of vitrail's own backbones, and of those of timm's with a published accuracy here."""
+    """Return the names of vitrail's backbones, and of timm's with an entry in the table of published accuracies."""
     own = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vitrail.")}
     return sorted(own | set(published_names()))
 
 
 def measure(node: DictConfig, image_size: Any, num_classes: int) -> tuple[BackboneRow, nn.Module]:
-    """Build the backbone of a config without memory and count what it costs.
+    """Build the backbone of a config on the meta device and measure its cost.
 
     Raises:
         ConfigError: the image size does not fit the backbone.
@@ -61,5 +61,5 @@ def measure(node: DictConfig, image_size: Any, num_classes: int) -> tuple[Backbo
     try:
         cost = measure_cost(model, sides)
     except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"image_size={image_size}: {name} does not take it ({error}).") from error
+        raise ConfigError(f"image_size={image_size}: {name} does not support this size ({error}).") from error
     return BackboneRow(name, sides, cost, published(name), released_weights(name)), model

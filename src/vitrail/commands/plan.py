@@ -1,4 +1,4 @@
-"""`plan=true`: what a training would do and take, without data, GPU or time."""
+"""`plan=true`: estimate what a training does and costs, without running it and without its data."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ _NEEDED = ("data.root", "data.label_maps", "init_from")
 
 
 def plan(config: DictConfig) -> Plan:
-    """Print the plan of a training."""
+    """Print the plan of a training, and return it."""
     settle_model(config)
     made = make_plan(config)
     get_console().print(plan_table(made))
@@ -32,10 +32,10 @@ def plan(config: DictConfig) -> Plan:
 
 
 def make_plan(config: DictConfig) -> Plan:
-    """Compute the plan of a training; of the data only the number of images and classes is looked at, if it is there.
+    """Compute the plan of a training; if the data is available, only its images and classes are counted.
 
     Raises:
-        ConfigError: a setting cannot work.
+        ConfigError: a setting is invalid.
     """
     config = config.copy()
     missing = _take_missing(config)
@@ -60,14 +60,15 @@ def make_plan(config: DictConfig) -> Plan:
         groups[amount] = groups.get(amount, 0) + sum(parameter.numel() for parameter in group["params"])
     cost, teacher = measure_cost(model, sides), _teacher_cost(config)
     passes = passes_of(instantiate(config.objective, "objective"))
-    saved = passes * activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
+    activations = passes * activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
     states = 4 if optimizer.name in ("sgd", "momentum", "lion") else 8
-    averaged = 0 if config.callbacks.get("ema") is None else 4
-    # Two operations a multiply-accumulate; the backward pass is twice the forward pass, and a teacher has none.
+    ema = 0 if config.callbacks.get("ema") is None else 4
+    # Two operations per multiply-accumulate; a backward pass costs two forward passes, and a teacher has none.
     work = 6 * cost.macs * passes + (2 * teacher.macs if teacher else 0)
     speed = devices * PEAK * UTILISATION / work if _on_gpus(trainer) else None
-    sharing = devices if config.strategy.get("_target_") == "vitrail.training.FSDP" else 1  # except a gathered block
-    held = cost.parameters * (8 + states + averaged) / sharing + (4 * teacher.parameters if teacher else 0)
+    # With FSDP each device holds one share; the gathered weights of the current block are neglected.
+    shards = devices if config.strategy.get("_target_") == "vitrail.training.FSDP" else 1
+    state_bytes = cost.parameters * (8 + states + ema) / shards + (4 * teacher.parameters if teacher else 0)
     epochs = int(trainer.max_epochs)
     return Plan(
         name=model_name(config.model),
@@ -86,18 +87,18 @@ def make_plan(config: DictConfig) -> Plan:
         epochs=epochs,
         rates=_rates(schedule, optimizer.scaled_lr(batch), epochs),
         groups=groups,
-        activations=saved,
-        memory=held + saved * per_device,
+        activations=activations,
+        memory=state_bytes + activations * per_device,
         images_per_second=speed,
         hours=None if steps is None or speed is None else steps * batch * epochs / speed / 3600,
-        disk=2 * cost.parameters * (4 + states + averaged),
+        disk=2 * cost.parameters * (4 + states + ema),
         augmentation=describe_augmentation(augment, config.data.get("hflip", 0.5), mixing),
         optimizer=optimizer.describe(batch),
     )
 
 
 def _teacher_cost(config: DictConfig) -> Cost | None:
-    """What the teacher costs for one image, at its own size; its weights are not looked for."""
+    """Return the teacher's cost for one image of its input size; its weights are not loaded."""
     if config.teacher is None:
         return None
     if "name" not in config.teacher:
@@ -108,15 +109,15 @@ def _teacher_cost(config: DictConfig) -> Cost | None:
         raise ConfigError(f"teacher.name={config.teacher.name}: no such backbone; timm.list_models() shows all.")
     sides = height_width(config.teacher.image_size or published.input_size[1:])
     try:
-        with torch.device("meta"):  # no memory, no time
+        with torch.device("meta"):  # allocates no memory
             model = create_model(config.teacher.name, published.num_classes, sides)
-    except NotImplementedError:  # older versions of timm compute with tensors while they build RegNets
+    except NotImplementedError:  # older versions of timm compute with tensor values while they build RegNets
         model = create_model(config.teacher.name, published.num_classes, sides)
     return measure_cost(model, sides)
 
 
 def _take_missing(config: DictConfig) -> list[str]:
-    """The keys that this training needs and has not; they become null."""
+    """Return the required keys that are not set, and set them to null."""
     missing = []
     for key in _NEEDED:
         group, _, name = key.rpartition(".")
@@ -133,7 +134,7 @@ def _on_gpus(trainer: DictConfig) -> bool:
 
 
 def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int]:
-    """Return the number of training images and of classes; of the published data set if its files are not here."""
+    """Return the number of training images and of classes; the published numbers if the files are not available."""
     published = config.data.get("published_size")
     if "root" in config.data and config.data.root is None:
         missing.insert(0, "data.root")
@@ -150,7 +151,7 @@ def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int]
 
 
 def _rates(schedule: CosineSchedule, peak: float, epochs: int) -> list[float]:
-    """The learning rate at the middle of each epoch, or all through it where it changes once an epoch."""
+    """Return the learning rate in the middle of each epoch, for per-step and per-epoch schedules."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = schedule.build(optimizer, epochs, steps_per_epoch=100)
     rates = []
@@ -161,13 +162,16 @@ def _rates(schedule: CosineSchedule, peak: float, epochs: int) -> list[float]:
 
 
 def activation_bytes(model: nn.Module, sides: tuple[int, int]) -> int:
-    """Bytes that a training step of one image in float32 keeps for the backward pass, measured in a forward pass."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, UntypedStorage] = {}  # held, so that no two have the same address
+    """Return the bytes of activations per image that a float32 training step saves for the backward pass.
+
+    Measured in a forward pass of two images of (height, width) `sides`.
+    """
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, UntypedStorage] = {}  # keeps the storages alive, so that no address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in of_model:
             kept[storage.data_ptr()] = storage
         return tensor
 
@@ -178,7 +182,7 @@ def activation_bytes(model: nn.Module, sides: tuple[int, int]) -> int:
 
 
 def describe_augmentation(augment: Augmentation, hflip: float, mixing: Any) -> list[str]:
-    """Return what happens to a training image, in words, one step per line."""
+    """Describe the augmentation of a training image, one step per line."""
     if not augment.enabled:
         return ["as in evaluation"]
     low, high = (f"{100 * share:g}" for share in augment.scale)

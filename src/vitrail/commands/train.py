@@ -1,4 +1,4 @@
-"""Train: build everything from a config, check that it fits together, fit, report."""
+"""Train: build everything from a config, check it, fit and report."""
 
 import logging
 import os
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Run the training that `config` describes; returns the contents of results.json.
+    """Run the training that `config` describes, and return the contents of results.json.
 
     Args:
-        config: of the program, or `vitrail.runs.compose("train", overrides)` in a notebook.
+        config: config of the program; in a notebook, `vitrail.runs.compose("train", overrides)`.
 
     Raises:
-        ConfigError: a setting cannot work; raised before any process or training starts, if that can be known.
+        ConfigError: a setting is invalid; raised before the training starts, if possible.
     """
     run = RunDirectory(HydraConfig.get().runtime.output_dir)
     set_up_logging()
-    config = _settled(config, run)
+    config = _final_config(config, run)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config)
     module = build_module(config, data)
@@ -68,8 +68,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     return results
 
 
-def _settled(config: DictConfig, run: RunDirectory) -> DictConfig:
-    """Return the config to train with: as given, of the run to resume, or of the run to reproduce."""
+def _final_config(config: DictConfig, run: RunDirectory) -> DictConfig:
+    """Return the config to train with: the given one, or that of the run to resume or to reproduce."""
     check_keys(config, "train")
     settle_model(config)
     if config.resume and config.reproduce:
@@ -78,7 +78,7 @@ def _settled(config: DictConfig, run: RunDirectory) -> DictConfig:
         config = restore(config, defaults_of("train"), run.path)
     if is_rank_zero():
         managed = {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys()
-        run.claim(120 if managed else 0)  # a file server may notice that late that a machine has died
+        run.claim(120 if managed else 0)  # a file server may keep the lock of a dead machine for a while
     if config.get("reproduce"):
         config = recorded_config(config, defaults_of("train"), run.path)
     elif not config.resume and run.last.is_file():
@@ -91,7 +91,7 @@ def _settled(config: DictConfig, run: RunDirectory) -> DictConfig:
 def _fit(
     trainer: L.Trainer, module: ImageClassifier, data: ImageDataModule, checkpoint: Path | None, run: RunDirectory
 ) -> None:
-    """Train, and end as a user expects if the training is stopped or loses a process."""
+    """Train, and handle a stop signal, a lost process and an early Ctrl-C."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stopped:
@@ -101,7 +101,7 @@ def _fit(
         if lost := lost_process(error, run.path):
             raise lost from error
         raise
-    except SystemExit:  # how Lightning ends after a Ctrl-C that comes before the first step
+    except SystemExit:  # Lightning exits like this after Ctrl-C before the first step
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
@@ -110,7 +110,7 @@ def _fit(
 def _log_settings(
     config: DictConfig, module: ImageClassifier, data: ImageDataModule, trainer: L.Trainer, run: RunDirectory
 ) -> None:
-    """Log what is about to happen, above all the learning rate and the effective batch."""
+    """Log the main settings, above all the learning rate and the effective batch size."""
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     name, (height, width) = model_name(config.model), data.input.size
@@ -122,8 +122,9 @@ def _log_settings(
     made_for = timm.get_pretrained_cfg(name).input_size[-1] if timm.is_model(name) else 0
     if getattr(data.source, "is_demo", False) and made_for >= 2 * max(height, width):
         log.warning(
-            "%s is made for %d pixels, the embedded digits have %d: this run only shows that everything works. Real"
-            " data: data=imagenet data.root=/data/imagenet, or VITRAIL_DATASET and VITRAIL_IMAGENET in .env",
+            "%s is designed for images of %d pixels, but the built-in digits have %d: this run only checks that"
+            " everything works. For real data, set data=imagenet data.root=/data/imagenet, or VITRAIL_DATASET and"
+            " VITRAIL_IMAGENET in .env.",
             name,
             made_for,
             max(height, width),
@@ -131,7 +132,7 @@ def _log_settings(
 
 
 def _summarise(csv_log: MetricsCSV, trainer: L.Trainer, seconds: float, run: RunDirectory) -> dict[str, Any]:
-    """Return the best accuracies over all epochs, and how the training ran."""
+    """Return the best accuracies over all epochs, speed, duration and the last metrics."""
     rows = csv_log.rows.values()
     speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
     skipped = run.path / "skipped.txt"

@@ -1,4 +1,4 @@
-"""Pictures and labels: sources, augmentation, label maps, mixing, sampling, and the data module that joins them."""
+"""Data: sources, augmentation, label maps, mixing, sampling, and the data module that combines them."""
 
 from vitrail.data.augment import Augmentation
 from vitrail.data.datamodule import ImageDataModule, ImageFolderDataModule, ImageNetDataModule

@@ -1,4 +1,7 @@
-"""Augmentation for training and the transform for evaluation, both timm's, under names that configs use."""
+"""Training augmentation and evaluation transform, built with timm from the names used in configs.
+
+Shapes: H x W pixels.
+"""
 
 import math
 from collections.abc import Callable
@@ -26,24 +29,23 @@ class Augmentation:
     Attributes:
         scale: area of the random crop as a share of the image, (low, high).
         ratio: aspect ratio of the random crop, (low, high).
-        hflip: probability of a mirrored image; None takes the data set's own (letters and digits must not be mirrored).
-        vflip: probability of an upside-down image.
-        interpolation: of the training crop: `bicubic`, `bilinear` or `random` (one of both for each image).
+        hflip: probability of mirroring; None means the data set's default (letters and digits must not be mirrored).
+        vflip: probability of flipping upside down.
+        interpolation: kernel of the training crop: `bicubic`, `bilinear` or `random` (either, drawn for each image).
         auto_augment: RandAugment or AutoAugment string (`rand-m9-mstd0.5-inc1`), or `3a` for the 3-Augment of DeiT-III.
-        color_jitter: strength of brightness, contrast and saturation jitter; no effect beside RandAugment.
+        color_jitter: strength of brightness, contrast and saturation jitter; no effect with RandAugment.
         erase_prob: probability of random erasing (Zhong et al., arXiv:1708.04896).
-        erase_mode: what the erased box holds: `const` (0), `rand` (one colour) or `pixel` (noise).
-        erase_count: boxes per image, at most.
+        erase_mode: content of the erased box: `const` (0), `rand` (one colour) or `pixel` (noise).
+        erase_count: maximum number of boxes per image.
         crop_pct: share of the resized image that the evaluation crop covers.
-        crop_mode: of evaluation: `center`, `squash` (whole image, aspect ratio lost) or `border` (padded).
-        eval_interpolation: of evaluation.
-        crop_last: crop after RandAugment rather than before it, as LV-ViT does: borders that a rotation leaves empty
-            are often cut away, and RandAugment has larger images to work on.
-        shift: instead of the random crop, move the whole image by up to this share of its side, zeros (black) coming
-            in, as CIFAR is transferred with; None for the random crop.
-        warp_label_maps: label maps follow RandAugment's rotations, shears and translations; False leaves them as they
-            were.
-        enabled: False trains on the evaluation transform.
+        crop_mode: evaluation crop: `center`, `squash` (whole image, aspect ratio not kept) or `border` (padded).
+        eval_interpolation: kernel of the evaluation resize.
+        crop_last: crop after RandAugment instead of before it, as LV-ViT does. The crop then often removes the empty
+            borders of a rotation, and RandAugment works on larger images.
+        shift: instead of the random crop, shift the whole image by up to this share of its side and fill with zeros
+            (black), as is usual for transfer to CIFAR; None means the random crop.
+        warp_label_maps: apply RandAugment's rotations, shears and translations to label maps too.
+        enabled: False uses the evaluation transform for training.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -65,7 +67,7 @@ class Augmentation:
     enabled: bool = True
 
     def training(self, spec: InputSpec, hflip: float) -> Transform:
-        """Transform from an RGB image to (3, H, W); `hflip` is used where the augmentation names none."""
+        """Return the training transform from an RGB image to (3, H, W); `hflip` is used if `self.hflip` is None."""
         if not self.enabled:
             return self.evaluation(spec)
         transform = create_transform(
@@ -96,23 +98,23 @@ class Augmentation:
         return transform
 
     def viewed(self, spec: InputSpec, hflip: float) -> "ViewedTransform":
-        """As `training`, telling with each image which part of it was taken; label maps follow that.
+        """Return the training transform that also returns the `View` of each image, which label maps need.
 
         Raises:
-            ConfigError: an augmentation that label maps cannot follow.
+            ConfigError: the augmentation includes an operation that label maps do not support.
         """
         if self.vflip:
-            raise ConfigError(f"augment.vflip={self.vflip}: label maps do not follow vertical flips; set it to 0.")
+            raise ConfigError(f"augment.vflip={self.vflip}: label maps do not support vertical flips; set it to 0.")
         if self.shift is not None:
-            raise ConfigError(f"augment.shift={self.shift}: label maps follow the random crop; set it to null.")
+            raise ConfigError(f"augment.shift={self.shift}: label maps need the random crop; set it to null.")
         if not self.enabled:
-            raise ConfigError("augment.enabled=false: label maps follow the training crop; leave it on.")
+            raise ConfigError("augment.enabled=false: label maps need the training crop; set it to true.")
         transform = self.training(spec, hflip)
         assert isinstance(transform, transforms.Compose)
         return ViewedTransform(transform, self.warp_label_maps)
 
     def evaluation(self, spec: InputSpec) -> Transform:
-        """Resize and crop from an RGB image to (3, H, W), the same for every call."""
+        """Return the deterministic evaluation transform from an RGB image to (3, H, W)."""
         return create_transform(
             input_size=spec.size,
             is_training=False,
@@ -125,18 +127,18 @@ class Augmentation:
 
 
 class ViewedTransform:
-    """timm's training transform, with the same draws and pixels, that also gives the view.
+    """timm's training transform, with the same draws and pixels, that also returns the view.
 
     Args:
-        transform: what `Augmentation.training` made.
-        warps: tell of rotations, shears and shifts.
+        transform: result of `Augmentation.training`.
+        warps: record rotations, shears and translations.
     """
 
     def __init__(self, transform: transforms.Compose, warps: bool = True) -> None:
         self.transform, self.warps = transform, warps
         self._flip = _RecordedFlip(0.0)
         self._crop_first = isinstance(transform.transforms[0], RandomResizedCropAndInterpolation)
-        self._forget()
+        self._reset()
         for number, stage in enumerate(transform.transforms):
             if isinstance(stage, RandomResizedCropAndInterpolation):
                 stage.get_params = self._crop
@@ -146,7 +148,7 @@ class ViewedTransform:
                 if operation.name.startswith(("Rotate", "Shear", "Translate")):
                     operation.aug_fn = partial(self._warp, operation.aug_fn)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._box: Box = (0.0, 0.0, 1.0, 1.0)
         self._warps: list[Warp] = []
         self._flip.flipped = False
@@ -159,11 +161,12 @@ class ViewedTransform:
 
     def _warp(self, operation: Callable[..., Any], image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
         if self.warps:
-            spy = _Spy(image.size)
-            operation(spy, *args, **{**kwargs, "resample": Image.Resampling.BILINEAR})  # fixed: draws nothing
-            x1, y1, x2, y2 = bounds = self._seen()
-            a, b, c, d, e, f = spy.matrix
-            width, height = image.width / (x2 - x1), image.height / (y2 - y1)  # of the whole image, in these pixels
+            recorder = _AffineRecorder(image.size)
+            # A fixed kernel: timm would draw a random one here and so change the later draws.
+            operation(recorder, *args, **{**kwargs, "resample": Image.Resampling.BILINEAR})
+            x1, y1, x2, y2 = bounds = self._current_box()
+            a, b, c, d, e, f = recorder.matrix
+            width, height = image.width / (x2 - x1), image.height / (y2 - y1)  # size of the whole image in these pixels
             b, d = b * height / width, d * width / height
             matrix = (
                 *(a, b, x1 + c / width - a * x1 - b * y1),
@@ -172,23 +175,23 @@ class ViewedTransform:
             self._warps.append(Warp(matrix, bounds))
         return operation(image, *args, **kwargs)
 
-    def _seen(self) -> Box:
-        """The box of the (mirrored) image that the picture shows at this stage."""
+    def _current_box(self) -> Box:
+        """Return the box of the (mirrored) image that the image covers at this stage."""
         x1, y1, x2, y2 = self._box
-        # timm mirrors the crop; a view is a crop of the mirrored image.
+        # timm mirrors the crop, while a view crops the mirrored image.
         return (1 - x2, y1, 1 - x1, y2) if self._flip.flipped and self._crop_first else self._box
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
-        """Pixels (3, H, W), and where they come from."""
-        self._forget()
+        """Return the pixels (3, H, W) and their view."""
+        self._reset()
         pixels = self.transform(image)
-        return pixels, View(self._seen(), self._flip.flipped, tuple(self._warps))
+        return pixels, View(self._current_box(), self._flip.flipped, tuple(self._warps))
 
 
-class _Spy:
-    """Stands in for an image to learn what a geometric operation would do to it.
+class _AffineRecorder:
+    """Stand-in for an image that records the matrix of a geometric operation.
 
-    `matrix`: at the pixel (x, y) it puts what was at (ax + by + c, dx + ey + f).
+    `matrix` is (a, b, c, d, e, f): the pixel (x, y) comes from (ax + by + c, dx + ey + f).
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -196,18 +199,18 @@ class _Spy:
         self.matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
     def transform(self, size: tuple[int, int], method: Any, matrix: Any, **_: Any) -> None:
-        """Pillow's affine transform."""
+        """Record the matrix of Pillow's affine transform."""
         self.matrix = tuple(map(float, matrix))  # type: ignore[assignment]
 
     def rotate(self, degrees: float, **_: Any) -> None:
-        """Pillow's rotation, counter-clockwise about the centre."""
+        """Record the matrix of Pillow's rotation, counter-clockwise about the centre."""
         x, y = self.size[0] / 2, self.size[1] / 2
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         self.matrix = (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
 class _RecordedFlip(transforms.RandomHorizontalFlip):
-    """torchvision's flip, with the same draw, that remembers what it did last."""
+    """torchvision's flip, with the same draw, that records whether it flipped the last image."""
 
     flipped = False
 
@@ -217,14 +220,15 @@ class _RecordedFlip(transforms.RandomHorizontalFlip):
 
 
 def _operations(stage: Any) -> list[Any]:
-    """The operations that timm's RandAugment or AutoAugment chooses from."""
+    """Return the operations that timm's RandAugment or AutoAugment chooses from."""
     return [*getattr(stage, "ops", ()), *(operation for policy in getattr(stage, "policy", ()) for operation in policy)]
 
 
 def _fix_posterize(transform: transforms.Compose) -> None:
-    """Let timm's RandAugment and AutoAugment keep 0 bits of a colour, as they draw in 2 % of their posterisations.
+    """Make posterisation to 0 bits return a black image.
 
-    Pillow made the picture black there, which the published runs saw; current versions raise an error.
+    timm draws 0 bits in 2 % of its posterisations. Pillow returned a black image when the published models were
+    trained; current versions raise an error.
     """
     for stage in transform.transforms:
         for operation in _operations(stage):

@@ -1,9 +1,10 @@
-"""Mixing: one draw per batch, which pixels, labels, label maps and tokens all follow.
+"""Mixing: one draw per batch, applied alike to pixels, labels, label maps and tokens.
 
 Mixup (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899) mix pixels, with timm's draws and
-arithmetic; MixToken (Jiang et al., arXiv:2104.10858) mixes tokens behind the stem. Every image is mixed with its mirror
-in the batch order: image i with image B - 1 - i. "Share" always means the weight of an image's own part, in [0, 1]; its
-partner has the rest.
+arithmetic; MixToken (Jiang et al., arXiv:2104.10858) mixes tokens after the stem. Image i of a batch is mixed with
+image B - 1 - i. "Share" always means the weight of an image's own part, in [0, 1]; its partner has weight 1 - share.
+
+Shapes: B images, H x W pixels, N patch tokens, C classes.
 """
 
 from dataclasses import dataclass
@@ -20,23 +21,23 @@ from vitrail.errors import ConfigError
 from vitrail.types import Mix, SparseTokens
 
 Key = tuple[int, ...]
-"""What the draws are a function of: (seed, batches seen, rank)."""
+"""Random key of the current batch: (seed, batches seen, rank)."""
 
 
 class Mixing(Protocol):
-    """Draws a `Mix` for each training batch."""
+    """Interface that draws a `Mix` for each training batch."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it needs of objective and model: `token_targets`, or `mixes_tokens` of the backbone."""
+        """Requirements: `token_targets` in the objective, `mixes_tokens` in the backbone."""
         ...
 
     def for_batch(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> Mix | None:
-        """Draw for a batch of images (B, 3, H, W) on a grid of tokens (rows, columns); None leaves it unmixed."""
+        """Draw for images (B, 3, H, W) with a token grid (rows, columns); None leaves the batch unmixed."""
         ...
 
     def describe(self) -> str:
-        """Return the mixing in words."""
+        """Return a short description, for logs."""
         ...
 
 
@@ -45,11 +46,11 @@ class PixelMix:
     """Mixup and CutMix of a batch.
 
     Attributes:
-        share: of each image in its label: a number for all, or (B,) float32.
-        boxes: (B, 4) top, bottom, left, right in pixels of what CutMix replaced; None if no image was cut.
-        cut: (B,) whether CutMix rather than mixup was drawn; None if no image was cut.
+        share: weight of each image in its label: one number for all, or (B,) float32.
+        boxes: (B, 4) top, bottom, left, right in pixels of the areas that CutMix replaced; None if there are none.
+        cut: (B,) bool, CutMix (True) or mixup (False); None if no image uses CutMix.
         image_size: (height, width) in pixels.
-        uniform_tokens: give every token the share of its whole image, as published, rather than that of its pixels.
+        uniform_tokens: give every token the share of its whole image, as published, instead of the share of its pixels.
     """
 
     share: float | Tensor
@@ -62,7 +63,7 @@ class PixelMix:
     def images(self, images: Tensor) -> Tensor:
         """Mix images (B, 3, H, W) in place."""
         if isinstance(self.share, float):
-            return self._images_alike(images, self.share)
+            return self._mix_whole_batch(images, self.share)
         original = images.clone()
         for index, share in enumerate(self.share.numpy()):
             partner = len(images) - 1 - index
@@ -73,7 +74,7 @@ class PixelMix:
                 images[index] = original[index] * share + original[partner] * (1 - share)
         return images
 
-    def _images_alike(self, images: Tensor, share: float) -> Tensor:
+    def _mix_whole_batch(self, images: Tensor, share: float) -> Tensor:
         if self.boxes is not None:
             top, bottom, left, right = self.boxes[0]
             images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
@@ -91,7 +92,7 @@ class PixelMix:
         return targets.mixed(self.token_shares(len(targets.base), grid).to(targets.base))
 
     def token_shares(self, count: int, grid: tuple[int, int]) -> Tensor:
-        """Return the share of each token (B, N) of `count` images on a grid (rows, columns)."""
+        """Return the shares of all tokens (B, N) of B = `count` images on a grid (rows, columns)."""
         whole = torch.as_tensor(self.share, dtype=torch.float32).cpu().expand(count)
         if self.uniform_tokens or self.boxes is None or self.cut is None:
             return whole[:, None].expand(-1, grid[0] * grid[1])
@@ -104,19 +105,19 @@ class PixelMix:
 
 
 class MixupCutMix:
-    """Mixup and CutMix of a batch's pixels: timm's, seeded.
+    """Mixup and CutMix of a batch's pixels, with timm's draws from a seeded generator.
 
     Args:
         mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
         cutmix: alpha of CutMix's Beta distribution; 0 turns CutMix off.
         prob: probability that a batch (or pair, or element) is mixed at all.
-        switch_prob: probability of CutMix rather than mixup if both are on.
-        mode: `batch`, `pair` or `elem`: what shares one draw.
-        tokens: how targets of patch tokens are mixed: by `position`, each as its own pixels are; or as `published` in
-            LV-ViT's code, all by the share of the whole image.
+        switch_prob: probability of CutMix instead of mixup if both are on.
+        mode: scope of one draw: `batch`, `pair` or `elem`.
+        tokens: how to mix targets of patch tokens: `position` uses the share of each token's own pixels; `published`
+            uses the share of the whole image for all tokens, as LV-ViT's code does.
 
     Raises:
-        ConfigError: both are off, or an unknown choice.
+        ConfigError: both are off, or a choice is unknown.
     """
 
     needs: frozenset[str] = frozenset()
@@ -146,17 +147,17 @@ class MixupCutMix:
             return None
         with seeded(*key):
             if self.mode == "batch":
-                return self._draw_alike(size)
+                return self._draw_batch(size)
             return self._draw_each(count if self.mode == "elem" else count // 2, size)
 
     def describe(self) -> str:
-        """Return the mixing in words."""
+        """Return a short description, for logs."""
         return " or ".join(
             f"{name} {alpha:g}" for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)) if alpha > 0
         )
 
-    def _draw_alike(self, size: tuple[int, int]) -> PixelMix | None:
-        """timm's draws for mode=batch, in their order."""
+    def _draw_batch(self, size: tuple[int, int]) -> PixelMix | None:
+        """Make timm's draws for mode=batch, in the same order."""
         if np.random.rand() >= self.prob:
             return None
         cut = self.mixup <= 0 or (self.cutmix > 0 and np.random.rand() < self.switch_prob)
@@ -170,7 +171,7 @@ class MixupCutMix:
         return PixelMix(float(share), np.array([box]), np.array([True]), size, self.uniform_tokens)
 
     def _draw_each(self, draws: int, size: tuple[int, int]) -> PixelMix:
-        """timm's draws for mode=elem and mode=pair, in their order."""
+        """Make timm's draws for mode=elem and mode=pair, in the same order."""
         if self.mixup > 0 and self.cutmix > 0:
             cut = np.random.rand(draws) < self.switch_prob
             by_cutmix = np.random.beta(self.cutmix, self.cutmix, size=draws)
@@ -194,34 +195,34 @@ class TokenMix:
     """MixToken of a batch.
 
     Attributes:
-        token_box: (4,) top, left, bottom, right in cells of the tokens that are swapped.
-        share: of an image in its class token: the part of the grid outside the box.
+        token_box: (4,) top, left, bottom, right in cells: the box of swapped tokens.
+        share: weight of an image in its class token: the part of the grid outside the box.
     """
 
     token_box: Tensor
     share: float
 
     def images(self, images: Tensor) -> Tensor:
-        """Return the images (B, 3, H, W) as they are: tokens are swapped within the network."""
+        """Return the images (B, 3, H, W) unchanged: tokens are swapped in the network."""
         return images
 
     def probabilities(self, values: Tensor) -> Tensor:
-        """Mix values (B, C) of the class token, which sees both images."""
+        """Mix values (B, C) of the class token, which attends to both images."""
         return self.share * values + (1 - self.share) * values.flip(0)
 
     def tokens(self, targets: Any, grid: tuple[int, int]) -> Any:
-        """Return token targets as they are: token logits are swapped back to their own images."""
+        """Return token targets (B, N, C) unchanged: token logits are swapped back to their own images."""
         return targets
 
 
 class MixToken:
-    """Draws the box of tokens that each image of a batch swaps with its mirror in the batch order.
+    """MixToken: draws the box of tokens that image i of a batch swaps with image B - 1 - i.
 
     Args:
-        alpha: of the Beta distribution of the share that stays.
-        whole_sides: box sides as long as the share asks for. False, as published, rounds each half of a side down, so
-            that sides are even. What leaves the grid is cut off in both cases: the mean area is 0.27, or 0.29 with
-            whole sides, while the share alone would give 0.5.
+        alpha: parameter of the Beta distribution of the share that stays.
+        whole_sides: use box sides as drawn. False, as published, rounds each half of a side down, so that sides are
+            even. The part of the box outside the grid is cut off in both cases: the mean area is 0.27, or 0.29 with
+            whole sides, while the drawn share alone would give 0.5.
 
     Raises:
         ConfigError: alpha is not positive.
@@ -235,23 +236,23 @@ class MixToken:
         self.alpha, self.whole_sides = alpha, whole_sides
 
     def for_batch(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> TokenMix:
-        """Draw one box for the whole batch on a grid of tokens (rows, columns)."""
+        """Draw one box for a batch of images (B, 3, H, W) with a token grid (rows, columns)."""
         assert grid is not None, "MixToken needs a grid of tokens"
         seed, batches, *rest = key
-        return TokenMix(*self.box(grid, (seed, batches + 1, *rest)))  # version 0.1 drew after counting the batch
+        return TokenMix(*self.box(grid, (seed, batches + 1, *rest)))  # + 1 keeps the draws of version 0.1
 
     def describe(self) -> str:
-        """Return the mixing in words."""
+        """Return a short description, for logs."""
         return "MixToken"
 
     def box(self, grid: tuple[int, int], key: Key) -> tuple[Tensor, float]:
-        """Return a box (4,) of top, left, bottom, right in cells of (rows, columns), and the share outside it."""
+        """Return a box (4,), top, left, bottom, right in cells of a grid (rows, columns), and the share outside it."""
         box = self.draw(grid, np.random.RandomState(np.random.SeedSequence(key).generate_state(1)))
         top, left, bottom, right = box
         return torch.tensor(box), 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])
 
     def draw(self, grid: tuple[int, int], random: np.random.RandomState) -> tuple[int, int, int, int]:
-        """Draw one box with the draws of the official code in their order."""
+        """Draw one box (top, left, bottom, right), with the draws of the official code in the same order."""
         cut = np.sqrt(1 - random.beta(self.alpha, self.alpha))
         sides = [int(side * cut) for side in grid]
         ends: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
-"""Random draws that are a function of what they are for, never of what was drawn before.
+"""Random draws that depend only on a key, such as (seed, epoch, index), and not on earlier draws.
 
-The same image gets the same view on one process or on eight, with any number of loader workers, and after a resume.
+An image therefore gets the same view on any number of processes and loader workers, and after a resume.
 """
 
 import random
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Make Python's, NumPy's and PyTorch's CPU draws inside the block a function of `key`; leave no trace outside."""
+    """Seed Python's, NumPy's and PyTorch's CPU generators with `key` inside the block, and restore them after it."""
     seeds = np.random.SeedSequence(key).generate_state(3, np.uint64)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(int(seeds[0]))
@@ -28,5 +28,5 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def reseed(*key: int) -> None:
-    """Make PyTorch's draws from here on, on every device, a function of `key`."""
+    """Seed PyTorch's generators with `key`, on every device."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation (Hu et al., arXiv:1709.01507): weights channels by a function of their mean over tokens."""
+    """Squeeze-and-excitation (Hu et al., arXiv:1709.01507): scale channels by a function of their mean over tokens."""
 
     def __init__(self, dim: int, reduction: int = 16) -> None:
         super().__init__()

@@ -44,10 +44,10 @@ def classify_places(
         channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC" or (
             features.shape[1] != timm_model.num_features == features.shape[3]
         )
-        places = features if channels_last else features.permute(0, 2, 3, 1)  # (B, H, W, D)
-        rows, columns = places.shape[1:3]
-        alone = places.reshape(-1, 1, 1, places.shape[-1])
-        scores = forward_head(alone if channels_last else alone.permute(0, 3, 1, 2))
+        positions = features if channels_last else features.permute(0, 2, 3, 1)  # (B, H, W, D)
+        rows, columns = positions.shape[1:3]
+        single = positions.reshape(-1, 1, 1, positions.shape[-1])
+        scores = forward_head(single if channels_last else single.permute(0, 3, 1, 2))
     return scores.reshape(len(features), rows * columns, -1), (rows, columns)
 
 

@@ -201,8 +201,8 @@ class FeatureTokenHead(nn.Module):
         """Return logits (B, N, C) of the positions of `features`, the result of `forward_features`."""
         return classify_places(self, features, image_size, self._classify)[0]
 
-    def _classify(self, place: Tensor) -> Tensor:
-        return self.aux_head(super().forward_head(place, pre_logits=True).flatten(1))  # type: ignore[misc]
+    def _classify(self, position: Tensor) -> Tensor:
+        return self.aux_head(super().forward_head(position, pre_logits=True).flatten(1))  # type: ignore[misc]
 
     def forward_outputs(self, images: Tensor, token_box: Tensor | None = None) -> Outputs:
         """Return class and token logits for images (B, 3, H, W)."""

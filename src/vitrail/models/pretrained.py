@@ -163,7 +163,7 @@ def _class_names(classes: str | Sequence[str] | None, model: nn.Module, key: str
         names = ImageNetInfo(classes).label_names() if isinstance(classes, str) else classes
     except AssertionError as error:
         raise ConfigError(
-            f"{key}.classes={classes}: timm has no such list of classes; use imagenet-1k, imagenet-22k or a list of names."
+            f"{key}.classes={classes}: timm has no such list; use imagenet-1k, imagenet-22k or a list of names."
         ) from error
     if names is not None and len(names) != model.num_classes:
         raise ConfigError(

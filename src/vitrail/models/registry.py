@@ -12,7 +12,7 @@ Backbone = TypeVar("Backbone", bound=VisionTransformer)
 
 
 def vit_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return timm's `default_cfg` of a ViT with a fixed input size: ImageNet-1k at 224 pixels, updated with `kwargs`."""
+    """Return timm's `default_cfg` of a ViT with fixed input size: ImageNet-1k at 224 pixels, updated with `kwargs`."""
     return {
         "url": "",
         "num_classes": 1000,

@@ -65,7 +65,7 @@ class Stem(nn.Module):
             self._fit(img_size)
 
     def check(self, images: Tensor) -> None:
-        """Refuse images (B, C, H, W) that the position table does not fit."""
+        """Raise an AssertionError for images (B, C, H, W) that do not fit the position table."""
         height, width = images.shape[-2:]
         if self.strict_img_size:
             fits = height == self.img_size[0] and width == self.img_size[1]

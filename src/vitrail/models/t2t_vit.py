@@ -100,7 +100,7 @@ class T2TViT(VisionTransformer):
         return self.tokens_to_token
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialise the weights as the official code does: truncated normal of 0.02 for linear layers and class token."""
+        """Initialise weights as the official code does: truncated normal of 0.02 for linear layers and class token."""
         super().init_weights(mode, needs_reset)
         trunc_normal_(self.cls_token, std=0.02)
         with torch.no_grad():

@@ -62,7 +62,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return the last features (B, N, D) of each position, in row-major order, for the student's images (B, 3, H, W)."""
+        """Return the last features (B, N, D), in row-major order, for the student's images (B, 3, H, W)."""
         model: Any = self.model
         features = model.forward_features(self._teacher_input(images))
         return classify_places(self.model, features, self.image_size, _last_token)[0]
@@ -82,6 +82,6 @@ class Teacher(nn.Module):
         return self
 
 
-def _last_token(place: Tensor) -> Tensor:
+def _last_token(position: Tensor) -> Tensor:
     """Return the features (M, D) of positions given as (M, prefix + 1, D), (M, 1, 1, D) or (M, D, 1, 1)."""
-    return place[:, -1] if place.ndim == 3 else place.flatten(1)
+    return position[:, -1] if position.ndim == 3 else position.flatten(1)

@@ -29,8 +29,8 @@ _EPS = 1e-5  # of every LayerNorm
 def _normed_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
     """Return linear(norm(x)), with the norm's weights folded into the linear layer.
 
-    The result is the same. If x needs no gradient, as for windows of an image, this saves one matrix product: the norm's
-    gradients follow from those of the folded weights.
+    The result is the same. If x needs no gradient, as for windows of an image, this saves one matrix product: the
+    norm's gradients follow from those of the folded weights.
     """
     weight = linear.weight * norm.weight
     bias = linear.weight @ norm.bias if linear.bias is None else torch.addmv(linear.bias, linear.weight, norm.bias)

@@ -1,4 +1,4 @@
-"""Objectives: map outputs and targets to a dict of scalar losses, of which `loss` is minimised; depends on torch only."""
+"""Objectives: map outputs and targets to scalar losses, of which `loss` is minimised; depends on torch only."""
 
 from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
 from vitrail.objectives.contract import Objective

@@ -1,4 +1,4 @@
-"""What people look at: pictures of batches, tables of results, figures of evaluations."""
+"""Reports for people: pictures of batches, tables of results, figures of evaluations."""
 
 from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure

@@ -28,7 +28,7 @@ class Published(NamedTuple):
 
 
 class BackboneRow(NamedTuple):
-    """What the table says of a backbone."""
+    """A row of the table of backbones."""
 
     name: str
     size: tuple[int, ...]
@@ -38,7 +38,7 @@ class BackboneRow(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The name without sizes, by which the table is ordered."""
+        """Name without sizes, by which the table is sorted."""
         return re.split(r"_(tiny|small|medium|base|large|huge|gi|nano|t_\d|\d|[tsml]$)", self.name)[0]
 
 
@@ -53,7 +53,7 @@ def _published() -> dict[str, list[Published]]:
 
 
 def published(name: str) -> list[Published]:
-    """Published top-1 accuracies of the backbone that timm knows as `name`, the lowest resolution first."""
+    """Return the published top-1 accuracies of timm's backbone `name`, lowest resolution first."""
     return _published().get(name, [])
 
 
@@ -63,12 +63,12 @@ def published_names() -> list[str]:
 
 
 def released_weights(name: str) -> list[str]:
-    """Tags of the weights that `model.pretrained=true model.name=<name>.<tag>` downloads."""
+    """Return the tags of the weights that `model.pretrained=true model.name=<name>.<tag>` downloads."""
     return [full.partition(".")[2] or "yes" for full in timm.list_pretrained(f"{name}.*")]
 
 
 def backbone_table(rows: Sequence[BackboneRow]) -> Table:
-    """One line a backbone, narrow enough for 80 columns."""
+    """Return a table with one row per backbone, narrow enough for 80 columns."""
     table = Table(
         title="Backbones: model=timm model.name=<name>, or model=<family>",
         title_style="bold",
@@ -94,19 +94,19 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
             "\n".join(f"{entry.top1} ({entry.side})" for entry in row.published),
             str(len(row.weights) or ""),
         )
-    table.caption = "MACs of one image of this size; published top-1 on ImageNet-1k; files of released weights"
+    table.caption = "MACs per image of this size; published top-1 on ImageNet-1k; number of released weights files"
     return table
 
 
 def weights_line(row: BackboneRow) -> str:
-    """Return the paper, and how to get each released set of weights."""
+    """Return the paper, and the names of all released weights."""
     names = ", ".join(f"{row.name}.{tag}" for tag in row.weights)
     paper = f"Paper: arXiv:{row.published[0].arxiv}\n" if row.published else ""
     return f"{paper}Released weights (model.pretrained=true model.name=...): {names or 'none'}"
 
 
 def layer_tree(model: nn.Module, depth: int) -> Tree:
-    """The layers of a backbone to some depth, each with its parameters."""
+    """Return a tree of a backbone's layers down to `depth`, with their numbers of parameters."""
     tree = Tree(f"[bold]{type(model).__name__}[/bold]")
     _grow(tree, model, depth)
     return tree
@@ -124,7 +124,13 @@ def _grow(tree: Tree, module: nn.Module, depth: int) -> None:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]], peak: float, ratios: Sequence[float]) -> Table:
-    """Speed and memory of one or two backbones; with two, the first over the second."""
+    """Return a table of speed and memory of one or two backbones; for two, with the ratios of the first to the second.
+
+    Args:
+        rows: rows of `vitrail.commands.benchmark`.
+        peak: operations per second of the device in large matrix products.
+        ratios: time ratio of each round; empty for one backbone.
+    """
     first = rows[0]
     title = f"{first['mode']}, batch {first['batch_size']}, {first['image']}, {first['precision']}, {first['device']}"
     table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -145,7 +151,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]], peak: float, ratios: Sequence
         time, memory = statistics.median(ratios), first["peak_mb"] / rows[1]["peak_mb"]
         table.add_section()
         table.add_row("first / second", f"{time:.3f}", "", f"{memory:.3f}", "", "")
-        table.caption = f"time ratio: median of {len(ratios)} rounds in turns, {min(ratios):.3f} to {max(ratios):.3f}"
-    peak_line = f"peak: {peak / 1e9:,.0f} GFLOP/s in large matrix products here"
+        table.caption = f"time ratio: median of {len(ratios)} rounds, {min(ratios):.3f} to {max(ratios):.3f}"
+    peak_line = f"peak: {peak / 1e9:,.0f} GFLOP/s in large matrix products on this device"
     table.caption = f"{table.caption}; {peak_line}" if table.caption else peak_line
     return table

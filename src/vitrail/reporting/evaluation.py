@@ -1,4 +1,7 @@
-"""What an evaluation says: accuracies, calibration, the classes that go wrong; as tables, CSV files and a picture."""
+"""Results of an evaluation: accuracies, calibration and confusions, as tables and CSV files.
+
+Shapes: N images, K most likely classes of an image.
+"""
 
 import csv
 from collections import Counter
@@ -17,32 +20,32 @@ from torchmetrics.functional.classification import binary_calibration_error
 from vitrail.reporting.tables import describe
 from vitrail.training.predictions import Predictions
 
-BINS = 15  # of the calibration error, as in Guo et al., arXiv:1706.04599
+BINS = 15  # bins of the calibration error, as in Guo et al., arXiv:1706.04599
 
 
 class ClassScore(NamedTuple):
-    """How the images of one class fare; shares of these images."""
+    """Scores of one class; `top1` and `top5` are shares of its images."""
 
     label: int
     images: int
     top1: float
     top5: float
-    confidence: float  # mean probability of the answer
-    wrong: list[tuple[int, int]]  # (class that it is called instead, images), most frequent first
+    confidence: float  # mean probability of the predicted class
+    wrong: list[tuple[int, int]]  # (wrongly predicted class, number of images), most frequent first
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions against the truth.
+    """Scores of predictions against the labels.
 
     Attributes:
-        loss: mean cross-entropy with the label; None where an image can have several.
-        top1: share of images whose likeliest class is right.
-        top5: share of images with a right class among the five likeliest.
+        loss: mean cross-entropy with the label; None if images can have several labels.
+        top1: share of images whose most likely class is right.
+        top5: share of images with a right class among the five most likely.
         calibration_error: mean gap between confidence and accuracy over 15 equal bins of confidence.
-        confidence: (N,) probability of the likeliest class of each image.
-        correct: (N,) whether it is right.
-        classes: of every class that has images, in the order of the classes.
+        confidence: (N,) probability of the most likely class of each image.
+        correct: (N,) whether that class is right.
+        classes: scores of each class that has images, in the order of the classes.
     """
 
     loss: float | None
@@ -55,12 +58,12 @@ class Evaluation:
 
     @classmethod
     def of(cls, predictions: Predictions, label_sets: Mapping[str, Sequence[int]] | None = None) -> "Evaluation":
-        """Count.
+        """Compute the scores of predictions.
 
         Args:
-            predictions: of all images.
-            label_sets: for data with several labels an image: by its key, the classes that are right. Images without
-                any do not count.
+            predictions: predictions for all N images.
+            label_sets: for data with several labels per image: the right classes of each image, by its key. Images
+                without any are not counted.
         """
         if label_sets is None:
             truths: list[Sequence[int]] = [(int(label),) for label in predictions.labels]
@@ -84,7 +87,7 @@ class Evaluation:
         return cls(loss, float(correct.mean()), float(among_five.mean()), float(error), confidence, correct, classes)
 
     def summary(self) -> dict[str, float | int | None]:
-        """Image count, loss, and the rest in %."""
+        """Return number of images and loss, and the accuracies and calibration error in %."""
         return {
             "images": len(self.correct),
             "loss": self.loss,
@@ -94,11 +97,11 @@ class Evaluation:
         }
 
     def worst(self, count: int) -> list[ClassScore]:
-        """Classes of lowest top-1, the larger ones first among equals."""
+        """Return the `count` classes with the lowest top-1; of equal ones, larger classes come first."""
         return sorted(self.classes, key=lambda score: (score.top1, -score.images))[:count]
 
     def write(self, folder: Path, suffix: str, names: Sequence[str], predictions: Predictions) -> None:
-        """Write `classes_<suffix>.csv`, `confusions_<suffix>.csv` (wrong answers) and `images_<suffix>.csv`."""
+        """Write `classes_<suffix>.csv`, `confusions_<suffix>.csv` and `images_<suffix>.csv` to a folder."""
         with (folder / f"classes_{suffix}.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(("class", "name", "images", "top1", "top5", "confidence"))
@@ -121,7 +124,7 @@ class Evaluation:
 
 
 def evaluation_report(evaluations: Mapping[str, Evaluation], names: Sequence[str], what: str) -> Group:
-    """The figures of each set of weights, and the classes that are worst with the last of them."""
+    """Return tables with the scores of each set of weights, and with the worst classes of the last set."""
     table = Table(title=what, title_style="bold")
     for name in ("weights", "images", "loss", "top-1 %", "top-5 %", "calibration error %"):
         table.add_column(name, justify="left" if name == "weights" else "right")
@@ -130,8 +133,8 @@ def evaluation_report(evaluations: Mapping[str, Evaluation], names: Sequence[str
         shares = (evaluation.top1, evaluation.top5, evaluation.calibration_error)
         table.add_row(weights, f"{len(evaluation.correct)}", loss, *(f"{100 * share:.2f}" for share in shares))
     last = list(evaluations)[-1]
-    worst = Table(title=f"Classes that are worst, {last} weights", title_style="bold")
-    for name in ("class", "images", "top-1 %", "called instead"):
+    worst = Table(title=f"Worst classes, {last} weights", title_style="bold")
+    for name in ("class", "images", "top-1 %", "predicted instead"):
         worst.add_column(name, justify="right" if name in ("images", "top-1 %") else "left", overflow="fold")
     for score in evaluations[last].worst(10):
         called = ", ".join(f"{describe(names[label])} {images / score.images:.0%}" for label, images in score.wrong[:3])

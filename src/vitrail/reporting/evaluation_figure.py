@@ -1,4 +1,4 @@
-"""A picture of an evaluation: calibration, accuracy of each class, and confusions of the worst classes."""
+"""Figure of an evaluation: calibration, accuracy of each class, and confusions of the worst classes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ _MOST_COLUMNS = 16
 
 
 def evaluation_figure(evaluation: Evaluation, names: Sequence[str], title: str, worst: int = 12) -> "Figure":
-    """Draw three panels: calibration, accuracies of all classes in order, and what the worst classes are taken for.
+    """Draw three panels: calibration, sorted accuracies of all classes, and confusions of the worst classes.
 
     Args:
-        evaluation: what to draw.
-        names: of the classes.
-        title: of the figure.
-        worst: classes in the third panel, at most.
+        evaluation: evaluation to draw.
+        names: class names.
+        title: title of the figure.
+        worst: maximum number of classes in the third panel.
     """
     from matplotlib.figure import Figure
 
@@ -44,7 +44,7 @@ def _draw_calibration(axes: "Axes", evaluation: Evaluation) -> None:
     counts = np.bincount(bins, minlength=BINS)
     used = np.flatnonzero(counts)
     accuracy = [100 * evaluation.correct[bins == number].mean() for number in used]
-    # Bars as wide as there are images, so that a rare confidence does not look like a common one.
+    # The width of a bar shows the number of its images, so that rare confidences do not look common.
     axes.bar(
         100 * (used + 0.5) / BINS, accuracy, np.maximum(0.6, 100 / BINS * counts[used] / counts.max()), color=_MAIN
     )
@@ -62,21 +62,21 @@ def _draw_classes(axes: "Axes", evaluation: Evaluation) -> None:
 
 
 def _columns(scores: Sequence[ClassScore]) -> list[int]:
-    """Return the classes of `scores`, and those that they are most often taken for."""
-    called: Counter[int] = Counter()
+    """Return the classes of `scores`, followed by those that are most often predicted instead of them."""
+    confused: Counter[int] = Counter()
     for score in scores:
-        called.update(dict(score.wrong[:3]))
-    own = [score.label for score in scores]
-    others = [label for label, _ in called.most_common() if label not in own]
-    return own + others[: max(0, _MOST_COLUMNS - len(own))]
+        confused.update(dict(score.wrong[:3]))
+    labels = [score.label for score in scores]
+    others = [label for label, _ in confused.most_common() if label not in labels]
+    return labels + others[: max(0, _MOST_COLUMNS - len(labels))]
 
 
 def _draw_confusions(axes: "Axes", scores: Sequence[ClassScore], columns: Sequence[int], names: Sequence[str]) -> None:
-    """Draw the worst classes as rows and what they are taken for as columns, in % of the row's images."""
+    """Draw the worst classes as rows and their predicted classes as columns, in % of the row's images."""
     table = np.zeros((len(scores), len(columns)))
     for row, score in enumerate(scores):
-        said = {**dict(score.wrong), score.label: round(score.top1 * score.images)}
-        table[row] = [100 * said.get(label, 0) / score.images for label in columns]
+        predicted = {**dict(score.wrong), score.label: round(score.top1 * score.images)}
+        table[row] = [100 * predicted.get(label, 0) / score.images for label in columns]
     axes.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for row, column in zip(*np.nonzero(table >= 0.5), strict=True):
         share, is_right = table[row, column], scores[row].label == columns[column]
@@ -85,4 +85,4 @@ def _draw_confusions(axes: "Axes", scores: Sequence[ClassScore], columns: Sequen
     short = [describe(names[label])[:24] for label in columns]
     axes.set_xticks(range(len(columns)), short, rotation=90, fontsize=8)
     axes.set_yticks(range(len(scores)), short[: len(scores)], fontsize=8)
-    axes.set_title("The worst classes, and what they are taken for, %")
+    axes.set_title("Predictions for the worst classes, %")

@@ -1,4 +1,7 @@
-"""Label maps to look at: drawn over their images, before and after what augmentation and MixToken do to both."""
+"""Draw label maps over their images, before and after augmentation and MixToken.
+
+Shapes: C classes, H x W cells of a label map.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,24 +37,24 @@ from vitrail.types import InputSpec, LabelMap, Sample
 _PANEL, _GAP, _LEGEND, _HEAD, _FOOT = 168, 6, 236, 40, 18  # pixels
 _COLOURS = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
 _OTHERS = (128, 128, 128)
-_TITLES = ("image", "label map", "as the network sees it", "token targets", "after MixToken")
+_TITLES = ("image", "label map", "network input", "token targets", "after MixToken")
 
 
 class LabelMapPicture(L.Callback):
-    """Draw some training images with their label maps as `label_maps.png` in the run directory; loggers get it too.
+    """Callback that draws some training images with their label maps; loggers get the picture too.
 
-    Nothing happens where the data has no label maps.
+    Without label maps it does nothing.
 
     Args:
-        path: the file.
-        count: images in the picture.
+        path: file of the picture.
+        count: maximum number of images in the picture.
     """
 
     def __init__(self, path: str | Path, count: int = 8) -> None:
         self.path, self.count = Path(path), count
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
-        """Draw at the start of a run that learns token labels and is not resumed."""
+        """Draw the picture if the objective uses token targets and the run is not resumed."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if (
             getattr(data, "train", None) is None
@@ -74,7 +77,7 @@ class LabelMapPicture(L.Callback):
 
 
 class TokenGrid(NamedTuple):
-    """What a grid of cells says: best class (H, W) and its probability (H, W)."""
+    """Most likely class (H, W) of each cell, and its probability (H, W)."""
 
     best: NDArray[np.int64]
     probability: NDArray[np.float32]
@@ -83,14 +86,14 @@ class TokenGrid(NamedTuple):
 def preview(
     store: LabelMapStore, split: Split, count: int, classes: Sequence[str] | None, hflip: float = 0.5
 ) -> Image.Image:
-    """Draw `count` images of a split, spread over it, with their maps, under LV-ViT's crop, flip and MixToken.
+    """Draw `count` images spread over a split with their label maps, with LV-ViT's crop, flip and MixToken.
 
     Args:
-        store: maps, one for each image of the split.
-        split: the images.
-        count: images at most.
-        classes: the data's class names; None where the maps are of other classes.
-        hflip: probability of mirroring.
+        store: label maps, one for each image of the split.
+        split: images.
+        count: maximum number of images.
+        classes: the data's class names; None if the maps have other classes.
+        hflip: probability of a horizontal flip.
     """
     names = list(store.about.get("class_names") or classes or map(str, range(store.num_classes)))
     spec = InputSpec((224, 224), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -109,20 +112,20 @@ def label_map_sheet(
     count: int = 12,
     transpose_crops: bool = False,
 ) -> Image.Image:
-    """One row an image: the image, its map, the crop that the network sees, its token targets, and both after MixToken.
+    """Draw one row per image: the image, its map, the network's input, its token targets, and both after MixToken.
 
-    Colours are classes, paler where they are less likely; each row's legend names them with their share of the cells of
-    its map.
+    Colours are classes, paler for lower probabilities. The legend of each row lists the classes with their share of the
+    map's cells.
 
     Args:
         dataset: training images with label maps.
         spec: input of the network.
-        grid: rows and columns of its tokens.
-        mixing: None leaves the last panel out.
-        names: of the maps' classes.
-        classes: names of the data's classes; None where they are not the maps'.
-        count: rows at most.
-        transpose_crops: as in the objective.
+        grid: rows and columns of the network's tokens.
+        mixing: mixing of the last panel; None omits the panel.
+        names: names of the maps' classes.
+        classes: names of the data's classes; None if they are not the maps'.
+        count: maximum number of rows.
+        transpose_crops: as in `TargetBuilder`.
     """
     assert dataset.maps is not None
     store = dataset.maps.store
@@ -142,14 +145,14 @@ def label_map_sheet(
         draw.text((_GAP + number * step, 22), title, "black", font)
     for row, index in enumerate(drawn):
         sample = originals[index]
-        own = _best(_probabilities(*store[int(dataset.maps.records[index])], store.num_classes))
+        annotation = _best(_probabilities(*store[int(dataset.maps.records[index])], store.num_classes))
         mirror = len(drawn) - 1 - row
         box = _box_of_tokens(mixing, grid, row) if mixing else (0.0, 0.0, 0.0, 0.0)
         mixed = TokenGrid(*map(partial(_swap, box=box), targets[row], targets[mirror]))
-        colours = _colours(own, targets[row], mixed)
+        colours = _colours(annotation, targets[row], mixed)
         view = Image.fromarray(seen[row])
         whole = sample.image.resize((_PANEL, _PANEL), Image.Resampling.BOX)
-        annotated = _overlay(whole, own, colours, _covered(store, sample.image))
+        annotated = _overlay(whole, annotation, colours, _covered(store, sample.image))
         pictures = [whole, annotated, view, _overlay(view, targets[row], colours)]
         if mixing:
             pixels_mixed = Image.fromarray(_swap(seen[row], seen[mirror], box))
@@ -159,23 +162,23 @@ def label_map_sheet(
             sheet.paste(picture.resize((_PANEL, _PANEL), Image.Resampling.BOX), (_GAP + number * step, top))
         label = classes[sample.label] if classes else ""
         draw.text((_GAP, top + _PANEL + 1), f"{sample.key}  {label}"[:110], "black", font)
-        _legend(draw, font, (sheet.width - _LEGEND, top), own, colours, names)
+        _legend(draw, font, (sheet.width - _LEGEND, top), annotation, colours, names)
     return sheet
 
 
 def _readable(dataset: ViewDataset, count: int) -> dict[int, Sample]:
-    """Up to `count` images, spread over the data set, that have a map and can be read."""
+    """Return up to `count` images, spread over the data set, that have a map and are readable."""
     assert dataset.maps is not None
     found = {}
     for index in map(int, sample_of(len(dataset), count)):
         if dataset.maps.records[index] >= 0:
-            with suppress(ImageError):  # training stops at it or skips it, as it was told
+            with suppress(ImageError):  # the training reports or skips the image, as data.on_corrupt says
                 found[index] = dataset.split[index]
     return found
 
 
 def _box_of_tokens(mixing: Any, grid: tuple[int, int], row: int) -> tuple[float, float, float, float]:
-    """Draw a box of MixToken; x1, y1, x2, y2 in shares of the grid."""
+    """Draw a random MixToken box and return (x1, y1, x2, y2) as shares of the grid."""
     top, left, bottom, right = mixing.for_batch(torch.Size((2, 3, *grid)), grid, (0, row)).token_box.tolist()
     return left / grid[1], top / grid[0], right / grid[1], bottom / grid[0]
 
@@ -189,7 +192,7 @@ def _about(store: LabelMapStore) -> str:
 
 
 def _probabilities(scores: NDArray[np.float16], classes: NDArray[np.integer], num_classes: int) -> Tensor:
-    """(C, H, W) of a map, as training reads it: classes that it does not name have score 0."""
+    """Return a map's class probabilities (C, H, W) as in training: classes that are not stored have score 0."""
     dense = torch.zeros(num_classes, *scores.shape[1:])
     dense.scatter_(0, torch.from_numpy(classes.astype(np.int64)), torch.from_numpy(scores).float())
     return dense.softmax(0)
@@ -201,7 +204,7 @@ def _best(probabilities: Tensor) -> TokenGrid:
 
 
 def _colours(*grids: TokenGrid) -> dict[int, tuple[int, int, int]]:
-    """A colour for each of the classes that weigh most in these grids, heaviest first."""
+    """Return a colour for each of the classes with the highest total probability in these grids, in that order."""
     best = np.concatenate([grid.best.ravel() for grid in grids])
     weight = np.bincount(best, np.concatenate([grid.probability.ravel() / grid.best.size for grid in grids]))
     order = np.argsort(-weight, kind="stable")[: len(_COLOURS)]
@@ -209,7 +212,7 @@ def _colours(*grids: TokenGrid) -> dict[int, tuple[int, int, int]]:
 
 
 def _covered(store: LabelMapStore, image: Image.Image) -> tuple[float, float, float, float]:
-    """The part of the image that its map is about, as shares of its sides."""
+    """Return the box (x1, y1, x2, y2) of the image that its map covers, as shares of the image's sides."""
     if store.about.get("coverage") != "center square":
         return 0.0, 0.0, 1.0, 1.0
     side = min(image.size)
@@ -223,7 +226,7 @@ def _overlay(
     colours: dict[int, tuple[int, int, int]],
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
 ) -> Image.Image:
-    """The picture in grey, with each cell's best class in colour."""
+    """Return the picture in grey, with the colour of the most likely class over each cell."""
     picture = picture.resize((_PANEL, _PANEL), Image.Resampling.BOX)
     tint = np.array([[colours.get(int(best), _OTHERS) for best in row] for row in grid.best], np.uint8)
     strength = (255 * (0.1 + 0.55 * grid.probability)).astype(np.uint8)
@@ -236,11 +239,11 @@ def _overlay(
     return base
 
 
-def _swap(own: NDArray[Any], other: NDArray[Any], box: tuple[float, float, float, float]) -> NDArray[Any]:
-    """An array (H, W, ...) with the part inside the box, in shares of its sides, from another."""
-    height, width = own.shape[:2]
+def _swap(array: NDArray[Any], other: NDArray[Any], box: tuple[float, float, float, float]) -> NDArray[Any]:
+    """Return a copy of `array` (H, W, ...) with the box, given in shares of its sides, taken from `other`."""
+    height, width = array.shape[:2]
     x1, y1, x2, y2 = (round(share * side) for share, side in zip(box, (width, height, width, height), strict=True))
-    mixed = own.copy()
+    mixed = array.copy()
     mixed[y1:y2, x1:x2] = other[y1:y2, x1:x2]
     return mixed
 
@@ -260,7 +263,7 @@ def _legend(
     colours: dict[int, tuple[int, int, int]],
     names: Sequence[str],
 ) -> None:
-    """Name the colours, with their classes' share of the cells and mean probability there."""
+    """Draw the legend: each colour's class, its share of the cells and its mean probability there."""
     x, y = corner
     for number, (index, colour) in enumerate(colours.items()):
         cells = grid.best == index
@@ -270,22 +273,22 @@ def _legend(
 
 
 def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes: Sequence[str]) -> Group:
-    """What the maps are, and how they agree with the data."""
+    """Return a summary of label maps: contents, agreement with the labels, and the command to train with them."""
     table = Table(title=f"Label maps of {len(store):,} images", show_header=False, title_style="bold")
     table.add_row("annotator", str(store.about.get("annotator")))
     table.add_row("cells", f"{store.grid[0]} x {store.grid[1]}, {store.about.get('coverage')}")
-    table.add_row("kept", f"top {store.top_k} of {store.num_classes} classes")
+    table.add_row("stored", f"top {store.top_k} of {store.num_classes} classes")
     where = Text(f"{'label maps':<13} {store.path}", no_wrap=True, overflow="ignore")
     if agreement is None:
-        table.add_row("agreement", "not known: the annotator's classes are not the data's")
+        table.add_row("agreement", "unknown: the annotator's classes are not the data's")
         return Group(table, where)
-    table.add_row("pooled top-1", f"{agreement.top1:.2%} say the true class")
+    table.add_row("pooled top-1", f"{agreement.top1:.2%} predict the true class")
     table.add_row("cells", f"{agreement.cells_without:.2%} lack the true class")
-    worst = Table(title="Classes that agree least", title_style="bold")
-    for name in ("class", "images", "agree", "mostly called"):
-        worst.add_column(name, justify="left" if name in ("class", "mostly called") else "right")
-    for label, images, share, said in agreement.worst(10):
-        worst.add_row(describe(classes[label]), str(images), f"{share:.1%}", describe(classes[said]))
+    worst = Table(title="Classes with the lowest agreement", title_style="bold")
+    for name in ("class", "images", "agree", "mostly predicted"):
+        worst.add_column(name, justify="left" if name in ("class", "mostly predicted") else "right")
+    for label, images, share, predicted in agreement.worst(10):
+        worst.add_row(describe(classes[label]), str(images), f"{share:.1%}", describe(classes[predicted]))
     recipe = "model=lvvit_s objective=token_labeling augment=lvvit"
     use = f"python src/train.py data=... {recipe} data.label_maps={store.path}"
     return Group(table, worst, where, Text(f"{'train':<13} {use}", no_wrap=True, overflow="ignore"))

@@ -1,4 +1,7 @@
-"""Pictures of what a network sees."""
+"""Pictures of a network's input.
+
+Shapes: B images of H x W pixels.
+"""
 
 import logging
 import textwrap
@@ -22,13 +25,13 @@ _CAPTION = 30
 
 
 class FirstBatchPicture(L.Callback):
-    """Save the first training batch, augmented and mixed, with its labels, as `first_batch.png` in the run directory.
+    """Callback that saves the first training batch, augmented and mixed, with its labels, as a picture.
 
-    Loggers that take pictures get it too. A wrong mean, a mirrored digit or labels of another folder show at a glance.
+    Loggers that support pictures get it too. It reveals a wrong mean, mirrored digits or wrong labels.
 
     Args:
-        path: the file.
-        count: images in the picture, at most.
+        path: file of the picture.
+        count: maximum number of images in the picture.
     """
 
     def __init__(self, path: str | Path, count: int = 24) -> None:
@@ -37,7 +40,7 @@ class FirstBatchPicture(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Draw the first batch of a run that is not resumed."""
+        """Draw the first batch, unless the run is resumed."""
         if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -48,7 +51,7 @@ class FirstBatchPicture(L.Callback):
 
 
 def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
-    """Give a picture to a logger that takes pictures."""
+    """Log a picture if the logger supports pictures."""
     acts: dict[str, Callable[[], Any]] = {
         "WandbLogger": lambda: logger.log_image(key=name, images=[picture]),
         "TensorBoardLogger": lambda: logger.experiment.add_image(name, np.asarray(picture), dataformats="HWC"),
@@ -61,14 +64,14 @@ def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
 def batch_grid(
     batch: Batch, classes: list[str], mean: tuple[float, ...], std: tuple[float, ...], count: int = 24
 ) -> Image.Image:
-    """Draw up to `count` images of a batch in a grid, each with its label or, when mixed, its two likeliest labels.
+    """Draw up to `count` images of a batch in a grid, each with its label or, if mixed, its two most likely labels.
 
     Args:
         batch: normalised images (B, 3, H, W), mixed or not.
         classes: class names.
-        mean: that the images were normalised with.
-        std: likewise.
-        count: images at most.
+        mean: mean of the normalisation, per channel.
+        std: standard deviation of the normalisation, per channel.
+        count: maximum number of images.
     """
     images = denormalise(batch.image[:count], mean, std)
     labels = TargetBuilder.class_labels(batch, len(classes))
@@ -86,7 +89,7 @@ def batch_grid(
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """(B, 3, H, W) as it went into the network -> (B, H, W, 3) uint8."""
+    """Convert normalised images (B, 3, H, W) to pixels (B, H, W, 3), uint8."""
     images = images.detach().float().cpu()
     scaled = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return (scaled.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""The plan of a training as a table."""
+"""Table with the plan of a training."""
 
 import math
 from typing import NamedTuple
@@ -10,20 +10,20 @@ from rich.text import Text
 from vitrail.models.cost import Cost
 
 PEAK, UTILISATION = 312e12, 0.3
-"""Assumed for hours: an A100's bf16 operations per second, and the share of them that a training reaches."""
+"""Assumptions for the hours: an A100's bf16 operations per second, and the share that a training reaches."""
 
 IMAGES_PER_CORE = 160
-"""Images of ImageNet's size that one core decodes and augments per second, about."""
+"""Approximate number of ImageNet images that one core decodes and augments per second."""
 
 
 class Plan(NamedTuple):
-    """What is known of a training before it starts."""
+    """Estimates for a training before it starts."""
 
     name: str
     missing: list[str]  # keys that have to be set
     image_size: tuple[int, int]  # height and width in pixels
     classes: int
-    images: int | None  # of training; None where nobody can know yet
+    images: int | None  # training images; None if unknown
     cost: Cost
     teacher: Cost | None
     teacher_name: str
@@ -31,21 +31,21 @@ class Plan(NamedTuple):
     batch_per_device: int
     accumulated: int  # batches per optimiser step
     batch: int  # images per optimiser step
-    steps: int | None  # optimiser steps of an epoch
+    steps: int | None  # optimiser steps per epoch
     epochs: int
     rates: list[float]  # learning rate of each epoch
-    groups: dict[float, int]  # weight decay -> number of parameters that have it
+    groups: dict[float, int]  # weight decay -> number of parameters with it
     activations: float  # bytes per image
     memory: float  # bytes per device
-    images_per_second: float | None  # of all devices; None for CPUs
+    images_per_second: float | None  # over all devices; None for CPUs
     hours: float | None
     disk: float  # bytes
-    augmentation: list[str]
-    optimizer: str  # in words
+    augmentation: list[str]  # one description per step
+    optimizer: str  # description
 
 
 def plan_table(plan: Plan) -> Group:
-    """Draw the plan as a table, and name what is missing as a command would."""
+    """Return the plan as a table, followed by the keys that still have to be set."""
     table = Table(title=f"Plan of {plan.name}", show_header=False, title_style="bold")
     sides = " x ".join(map(str, plan.image_size))
     tokens = "" if plan.cost.tokens is None else f", {plan.cost.tokens} tokens"
@@ -61,22 +61,22 @@ def plan_table(plan: Plan) -> Group:
     total = "" if plan.steps is None else f" = {plan.steps * plan.epochs:,}"
     table.add_row("steps", f"{_number(plan.steps)} x {plan.epochs} epochs{total}")
     gib = 2**30
-    activations = f"{plan.activations / 2**20:,.0f} MiB of activations an image"
-    table.add_row("memory", f"about {plan.memory / gib:.1f} GiB a device, eager, {activations}")
+    activations = f"{plan.activations / 2**20:,.0f} MiB of activations per image"
+    table.add_row("memory", f"about {plan.memory / gib:.1f} GiB per device, eager, {activations}")
     if plan.images_per_second is None:
         table.add_row("time", "not estimated for CPUs; add trainer=gpu or trainer=ddp_8gpu")
     else:
         cores = math.ceil(plan.images_per_second / IMAGES_PER_CORE)
-        wanted = f"{plan.images_per_second:,.0f} images/s wanted"
-        table.add_row("loader", f"{wanted}: about {cores:,} cores, {IMAGES_PER_CORE} images/s each")
+        needed = f"{plan.images_per_second:,.0f} images/s needed"
+        table.add_row("loader", f"{needed}: about {cores:,} cores, {IMAGES_PER_CORE} images/s each")
         hours = "?" if plan.hours is None else f"{plan.hours:.1f}"
         gpu_hours = "?" if plan.hours is None else f"{plan.hours * plan.devices:,.0f}"
-        yardstick = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (A100, bf16) a device"
-        table.add_row("time", f"{hours} h, {gpu_hours} GPU-hours, at {yardstick}")
+        assumption = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (A100, bf16) per device"
+        table.add_row("time", f"{hours} h, {gpu_hours} GPU-hours, at {assumption}")
     table.add_row("disk", f"{plan.disk / gib:.1f} GiB for best.ckpt and last.ckpt")
     if plan.teacher is not None:
         size_of = f"{plan.teacher.parameters / 1e6:.1f} M parameters, {plan.teacher.macs / 1e9:.2f} G MACs"
-        table.add_row("teacher", f"{plan.teacher_name}: {size_of}, counted above")
+        table.add_row("teacher", f"{plan.teacher_name}: {size_of}, included above")
     lines = [Text(f"still needed: {key}=...", no_wrap=True, style="bold") for key in plan.missing]
     return Group(table, *lines)
 
@@ -86,7 +86,7 @@ def _number(value: int | None) -> str:
 
 
 def curve(values: list[float], width: int = 60) -> str:
-    """Values as a line of blocks, the highest a whole one."""
+    """Draw values as a line of block characters; the highest value is a full block."""
     blocks = " ▁▂▃▄▅▆▇█"
     columns = min(width, len(values))
     chosen = [values[column * len(values) // columns] for column in range(columns)]

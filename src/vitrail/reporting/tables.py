@@ -1,4 +1,4 @@
-"""Tables that end a training or an examination, and classes in words."""
+"""Summary tables of a training and of the doctor, and readable class names."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ from vitrail.data.label_maps.checks import Finding
 
 
 def training_report(results: Mapping[str, Any], directory: Path) -> Group:
-    """What a training gave, where its files lie, and what can be done next."""
+    """Return a summary of a training: results, files and suggested next commands."""
     table = Table(title="Training finished", show_header=False, title_style="bold")
     table.add_row("best top-1", _both(results, "val/top1"))
     table.add_row("best top-5", _both(results, "val/top5"))
@@ -26,21 +26,21 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
         table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
     run, scripts = near(directory), near(Path(sys.argv[0]).resolve().parent)
     program = f"{_interpreter()} {scripts}"
-    # Lines of their own rather than table cells: paths and commands must not be broken when copied.
+    # Plain lines rather than table cells, so that paths and commands can be copied without line breaks.
     lines = [
         ("run directory", run),
         ("checkpoint", f"{run}/checkpoints/best.ckpt"),
         ("config", f"{run}/config.yaml"),
         ("metrics", f"{run}/metrics.csv"),
         ("evaluate", f"{program}/eval.py ckpt={run}"),
-        ("train on", f"{program}/train.py resume={run} epochs={2 * results['epochs']}"),
+        ("train longer", f"{program}/train.py resume={run} epochs={2 * results['epochs']}"),
         ("your images", f"{program}/train.py data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
     ]
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """What a doctor found, and what to do."""
+    """Return a table of the doctor's findings and advice."""
     wrong = sum(finding.level == "error" for finding in findings)
     table = Table(
         title=f"{wrong} problem{'s' * (wrong > 1)} found" if wrong else "No problems found", title_style="bold"
@@ -56,12 +56,12 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 def _both(results: Mapping[str, Any], metric: str) -> str:
     text = f"{results[metric]:.2f} % with the raw weights"
     if results.get(f"{metric}_ema") is not None:
-        text += f", {results[f'{metric}_ema']:.2f} % with their EMA"
+        text += f", {results[f'{metric}_ema']:.2f} % with the EMA weights"
     return text
 
 
 def near(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
+    """Return a path relative to the working directory if it lies below it, otherwise unchanged."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -69,12 +69,12 @@ def near(path: Path) -> str:
 
 
 def _interpreter() -> str:
-    """How to call this Python from the working directory: `python` only where that is the same one."""
+    """Return the command for this Python interpreter: `python` if that is the same one, otherwise its path."""
     return "python" if shutil.which("python") == sys.executable else near(Path(sys.executable))
 
 
 def describe(name: str) -> str:
-    """A class in words: WordNet ids of ImageNet by their first lemma, other names as they are."""
+    """Return a readable class name: the first lemma for ImageNet's WordNet ids, other names unchanged."""
     if len(name) == 9 and name[0] == "n" and name[1:].isdigit():
         return _wordnet().label_name_to_description(name).split(",")[0]
     return name

@@ -1,6 +1,6 @@
-"""What surrounds a training: run directories, configs to objects, loggers, preemption, resume, reproduction.
+"""Everything around a training: configs, run directories, loggers, preemption, resuming and reproduction.
 
-This room and `commands` are the only ones that know Hydra.
+Only this package and `vitrail.commands` import Hydra.
 """
 
 from vitrail.runs.config import compose

@@ -39,24 +39,24 @@ def build_data(config: DictConfig) -> ImageDataModule:
 
 
 def model_name(node: Any) -> str:
-    """Return what a model's config calls it: timm's name, or the name of the class or function that builds it."""
+    """Return the name of a model config: timm's name, or the name of the class or function that builds the model."""
     return str(node.get("name") or str(node["_target_"]).rpartition(".")[2])
 
 
 def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwargs: Any) -> nn.Module:
     """Build the backbone that a config describes.
 
-    Any callable that returns a module will do. `num_classes` and `img_size` are passed on if it has arguments of these
-    names that the config does not set.
+    `_target_` can be any callable that returns a module. `num_classes` and `img_size` are passed to it if it has
+    arguments of these names that the config does not set.
 
     Args:
         node: config with a `_target_`.
         num_classes: number of classes, C.
         image_size: (height, width) in pixels.
-        kwargs: arguments that win over the config's, if the callable has them (`pretrained`).
+        kwargs: arguments that override the config's, if the callable has them (`pretrained`).
 
     Raises:
-        ConfigError: the config's `num_classes` does not fit, or the backbone gives another number of logits.
+        ConfigError: the config's `num_classes` does not fit, or the backbone returns another number of logits.
     """
     asked = node.get("num_classes")
     if asked is not None and asked != num_classes:
@@ -72,14 +72,14 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     }
     model = instantiate(node, "model", **passed)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model._target_={node['_target_']}: gives a {type(model).__name__}, not a torch module.")
+        raise ConfigError(f"model._target_={node['_target_']}: returns a {type(model).__name__}, not a torch module.")
     if "num_classes" not in passed and asked is None:
         _check_logits(model, num_classes, image_size)
     return model
 
 
 def _check_logits(model: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
-    """Refuse a backbone that was not told the number of classes and gives another number of logits."""
+    """Check the number of logits of a backbone that does not accept `num_classes`."""
     was_training = model.training
     with torch.no_grad():
         logits = model.eval()(torch.zeros(2, 3, *image_size))
@@ -87,13 +87,13 @@ def _check_logits(model: nn.Module, num_classes: int, image_size: tuple[int, int
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ConfigError(
-            f"model: gives {shape} for two images, but the data has {num_classes} classes, so it must be"
-            f" (2, {num_classes})."
+            f"model: returns {shape} for two images, but must return (2, {num_classes}), because the data has"
+            f" {num_classes} classes."
         )
 
 
 def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str]) -> Teacher | None:
-    """Build the teacher of a distillation; None without one."""
+    """Build the distillation teacher; None if the config has none."""
     node = config.get("teacher")
     return None if node is None else Teacher(instantiate(node, "teacher"), spec.mean, spec.std, classes)
 
@@ -102,7 +102,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     """Build the LightningModule of a training.
 
     Raises:
-        ConfigError: parts that do not fit together.
+        ConfigError: the parts do not fit together.
     """
     mixing = instantiate(config.mixing, "mixing")
     if mixing is not None and data.batch_size % 2:
@@ -113,7 +113,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     check_contracts(model, objective, mixing, data.provides | taught)
     check_passes(model, objective)
     if config.init_from is not None and not config.resume:
-        # A token classifier that is new may start untrained.
+        # A new token classifier may start untrained.
         allowed = ["aux_head.*"] if "tokens" in declared_outputs(model) else []
         load_checkpoint(model, find_checkpoint(config.init_from, "init_from"), allow=allowed, key="init_from")
     module = ImageClassifier(
@@ -128,27 +128,26 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         compile_mode=config.compile,
         grad_checkpointing=config.grad_checkpointing,
     )
-    if (
-        config.compile is None
-    ):  # lets the summary count operations in a forward pass, which would be compiled for nothing
+    # The model summary counts operations in a forward pass of the example, which must not trigger a compilation.
+    if config.compile is None:
         module.example_input_array = torch.zeros(1, 3, *data.input.size)
     return module
 
 
 def check_passes(model: nn.Module, objective: nn.Module) -> None:
-    """Refuse to compare a network with itself.
+    """Check that several forward passes of an objective differ, by dropout or drop path.
 
     Raises:
-        ConfigError: the objective compares several passes, and nothing makes them differ.
+        ConfigError: the objective compares several passes, and they would be identical.
     """
     drawn = any(getattr(module, "drop_prob", 0) or getattr(module, "p", 0) for module in model.modules())
     if passes_of(objective) > 1 and not drawn:
         passes, name = passes_of(objective), type(objective).__name__
-        raise ConfigError(f"model.drop_path_rate: 0, so the {passes} passes of {name} are all alike.")
+        raise ConfigError(f"model.drop_path_rate=0: the {passes} passes of {name} would be identical; set it above 0.")
 
 
 class _SaveConfig(L.Callback):
-    """Put the config and the class names into each checkpoint, so that it can be used without its run directory."""
+    """Callback that saves config and class names in each checkpoint, so that it is usable without its run directory."""
 
     def __init__(self, config: dict[str, Any], classes: list[str]) -> None:
         self.content = {"config": config, "classes": list(classes)}
@@ -158,7 +157,7 @@ class _SaveConfig(L.Callback):
 
 
 def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, csv_log: MetricsCSV) -> L.Trainer:
-    """Lightning's Trainer with the callbacks and loggers that the config names."""
+    """Build Lightning's Trainer with the config's callbacks and loggers."""
     named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
     callbacks = [callback for callback in named.values() if callback is not None]
     callbacks += [_SaveConfig(redacted(plain(config)), data.classes), ResumePosition()]
@@ -182,7 +181,10 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
 
 
 def slurm_environment(trainer: DictConfig) -> list[SLURMEnvironment]:
-    """Lightning's SLURM environment where srun started the processes; signals are KeepWork's, not its requeueing's."""
+    """Return Lightning's SLURM environment if srun started the processes, without its requeueing on signals.
+
+    `Preemption` handles the signals.
+    """
     tasks, devices = os.environ.get("SLURM_NTASKS"), trainer.devices
     wanted = str(devices * trainer.num_nodes) if isinstance(devices, int) else tasks
     managed = SLURMEnvironment.detect() and tasks == wanted and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -190,14 +192,14 @@ def slurm_environment(trainer: DictConfig) -> list[SLURMEnvironment]:
 
 
 def given_processes(trainer: DictConfig) -> DictConfig:
-    """The trainer's config for the processes that torchrun has started, whose number it decides."""
+    """Return the trainer config with the number of processes that torchrun has started; unchanged without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return trainer
     restarts, kept = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
     if restarts != "0" and kept == "True":  # github.com/pytorch/pytorch/issues/135712
         log.warning(
-            "torchrun --max-restarts=%s: processes that are started again may look for those that are gone; start"
-            " torchrun with --rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.",
+            "torchrun --max-restarts=%s: restarted processes may try to connect to dead ones; start torchrun with"
+            " --rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.",
             restarts,
         )
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -207,14 +209,14 @@ def given_processes(trainer: DictConfig) -> DictConfig:
 
 
 def check_devices(trainer: DictConfig) -> None:
-    """Refuse devices that this machine lacks before any process is started.
+    """Check that this machine has the devices, before any process is started.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: there are too few GPUs; the message names the key.
     """
     if trainer.accelerator in ("gpu", "cuda"):
         available = torch.cuda.device_count()
         if available == 0:
-            raise ConfigError(f"trainer.accelerator={trainer.accelerator}: no GPU is visible here; trainer=cpu works.")
+            raise ConfigError(f"trainer.accelerator={trainer.accelerator}: no GPU is visible here; use trainer=cpu.")
         if isinstance(trainer.devices, int) and trainer.devices > available:
             raise ConfigError(f"trainer.devices={trainer.devices}: only {available} GPUs are visible here.")

@@ -1,4 +1,4 @@
-"""Compose configs, and build objects from them: refuse what nothing reads, name the key of what fails."""
+"""Compose configs and build objects from them; errors name the config key."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +20,16 @@ from vitrail_runtime.renames import upgraded
 
 
 def compose(program: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose the config of a program as its command line would, for use from Python.
+    """Compose a program's config, as its command line does, for use from Python.
 
     Example: `train(compose("train", ["model=vit_nano", "epochs=1"]))`.
 
     Args:
         program: name of a file in conf/: `train`, `eval`, ...
-        overrides: as on the command line.
+        overrides: overrides as on the command line.
 
     Raises:
-        HydraException: an override that does not fit, in Hydra's words.
+        HydraException: an override is invalid.
     """
     resolvers.register()
     with _initialised():
@@ -43,13 +43,13 @@ def compose(program: str = "train", overrides: Sequence[str] = ()) -> DictConfig
 
 
 def defaults_of(program: str) -> DictConfig:
-    """Compose the config of a program without any override."""
+    """Compose a program's config without overrides."""
     with _initialised():
         return hydra.compose(program)
 
 
 def settle_model(config: DictConfig) -> None:
-    """Let `model=<file>` on the command line choose the network, also over an experiment that names another one."""
+    """Apply `model=<file>` from the command line also if an experiment sets `model.name`, in place."""
     overrides = HydraConfig.get().overrides.task
     chosen = [item for item in overrides if item.startswith("model=")]
     if not chosen or any(item.lstrip("+").startswith("model.name=") for item in overrides):
@@ -62,7 +62,7 @@ def settle_model(config: DictConfig) -> None:
 
 @contextmanager
 def _initialised() -> Iterator[None]:
-    """Let Hydra know vitrail's configs, unless it knows some already."""
+    """Initialise Hydra with vitrail's configs, unless it is initialised already."""
     if GlobalHydra.instance().is_initialized():
         yield
         return
@@ -71,22 +71,22 @@ def _initialised() -> Iterator[None]:
 
 
 def check_keys(config: DictConfig, program: str) -> None:
-    """Refuse top-level keys that nothing reads; what lies deeper is passed to a constructor, which refuses its own.
+    """Check that all top-level keys are known; deeper keys are checked by the constructors that they are passed to.
 
     Raises:
-        ConfigError: names the first such key.
+        ConfigError: there is an unknown key; the message names the first one.
     """
     primary: Any = OmegaConf.load(CONF / f"{program}.yaml")
     groups = [key.split()[-1].lstrip("/") for item in primary.defaults if OmegaConf.is_dict(item) for key in item]
     if unknown := [str(key) for key in config if key not in {*primary, *groups}]:
-        raise ConfigError(f"{unknown[0]}: no such config key; nothing would read it.")
+        raise ConfigError(f"{unknown[0]}: no such config key; nothing reads it.")
 
 
 def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:
-    """Refuse a value that is none of a key's.
+    """Check that each key has one of its allowed values.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: a value is not allowed; the message names the key and the choices.
     """
     for key, allowed in choices.items():
         if config[key] not in allowed:
@@ -97,13 +97,13 @@ def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
     """Build the object that `config` describes; None for null.
 
     Raises:
-        ConfigError: it cannot be built; the message starts with `key` unless it names a key itself.
+        ConfigError: the object cannot be built; the message starts with `key`, or with the full key of the cause.
     """
     if config is None:
         return None
     try:
         with guarded():
-            # Deferred: Hydra would turn dataclasses among the arguments of instantiate() into configs.
+            # Not called here with `kwargs`: Hydra would convert dataclasses among them to configs.
             build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
@@ -127,7 +127,7 @@ def _full_key(message: str) -> str:
 
 
 def _sentence(key: str, reason: str) -> str:
-    """One line that starts with the key; a constructor's complaint about an argument in the words of a config."""
+    """Return one line that starts with the key; an unexpected constructor argument is reported as an unknown key."""
     first = reason.strip().splitlines()[0]
     if first.startswith(f"{key}."):
         return first
@@ -136,24 +136,25 @@ def _sentence(key: str, reason: str) -> str:
 
 
 def plain(config: DictConfig | ListConfig) -> Any:
-    """Return the config as dicts, lists and scalars, interpolations resolved, so that it loads anywhere and safely."""
+    """Return the config as dicts, lists and scalars with interpolations resolved, which any program can load safely."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictConfig:
-    """The config of the run in `directory`, with what the command line says on top.
+    """Return the saved config of the run in `directory`, with the overrides of the command line applied.
 
     Args:
-        config: as composed with the command line, which names only what is to change.
-        defaults: as composed without it; what differs follows from the command line, through interpolations too.
-        directory: the run.
+        config: config composed with the command line, which names only the keys to change.
+        defaults: config composed without the command line; all differences, including those through interpolations,
+            are applied.
+        directory: run directory.
     """
     saved = OmegaConf.create(moved(upgraded(plain(OmegaConf.load(directory / "config.yaml"))), directory))
     before, now = _leaves(plain(defaults)), _leaves(plain(config))
     with open_dict(saved):
         named = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
-        for key in [*named, *(["strategy"] if "trainer" in named else [])]:  # a trainer chooses its strategy
-            if OmegaConf.select(config, key) is not None:  # a group replaces the run's whole group
+        for key in [*named, *(["strategy"] if "trainer" in named else [])]:  # trainer=... also selects a strategy
+            if OmegaConf.select(config, key) is not None:  # a group replaces the whole saved group
                 value = OmegaConf.select(config, key)
                 OmegaConf.update(saved, key, plain(value) if OmegaConf.is_config(value) else value, merge=False)
         for key, value in now.items():
@@ -163,7 +164,7 @@ def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictCo
 
 
 def moved(saved: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The config of a run with `run` in place of the directory that it ran in."""
+    """Return the saved config of a run with its old directory replaced by `run`."""
     before = str(saved["paths"]["run"])
 
     def replaced(tree: Any) -> Any:
@@ -177,7 +178,7 @@ def moved(saved: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of everything that is not a dict."""
+    """Return the leaves of a nested dict by their dotted keys."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     return {

@@ -1,4 +1,4 @@
-"""The run directory: what a run was told, what it ran on, and what came out."""
+"""The run directory: config, versions, checkpoints and results of a run."""
 
 import errno
 import fcntl
@@ -27,14 +27,14 @@ class RunDirectory:
     """Files of one run.
 
     ```
-    config.yaml       resolved config                 metrics.csv        one row an epoch
+    config.yaml       resolved config                 metrics.csv        one row per epoch
     overrides.txt     the command line's overrides    checkpoints/       last.ckpt and best.ckpt
-    versions.yaml     git commit, packages, machine   train.log          what the terminal showed, and tracebacks
-    results.json      best and last metrics           first_batch.png    what the network saw first
+    versions.yaml     git commit, packages, machine   train.log          log messages and tracebacks
+    results.json      best and last metrics           first_batch.png    first training batch
     ```
 
     Args:
-        path: the directory.
+        path: run directory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,7 +42,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """Directory of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -56,29 +56,29 @@ class RunDirectory:
         return self.checkpoints / "best.ckpt"
 
     def claim(self, patience: float) -> None:
-        """Keep other trainings out of the directory for as long as this process lives.
+        """Lock the directory against other trainings while this process lives.
 
         Args:
-            patience: seconds to wait for one that is there to end.
+            patience: seconds to wait until another training in the directory ends.
 
         Raises:
-            ConfigError: it stays.
+            ConfigError: the other training is still running after that time.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim = (self.path / ".lock").open("w")
-        except OSError:  # the first file that has to be written says so
+        except OSError:  # `record` reports that the directory cannot be written to
             return
         deadline = time.monotonic() + patience
         if patience and not _locked(self._claim):
-            log.warning("%s: another process is training there; waiting up to %d s for its end", self.path, patience)
+            log.warning("%s: another process is training there; waiting up to %d s until it ends", self.path, patience)
         while not _locked(self._claim):
             if time.monotonic() >= deadline:
-                raise ConfigError(f"{self.path}: another process is training there; end it first, then resume.")
+                raise ConfigError(f"{self.path}: another process is training there; stop it first, then resume.")
             time.sleep(1)
 
     def record(self, config: dict[str, Any], overrides: list[str]) -> None:
-        """Write what the run was told and what it runs on; call on one process.
+        """Write config, overrides and versions; call on one process only.
 
         Raises:
             ConfigError: the directory cannot be written to.
@@ -92,21 +92,21 @@ class RunDirectory:
             raise ConfigError(f"paths.logs: cannot write to {self.path} ({error.strerror}).") from error
 
     def write(self, name: str, text: str) -> None:
-        """Write a file of the run; a reader never sees half of it."""
+        """Write a file of the run atomically."""
         target = self.path / name
         unfinished = target.with_name(f".{name}.{os.getpid()}")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(target)
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Write results.json, from which sweeps and reports read."""
+        """Write results.json, which sweeps and reports read."""
         self.write("results.json", json.dumps(results, indent=1))
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether this process could lock the file, or the file system has no locks.
+    """Lock the file; return False if another process has locked it, True also if the file system has no locks.
 
-    Loader processes that outlive the training for a moment do not hold this kind.
+    Data loader workers do not inherit this kind of lock, so those that briefly outlive the training do not hold it.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,10 +116,10 @@ def _locked(file: IO[str]) -> bool:
 
 
 def find_checkpoint(ckpt: str, key: str = "ckpt") -> Path:
-    """The checkpoint file that `ckpt` names: itself, or a run directory's best.
+    """Return the checkpoint file that `ckpt` refers to: the file itself, or the best one of a run directory.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the directory contains no checkpoint.
     """
     path = Path(ckpt).expanduser().absolute()
     if not path.is_dir():
@@ -132,12 +132,12 @@ def find_checkpoint(ckpt: str, key: str = "ckpt") -> Path:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes for all of them; known from the environment, before any group of processes is."""
+    """Return whether this is rank 0, by the environment, so that it works before the process group exists."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def versions() -> dict[str, Any]:
-    """Git commit (with `-dirty` where files differ from it), package versions, Python and the machine."""
+    """Return git commit (with `-dirty` if there are uncommitted changes), package versions, Python and platform."""
     found: dict[str, str] = {}
     for package in _PACKAGES:
         try:

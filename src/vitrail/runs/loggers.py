@@ -1,4 +1,4 @@
-"""Where metrics go: a CSV file always, W&B, TensorBoard and MLflow on request."""
+"""Loggers: always a CSV file; W&B, TensorBoard and MLflow on request."""
 
 import csv
 import logging
@@ -24,12 +24,12 @@ _WANDB_SERVER = "https://api.wandb.ai"
 
 
 class MetricsCSV(Logger):
-    """One row an epoch in `metrics.csv`; a resumed run goes on in the same file.
+    """Logger that writes one row per epoch to `metrics.csv`; a resumed run appends to the same file.
 
-    Lightning's CSVLogger writes several rows an epoch, and deletes the file of a run that is resumed.
+    Lightning's CSVLogger writes several rows per epoch, and deletes the file when a run is resumed.
 
     Args:
-        path: the file.
+        path: CSV file.
     """
 
     name = None
@@ -48,11 +48,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run directory holds the config."""
+        """Do nothing: the config is saved in the run directory."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add values to their epoch's row."""
+        """Add metrics to the row of their epoch."""
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         if "epoch" not in metrics or not values:
             return
@@ -62,16 +62,16 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write all rows anew; where that fails the next time may succeed, as the rows are all still here."""
+        """Rewrite the file with all rows; if that fails, the next call tries again with all rows."""
         try:
             self._write()
         except OSError as error:
             if not self._warned:
-                log.warning("%s: cannot be written (%s); trying again after each epoch", self.path, error.strerror)
+                log.warning("%s: cannot be written (%s); will retry after each epoch", self.path, error.strerror)
             self._warned = True
 
     def _write(self) -> None:
-        """A reader never sees half a file."""
+        """Write the file atomically."""
         columns = ["epoch", "step", *sorted({key for row in self.rows.values() for key in row} - {"epoch", "step"})]
         unfinished = self.path.with_name(f".{self.path.name}")
         with unfinished.open("w", newline="", encoding="utf-8") as file:
@@ -84,7 +84,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the last rows.
+        """Write the file for the last time.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -95,49 +95,51 @@ class MetricsCSV(Logger):
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror}).") from error
 
     def best(self, metric: str) -> float | None:
-        """Highest value of `metric` over all epochs."""
+        """Return the highest value of `metric` over all epochs; None if it was never logged."""
         return max((row[metric] for row in self.rows.values() if metric in row), default=None)
 
 
 class Tolerant(Logger):
-    """What a logger becomes that may lose its server: when it fails, its records are lost, not the training.
+    """Mixin for loggers that may lose their server: a failure disables the logger, and the training continues.
 
-    `metrics.csv` has the metrics in any case.
+    The metrics are in `metrics.csv` in any case.
     """
 
     failed = False
 
     def attempt(self, act: Callable[[], Any]) -> None:
-        """Do `act`, unless this logger has failed before; say so the first time it fails."""
+        """Call `act` unless this logger has failed before; log a warning at the first failure."""
         if self.failed:
             return
         try:
             act()
-        except Exception as error:  # each package raises errors of its own
+        except Exception as error:  # each package raises its own error types
             self.failed = True
             reason = str(error).strip().splitlines() or [type(error).__name__]
             kind = type(self).__name__.removesuffix("Logger")
-            log.warning("%s fails (%s); the run goes on without it, metrics.csv has everything", kind, reason[0])
+            log.warning(
+                "%s failed (%s); the run continues without it, and metrics.csv has all metrics", kind, reason[0]
+            )
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log, or not."""
+        """Log metrics, unless the logger has failed."""
         self.attempt(lambda: super(Tolerant, self).log_metrics(metrics, step))  # type: ignore[safe-super]
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Log, or not."""
+        """Log hyperparameters, unless the logger has failed."""
         self.attempt(lambda: super(Tolerant, self).log_hyperparams(*args, **kwargs))  # type: ignore[safe-super]
 
     def save(self) -> None:
-        """Save, or not."""
+        """Save, unless the logger has failed."""
         self.attempt(lambda: super(Tolerant, self).save())
 
     def finalize(self, status: str) -> None:
-        """End, or not."""
+        """Finalise, unless the logger has failed."""
         self.attempt(lambda: super(Tolerant, self).finalize(status))
 
 
 def tolerant(logger: Any) -> Any:
-    """Make a logger of Lightning's `Tolerant`; it keeps its name."""
+    """Add `Tolerant` to one of Lightning's loggers, in place; its class keeps its name."""
     kind = type(logger)
     logger.__class__ = type(kind.__name__, (Tolerant, kind), {})
     return logger
@@ -146,16 +148,20 @@ def tolerant(logger: Any) -> Any:
 def wandb(
     run_dir: str, project: str | None = None, entity: str | None = None, finish_timeout: float = 300, **kwargs: Any
 ) -> WandbLogger:
-    """Log to Weights & Biases: online where a key and the network are there, else offline in the run directory.
+    """Create a Weights & Biases logger: online if there is a key and a connection, otherwise offline.
 
-    The run's id is kept in `wandb_id.txt`, so that a resumed training goes on in the same W&B run.
+    Offline runs are stored in the run directory. The W&B run id is saved in `wandb_id.txt`, so that a resumed training
+    continues the same W&B run.
 
     Args:
-        run_dir: the run directory.
+        run_dir: run directory.
         project: W&B project.
         entity: W&B user or team.
-        finish_timeout: seconds to wait at the end for the server to take everything; metrics.csv has it anyway.
+        finish_timeout: seconds to wait at the end for the upload to finish; metrics.csv has the metrics in any case.
         kwargs: further arguments of `wandb.init` (`tags`, `notes`, `group`, ...).
+
+    Raises:
+        ConfigError: `WANDB_MODE` is invalid.
     """
     import wandb as package
 
@@ -173,25 +179,27 @@ def wandb(
             project=project,
             entity=entity,
             resume="allow",
-            # Give up on a server that does not answer rather than hold up the training.
+            # A server that does not answer must not block the training.
             settings=package.Settings(
                 mode=mode, init_timeout=20, finish_timeout=finish_timeout, silent=mode != "online", console="off"
             ),
             **kwargs,
         )
 
-    mode, why = _wandb_mode()
+    mode, reason = _wandb_mode()
     if mode == "online" and is_rank_zero():
         try:
             online = logger("online")
             with redacted_arguments():
-                _ = online.experiment  # connects, and sends the command line
+                _ = online.experiment  # connects and sends the command line
             return tolerant(online)
-        except Exception as error:  # wandb raises its own errors, requests' and plain ones
-            package.teardown()  # or the id would count as in use
-            mode, why = "offline", f"the server refuses or does not answer ({str(error).splitlines()[0]})"
-    if why:
-        log.warning("logger=wandb: %s; the run is stored offline, `wandb sync %s/wandb/*` uploads it.", why, run_dir)
+        except Exception as error:  # wandb raises its own errors, those of requests, and built-in ones
+            package.teardown()  # otherwise the run id would still be in use
+            mode, reason = "offline", f"the server refused or did not answer ({str(error).splitlines()[0]})"
+    if reason:
+        log.warning(
+            "logger=wandb: %s; the run is stored offline. Upload it with `wandb sync %s/wandb/*`.", reason, run_dir
+        )
     offline = logger(mode)
     if is_rank_zero():
         with redacted_arguments():
@@ -200,9 +208,9 @@ def wandb(
 
 
 def _wandb_mode() -> tuple[str, str | None]:
-    """Mode for W&B, and the reason where it is offline without having been asked for.
+    """Return W&B's mode, and the reason if it is offline although nobody asked for that.
 
-    Decided before the training starts: online without network, wandb blocks for minutes and then raises.
+    This is decided before wandb starts: online and without a network, wandb blocks for minutes and then raises.
     """
     if chosen := os.environ.get("WANDB_MODE"):
         if chosen not in ("online", "offline", "disabled", "shared"):
@@ -228,7 +236,7 @@ def _has_netrc_entry(host: str) -> bool:
 
 
 def tensorboard(run_dir: str, **kwargs: Any) -> TensorBoardLogger:
-    """Log to TensorBoard event files in the run directory.
+    """Create a logger of TensorBoard event files in the run directory.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -236,14 +244,14 @@ def tensorboard(run_dir: str, **kwargs: Any) -> TensorBoardLogger:
     try:
         return tolerant(TensorBoardLogger(save_dir=run_dir, name="", version="tensorboard", **kwargs))
     except ModuleNotFoundError as error:
-        raise ConfigError("logger=tensorboard: not installed, pip install 'vitrail[tracking]'.") from error
+        raise ConfigError("logger=tensorboard: not installed; run pip install 'vitrail[tracking]'.") from error
 
 
 def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> MLFlowLogger:
-    """Log to an MLflow server or database; the run's id is kept in `mlflow_id.txt` for a resumed training.
+    """Create a logger for an MLflow server or database; the run id is saved in `mlflow_id.txt` for resuming.
 
     Args:
-        run_dir: the run directory; its name becomes the run's.
+        run_dir: run directory; its name becomes the name of the MLflow run.
         experiment: MLflow experiment.
         tracking_uri: address of the server, or `sqlite:///<file>`.
         kwargs: further arguments of Lightning's MLFlowLogger.
@@ -251,8 +259,8 @@ def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> M
     Raises:
         ConfigError: MLflow is not installed.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training reports to nobody unasked
-    if tracking_uri.startswith("sqlite:///"):  # MLflow would put pictures into the working directory
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no usage reports without consent
+    if tracking_uri.startswith("sqlite:///"):  # by default MLflow writes pictures to the working directory
         kwargs.setdefault("artifact_location", str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlruns"))
     directory = Path(run_dir)
     id_file = directory / "mlflow_id.txt"
@@ -265,7 +273,7 @@ def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> M
             **kwargs,
         )
     except ModuleNotFoundError as error:
-        raise ConfigError("logger=mlflow: not installed, pip install 'vitrail[tracking]'.") from error
+        raise ConfigError("logger=mlflow: not installed; run pip install 'vitrail[tracking]'.") from error
     if is_rank_zero() and not id_file.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         id_file.write_text(logger.run_id or "")

@@ -1,4 +1,4 @@
-"""Where messages go: terminal and log file, without secrets, from the first rank only."""
+"""Set up logging: to terminal and log file, without secrets, from rank 0 only."""
 
 import logging
 import warnings
@@ -6,22 +6,19 @@ import warnings
 from vitrail.runs.directory import is_rank_zero
 from vitrail_runtime.secrets import redact_logs
 
-# Warnings about what is intended here, or about Lightning's own use of PyTorch.
+# Warnings about intended behaviour, or about Lightning's own use of PyTorch.
 _EXPECTED_WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",
     "You have overridden `on_after_batch_transfer`.*",
     ".*does not have many workers.*",
     "The number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
-    "You're resuming from a checkpoint that ended before the epoch ended.*",  # ResumePosition sees to that
+    "You're resuming from a checkpoint that ended before the epoch ended.*",  # ResumePosition handles this
 )
 
 
 def set_up_logging() -> None:
-    """Let Lightning's messages go where ours go (terminal and log file), and keep ranks other than 0 quiet.
-
-    Secrets go nowhere.
-    """
+    """Send Lightning's messages to terminal and log file like vitrail's, redact secrets, and silence other ranks."""
     redact_logs()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
@@ -29,7 +26,7 @@ def set_up_logging() -> None:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     logging.captureWarnings(True)
-    logging.raiseExceptions = False  # a log file that cannot be written to any more is no reason to stop
+    logging.raiseExceptions = False  # a failure to write the log file must not stop the training
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if not is_rank_zero():

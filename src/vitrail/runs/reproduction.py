@@ -1,4 +1,4 @@
-"""`reproduce=<run>`: run a finished training again from what it recorded, and say whether it comes out the same."""
+"""`reproduce=<run>`: repeat a finished training from its saved config, and compare the metrics."""
 
 import csv
 import logging
@@ -17,28 +17,28 @@ from vitrail.runs.directory import versions
 
 log = logging.getLogger(__name__)
 
-_IGNORED = ("epoch", "step", "speed/")  # not results
+_IGNORED = ("epoch", "step", "speed/")  # columns that are not results
 
 
 def recorded_config(config: DictConfig, defaults: DictConfig, run: Path) -> DictConfig:
-    """The config of the run `config.reproduce`, for a run in the directory `run`; says what has changed since.
+    """Return the config to repeat the run `config.reproduce` in the directory `run`, and warn about changed versions.
 
     Raises:
         ConfigError: there is no such run.
     """
     source = Path(config.reproduce).expanduser().absolute()
     if not (source / "config.yaml").is_file():
-        raise ConfigError(f"reproduce={config.reproduce}: no run directory (it would hold a config.yaml).")
+        raise ConfigError(f"reproduce={config.reproduce}: not a run directory (no config.yaml).")
     if not (source / "metrics.csv").is_file():
-        raise ConfigError(f"reproduce={config.reproduce}: holds no metrics.csv to compare with.")
+        raise ConfigError(f"reproduce={config.reproduce}: no metrics.csv to compare with.")
     saved = plain(restore(config, defaults, source))
     for change in changes(OmegaConf.to_container(OmegaConf.load(source / "versions.yaml")), versions()):
-        log.warning("since that run: %s", change)
+        log.warning("changed since that run: %s", change)
     return OmegaConf.create({**moved(saved, run), "resume": None, "reproduce": str(source)})
 
 
 def changes(before: Any, now: dict[str, Any]) -> list[str]:
-    """What differs between two `versions.yaml`, one sentence each."""
+    """List the differences between two `versions.yaml`, one line each."""
     found = [
         f"{key} {before.get(key)}, now {now[key]}"
         for key in ("commit", "python", "platform")
@@ -46,7 +46,7 @@ def changes(before: Any, now: dict[str, Any]) -> list[str]:
     ]
     packages, others = before.get("packages", {}), now["packages"]
     found += [
-        f"{name} {packages.get(name, 'not there')}, now {others.get(name, 'not there')}"
+        f"{name} {packages.get(name, 'not installed')}, now {others.get(name, 'not installed')}"
         for name in sorted({*packages, *others})
         if packages.get(name) != others.get(name)
     ]
@@ -54,10 +54,10 @@ def changes(before: Any, now: dict[str, Any]) -> list[str]:
 
 
 def comparison(source: Path, again: Path) -> tuple[Group, bool]:
-    """Both trainings' metrics: a table of the largest differences, and whether there are none at all."""
+    """Compare the metrics of two trainings: a table of the largest differences, and whether there are none."""
     first, second = (_rows(folder / "metrics.csv") for folder in (source, again))
     names = sorted({name for row in first for name in row if not name.startswith(_IGNORED)})
-    table = Table(title=f"Against {source.name}", title_style="bold")
+    table = Table(title=f"Compared with {source.name}", title_style="bold")
     for column in ("metric", "then", "now", "largest difference"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     same = len(first) == len(second)
@@ -70,9 +70,9 @@ def comparison(source: Path, again: Path) -> tuple[Group, bool]:
         largest = math.nan if any(math.isnan(value) for value in differences) else max(differences)
         table.add_row(name, f"{pairs[-1][0]:g}", f"{pairs[-1][1]:g}", f"{largest:.2g}")
     if len(first) != len(second):
-        verdict = f"{len(first)} epochs then, {len(second)} now: not the same."
+        verdict = f"Not identical: {len(first)} epochs then, {len(second)} now."
     else:
-        verdict = "The same, to the last digit written." if same else "Not the same; see the table."
+        verdict = "Identical, to the last digit written." if same else "Not identical; see the table."
     return Group(table, Text(verdict, style="bold")), same
 
 

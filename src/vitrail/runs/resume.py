@@ -1,4 +1,4 @@
-"""Resume a training: which config, which checkpoint, and which batch comes next."""
+"""Resume a training: find its config, its checkpoint and the next batch."""
 
 import logging
 from pathlib import Path
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def continue_restarted(config: DictConfig, run: RunDirectory) -> DictConfig:
-    """`config`, to resume the training that its run directory holds: torchrun or SLURM has started it again.
+    """Return `config` with `resume` set to the run directory, for a training that torchrun or SLURM restarted.
 
     Raises:
-        ConfigError: it holds another training.
+        ConfigError: the run directory contains another training.
     """
     before, now = (redacted(upgraded(plain(tree))) for tree in (OmegaConf.load(run.path / "config.yaml"), config))
     for tree in (before, now):
@@ -37,54 +37,56 @@ def continue_restarted(config: DictConfig, run: RunDirectory) -> DictConfig:
         for key in ("devices", "num_nodes"):
             tree["trainer"].pop(key)
     if before != now:
-        raise ConfigError(f"hydra.run.dir={run.path}: holds another training; give this one another (or --rdzv-id).")
-    log.info("started again in %s: going on", run.path)
+        raise ConfigError(
+            f"hydra.run.dir={run.path}: contains another training; choose another hydra.run.dir (or --rdzv-id)."
+        )
+    log.info("restarted in %s: resuming", run.path)
     with open_dict(config):
         config.resume = str(run.path)
     return config
 
 
 def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module) -> Path | None:
-    """The run's last checkpoint when resuming; None starts at the beginning.
+    """Return the last checkpoint of the run to resume; None to start from the beginning.
 
     Raises:
-        ConfigError: the run is finished, or its checkpoint is of another architecture than `model`.
+        ConfigError: the run is finished, or its checkpoint does not fit `model`.
     """
     if not config.resume:
         return None
     if not run.last.is_file():
-        log.warning("resume=%s: no checkpoint yet, starting at the beginning.", config.resume)
+        log.warning("resume=%s: no checkpoint yet; starting from the beginning.", config.resume)
         return None
     checkpoint = read_checkpoint(run.last, values=False)
     check_weights(model, backbone_weights(checkpoint, ema=False), source=f"resume={run.last}")
     epochs = epochs_in_checkpoint(checkpoint)
     if epochs >= config.trainer.max_epochs:
         raise ConfigError(
-            f"resume={config.resume}: its {epochs} epochs are done; add epochs=N with a larger N to go on."
+            f"resume={config.resume}: all {epochs} epochs are done; to continue, set epochs to more than {epochs}."
         )
     return run.last
 
 
 class ResumePosition(L.Callback):
-    """Let a resumed training begin with the batch that comes next, of the epoch that it is in.
+    """Callback that makes a resumed training start with the next batch of its epoch.
 
-    Lightning opens the loader before it knows where the training was, and counts on it from there. Where the processes
-    are more or fewer than before, it goes on after the same images, which are other batches.
+    Lightning opens the data loader before it restores the position in the epoch, so the loader has to be opened again.
+    If the number of processes or the batch size has changed, the training continues after the same number of images.
     """
 
     def __init__(self) -> None:
         self.images_per_batch: int | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep how many images a batch has, on all processes."""
+        """Save the number of images per batch over all processes."""
         checkpoint["images_per_batch"] = _images_per_batch(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read it."""
+        """Restore the number of images per batch."""
         self.images_per_batch = checkpoint.get("images_per_batch")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the loader again where the checkpoint says."""
+        """Open the data loader again at the checkpoint's position."""
         if trainer.ckpt_path is None:
             return
         now = _images_per_batch(trainer)

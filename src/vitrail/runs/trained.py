@@ -1,4 +1,4 @@
-"""Open any trained network: a run, an exported folder, or a file of weights with a model to go with it."""
+"""Open any trained network: a run, an exported folder, or a weights file together with a model config."""
 
 import json
 import logging
@@ -23,21 +23,21 @@ from vitrail_runtime.renames import upgraded
 
 log = logging.getLogger(__name__)
 
-_EXPORTED = ("model.safetensors", "pytorch_model.bin")  # as timm names them in a folder for the hub
+_EXPORTED = ("model.safetensors", "pytorch_model.bin")  # timm's file names for the hub
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network, and what has to be known to use it.
+    """A trained network, and what is needed to use it.
 
     Attributes:
-        model: in evaluation mode, on the CPU, with `weights` loaded.
-        input: what it is fed.
-        classes: names of its classes, in the order of its logits; None if nobody recorded them.
-        config: of the run that trained it; of other networks `model` only.
+        model: network in evaluation mode, on the CPU, with `weights` loaded.
+        input: the network's input.
+        classes: class names in the order of the logits; None if they were not recorded.
+        config: config of the run that trained the network; for other networks it has `model` only.
         weights: which weights are loaded: `raw` or `ema`.
-        weight_sets: which weights there are.
-        path: the file that they came from; None for weights that timm downloaded.
+        weight_sets: which weights the file contains.
+        path: file of the weights; None for weights that timm downloaded.
     """
 
     model: nn.Module
@@ -50,17 +50,17 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
-        """timm's name of the network, or that of its class."""
+        """The network's name in timm, or the name of its class."""
         return model_name(self.config["model"])
 
     @property
     def num_classes(self) -> int:
-        """Number of its classes, C."""
+        """Number of classes, C."""
         return len(self.classes) if self.classes is not None else int(self.model.num_classes)  # type: ignore[arg-type]
 
     @property
     def is_run(self) -> bool:
-        """Whether vitrail trained it."""
+        """Whether the network comes from a run of vitrail."""
         return "data" in self.config
 
 
@@ -71,24 +71,24 @@ def load_run(
     image_size: ImageSize | None = None,
     key: str = "ckpt",
 ) -> TrainedModel:
-    """Open a trained network, whoever trained it.
+    """Open a trained network of vitrail, timm or an official release.
 
     Args:
-        path: run directory (its best checkpoint), checkpoint of a run, folder that `export.py` wrote, or any file of
-            weights; None downloads timm's weights of `model`.
-        weights: `ema`, `raw`, or `best`: the averaged ones if there are any.
-        model: timm's name, or a model's config; only for weights that do not say which network they are of.
-        image_size: to build the network for; None takes the recorded one.
-        key: what a config calls `path`, for messages.
+        path: run directory (its best checkpoint), checkpoint of a run, folder written by `export.py`, or any weights
+            file; None downloads timm's weights of `model`.
+        weights: `ema`, `raw`, or `best`, which means EMA weights if there are any.
+        model: name in timm, or model config; only for weights files that do not contain one.
+        image_size: image size to build the network for; None for the recorded size.
+        key: config key of `path`, for error messages.
 
     Raises:
-        ConfigError: nothing says which network it is, or the weights are not there or do not fit.
+        ConfigError: the model is unknown, or the weights are missing or do not fit.
     """
     if weights not in ("best", "ema", "raw"):
         raise ConfigError(f"weights={weights}: choose best, ema or raw.")
     file, described = _locate(path, key)
     if described is not None:
-        _refuse_model(model, file, "its config.json")
+        _refuse_model(model, file, "config.json")
         return _open_export(file, described, weights, image_size, key)
     checkpoint = {} if file is None or file.suffix == ".npz" else read_checkpoint(file, values=False, key=key)
     if "config" in checkpoint and "classes" in checkpoint:
@@ -96,52 +96,54 @@ def load_run(
         return _open_run(file, checkpoint, weights, image_size, key)
     if model is None:
         missing = f"{key}={file}: contains no config, so it was not written by train.py" if file else f"{key}: not set"
-        raise ConfigError(f"{missing}; model=... says which network it is, such as model=t2t_vit_14.")
+        raise ConfigError(f"{missing}; set model=..., for example model=t2t_vit_14.")
     node = {"_target_": "vitrail.models.create_model", "name": model} if isinstance(model, str) else dict(model)
     return _open_published(file, checkpoint, node, weights, image_size, key)
 
 
 def _locate(path: str | Path | None, key: str) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the file of weights, and the `config.json` beside it if it is an export."""
+    """Return the weights file, and the content of the `config.json` next to it if it is an export."""
     if path is None:
         return None, None
     folder = Path(path).expanduser().absolute()
     if folder.is_dir() and (folder / "config.json").is_file():
         found = [folder / name for name in _EXPORTED if (folder / name).is_file()] or sorted(folder.glob("*.pth"))
         if not found:
-            raise ConfigError(f"{key}={path}: an export without weights that can be trained or evaluated.")
+            raise ConfigError(
+                f"{key}={path}: this export contains no PyTorch weights; export again with to=safetensors, for example."
+            )
         return found[0], _read_config(folder / "config.json", key)
     file = find_checkpoint(str(path), key)
-    beside = file.with_name("config.json")
+    sibling = file.with_name("config.json")
     is_export = file.name in _EXPORTED or file.suffix == ".pth"
-    return file, _read_config(beside, key) if is_export and beside.is_file() else None
+    return file, _read_config(sibling, key) if is_export and sibling.is_file() else None
 
 
 def _read_config(path: Path, key: str) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(described, dict) or "architecture" not in described:
-            raise ValueError("it names no architecture")
+            raise ValueError("it has no architecture")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path}: not a config.json of timm ({error}).") from error
+        raise ConfigError(f"{key}={path}: not a config.json written by timm or export.py ({error}).") from error
     return described
 
 
 def _refuse_model(model: Any, file: Path | None, where: str) -> None:
     if model is not None:
-        raise ConfigError(f"model: {file} comes with its model in {where}; omit model=...")
+        raise ConfigError(f"model: {file} already comes with a model config (in {where}); omit model=...")
 
 
 def _choose(sets: tuple[str, ...], weights: str, file: Path | None) -> str:
     """Return which weights to load.
 
     Raises:
-        ConfigError: there are none of that kind.
+        ConfigError: the file does not contain these weights.
     """
     chosen = sets[-1] if weights == "best" else weights
     if chosen not in sets:
-        word = {"raw": "raw", "ema": "averaged"}[chosen]
-        raise ConfigError(f"weights={weights}: {file} holds no {word} weights.")
+        word = {"raw": "raw", "ema": "EMA"}[chosen]
+        raise ConfigError(f"weights={weights}: {file} contains no {word} weights.")
     return chosen
 
 
@@ -201,9 +203,9 @@ def _open_published(
     image_size: ImageSize | None,
     key: str,
 ) -> TrainedModel:
-    """Open a network of timm or of an official release, fed as timm's configuration of it says."""
+    """Open a network of timm or of an official release; its input follows timm's configuration of the network."""
     if file is None and not node.get("pretrained"):
-        raise ConfigError(f"{key}: not set; give a file of weights, or model.pretrained=true to download timm's.")
+        raise ConfigError(f"{key}: not set; set it to a weights file, or download timm's with model.pretrained=true.")
     name = node.get("name")
     cfg = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
     fed = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
@@ -225,7 +227,7 @@ def _open_published(
 
 
 def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
-    """Return how many classes the classifier in a checkpoint knows; None if it has none under timm's name."""
+    """Return the number of classes of the classifier in a checkpoint; None if it has no classifier by timm's name."""
     classifier = getattr(cfg, "classifier", None) or "head"
     name = classifier if isinstance(classifier, str) else classifier[0]
     weight = backbone_weights(checkpoint).get(f"{name}.weight") if checkpoint else None
@@ -239,17 +241,17 @@ def run_classifier(
     key: str = "annotator",
     **kwargs: Any,
 ) -> PretrainedClassifier:
-    """Open a network that vitrail trained or exported as an annotator or teacher.
+    """Open a network that vitrail trained or exported, to use it as an annotator or teacher.
 
     Args:
         ckpt: run directory, checkpoint, or exported folder.
-        weights: as in `load_run`.
-        image_size: pixels, or (height, width); None takes the run's.
-        key: what the config calls it, for messages.
-        kwargs: of the model, over those of the run (`output_stride`).
+        weights: `ema`, `raw` or `best`, as in `load_run`.
+        image_size: pixels, or (height, width); None for the run's size.
+        key: config key of the network, for error messages.
+        kwargs: model arguments that override the run's (`output_stride`).
 
     Raises:
-        ConfigError: as `load_run`.
+        ConfigError: the same errors as `load_run`.
     """
     opened = load_run(ckpt, weights, image_size=image_size, key=f"{key}.ckpt")
     if kwargs:

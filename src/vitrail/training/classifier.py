@@ -179,7 +179,9 @@ class ImageClassifier(L.LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError(f"trainer.max_epochs={epochs}: must be at least 1, the schedule depends on it.")
-        steps = self._steps_per_epoch  # must come before `effective_batch`: it opens the loader if there is no data module
+        steps = (
+            self._steps_per_epoch
+        )  # must come before `effective_batch`: it opens the loader if there is no data module
         optimizer = self.optimizer.build(self.model, self.effective_batch)
         scheduler = self.schedule.build(optimizer, epochs, steps)
         interval = "step" if self.schedule.per_step else "epoch"

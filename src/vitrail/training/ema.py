@@ -70,12 +70,12 @@ class EMA(L.Callback):
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         floats: tuple[list[Tensor], list[Tensor]] = [], []
-        for averaged, current in self._pairs(pl_module.model):
-            if averaged.is_floating_point() and self.updates:
-                floats[0].append(averaged)
-                floats[1].append(current.to(averaged.device))
+        for ema, current in self._pairs(pl_module.model):
+            if ema.is_floating_point() and self.updates:
+                floats[0].append(ema)
+                floats[1].append(current.to(ema.device))
             else:  # the first update, and BatchNorm's integer counters
-                averaged.copy_(current)
+                ema.copy_(current)
         if floats[0]:
             torch._foreach_lerp_(*floats, 1 - decay)
         self.updates += 1
@@ -83,7 +83,7 @@ class EMA(L.Callback):
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Return this process's part of each EMA tensor, paired with the current tensor."""
         now = _state(model)
-        return ((local(averaged), local(now[name])) for name, averaged in self.average.items())
+        return ((local(ema), local(now[name])) for name, ema in self.average.items())
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -96,9 +96,9 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        for averaged, current in self._pairs(model):
-            kept = averaged.clone()
-            averaged.copy_(current)
+        for ema, current in self._pairs(model):
+            kept = ema.clone()
+            ema.copy_(current)
             current.copy_(kept)
 
     def on_validation_batch_end(  # type: ignore[override]
@@ -136,8 +136,8 @@ class EMA(L.Callback):
         self._begin(pl_module)
         saved = checkpoint["state_dict"]
         with torch.no_grad():
-            for name, averaged in self.average.items():
-                local(averaged).copy_(local(cut_like(saved[f"model.{name}"], averaged)))
+            for name, ema in self.average.items():
+                local(ema).copy_(local(cut_like(saved[f"model.{name}"], ema)))
         if "averaging_state" in checkpoint:
             self.updates = int(checkpoint["averaging_state"]["n_averaged"])
             pl_module.load_state_dict(checkpoint["current_model_state"])

@@ -14,22 +14,22 @@ INFO = Path(timm.data.__path__[0], "_info")
 
 
 def write(folder, names, file="a.png"):
-    picture = folder.parent / "picture.png"
+    image = folder.parent / "image.png"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4)).save(picture)
+    Image.new("RGB", (4, 4)).save(image)
     for name in names:
         (folder / name).mkdir(parents=True)
-        (folder / name / file).hardlink_to(picture)
+        (folder / name / file).hardlink_to(image)
 
 
-def test_synsets__subsets_are_those_of_timms_indices():
+def test_synsets__subsets_match_timms_indices():
     everything = synsets("imagenet-1k")
     for name in ("a", "r"):
         indices = map(int, (INFO / f"imagenet_{name}_indices.txt").read_text().split())
         assert synsets(f"imagenet-{name}") == [everything[index] for index in indices]
 
 
-def test_imagenet__a_thousand_synsets_in_order(tmp_path):
+def test_imagenet__requires_the_1000_synsets(tmp_path):
     for split in ("train", "val"):
         for name in synsets("imagenet-1k"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -42,7 +42,7 @@ def test_imagenet__a_thousand_synsets_in_order(tmp_path):
         ImageNet(str(tmp_path))
 
 
-def test_variant__folders_named_by_index_are_counted_as_numbers(tmp_path, caplog):
+def test_variant__folders_named_by_index_are_sorted_as_numbers(tmp_path, caplog):
     write(tmp_path / "v2", [str(index) for index in range(1000)])
     source = ImageNetVariant(str(tmp_path / "v2"), images=10_000)
     with caplog.at_level(logging.WARNING):
@@ -52,7 +52,7 @@ def test_variant__folders_named_by_index_are_counted_as_numbers(tmp_path, caplog
     by_key = dict(zip(split.keys(), split.labels.tolist(), strict=True))
     assert (by_key["2/a"], by_key["10/a"], by_key["999/a"]) == (2, 10, 999)
     assert split[10].label == 10
-    with pytest.raises(ConfigError, match=r"to evaluate on, with src/eval\.py, only"):
+    with pytest.raises(ConfigError, match=r"for evaluation only; use src/eval\.py"):
         source.open("train")
 
 
@@ -63,7 +63,7 @@ def test_variant__folders_named_by_synset(tmp_path):
     assert split.labels.tolist() == list(range(200))
     with pytest.raises(ConfigError, match="200 class folders are not the 200 of imagenet-a"):
         ImageNetVariant(str(tmp_path / "r"), "imagenet-a")
-    with pytest.raises(ConfigError, match=r"data.classes=imagenet-b: choose imagenet-1k, imagenet-a, imagenet-r\."):
+    with pytest.raises(ConfigError, match=r"data.classes=imagenet-b: choose imagenet-1k, imagenet-a or imagenet-r\."):
         ImageNetVariant(str(tmp_path / "r"), "imagenet-b")
 
 
@@ -78,6 +78,6 @@ def test_real__labels_by_file_name(tmp_path):
     assert split.label_sets[-2] == tuple(reassessed[-1])
     assert split.label_sets[-1] == ()
     np.testing.assert_array_equal(split.labels, np.arange(1000))
-    (tmp_path / "images" / "val" / names[0] / "cat.png").hardlink_to(tmp_path / "images" / "picture.png")
-    with pytest.raises(ConfigError, match="n01440764/cat is not named as an image of ImageNet's validation"):
+    (tmp_path / "images" / "val" / names[0] / "cat.png").hardlink_to(tmp_path / "images" / "image.png")
+    with pytest.raises(ConfigError, match="n01440764/cat is not named like ImageNet's validation images"):
         ImageNetReal(str(tmp_path / "images")).open("val")

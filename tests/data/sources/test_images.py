@@ -1,4 +1,4 @@
-"""Real files in every format that folders of images hold in practice."""
+"""Decoding of real files in all common formats."""
 
 import io
 
@@ -14,7 +14,7 @@ PHOTOGRAPH = Image.fromarray(load_sample_images().images[1]).crop((100, 50, 340,
 
 
 def difference(path, expected=PHOTOGRAPH):
-    """Mean absolute difference in grey levels."""
+    """Return the mean absolute difference in grey levels."""
     image = load_image(path)
     assert (image.mode, image.size) == ("RGB", expected.size)
     return np.abs(np.asarray(image, np.float64) - np.asarray(expected.convert("RGB"), np.float64)).mean()
@@ -36,7 +36,7 @@ def difference(path, expected=PHOTOGRAPH):
         ("a.gif", "P", {}, 6),
     ],
 )
-def test_formats__show_the_same_picture(name, mode, options, tolerance, tmp_path):
+def test_formats__decode_to_the_same_image(name, mode, options, tolerance, tmp_path):
     stored = PHOTOGRAPH.quantize(256) if mode == "P" else PHOTOGRAPH.convert(mode)
     stored.save(tmp_path / name, **options)
     assert difference(tmp_path / name) <= tolerance
@@ -49,20 +49,20 @@ def test_sixteen_bits__scaled_not_clipped(name, tmp_path):
     assert difference(tmp_path / name, PHOTOGRAPH.convert("L")) == 0
 
 
-def test_floating_point__zero_to_one(tmp_path):
+def test_floating_point__range_zero_to_one(tmp_path):
     grey = np.asarray(PHOTOGRAPH.convert("L"), np.float32) / 255
     Image.fromarray(grey).save(tmp_path / "float.tiff")
     assert difference(tmp_path / "float.tiff", PHOTOGRAPH.convert("L")) == 0
 
 
-def test_one_bit(tmp_path):
+def test_one_bit__black_and_white(tmp_path):
     PHOTOGRAPH.convert("1").save(tmp_path / "bits.png")
     assert difference(tmp_path / "bits.png", PHOTOGRAPH.convert("1")) == 0
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif__turned_upright(orientation, tmp_path):
-    """A camera stores the turned picture and a tag that says how to turn it back."""
+def test_exif__rotated_upright(orientation, tmp_path):
+    """Apply the orientation tag, with which cameras store rotated images."""
     back = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -80,17 +80,17 @@ def test_exif__turned_upright(orientation, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
-def test_transparency__shows_white(mode, tmp_path):
-    picture = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+def test_transparency__becomes_white(mode, tmp_path):
+    image = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
     if mode == "P":
-        picture = picture.quantize(2)
-        picture.save(tmp_path / "a.png", transparency=picture.getpixel((0, 0)))
+        image = image.quantize(2)
+        image.save(tmp_path / "a.png", transparency=image.getpixel((0, 0)))
     else:
-        picture.convert(mode).save(tmp_path / "a.png")
+        image.convert(mode).save(tmp_path / "a.png")
     assert np.asarray(load_image(tmp_path / "a.png")).min() >= 254
 
 
-def test_damaged__named_in_one_sentence(tmp_path):
+def test_damaged_image__error_names_the_file(tmp_path):
     buffer = io.BytesIO()
     PHOTOGRAPH.save(buffer, "JPEG")
     for name, content in (("cut.jpg", buffer.getvalue()[:3000]), ("text.jpg", b"no image"), ("empty.jpg", b"")):

@@ -1,4 +1,4 @@
-"""Lists of image files that are kept: the same as listed anew, made anew when the tree changes, cheap to hold."""
+"""Cached lists of image files: equal to a fresh list, rebuilt when the tree changes, and shared in memory."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ from vitrail.data.sources.index import FileIndex
 
 @pytest.fixture
 def tree(tmp_path):
-    """Three classes with 4, 0 and 3 images, one of them in a folder of its own; files that are none."""
+    """Create three classes with 4, 0 and 3 images, one of them in a subfolder, and files that are not images."""
     root = tmp_path / "train"
     names = (
         "b/2.jpg",
@@ -36,7 +36,7 @@ def tree(tmp_path):
 
 
 def settle(root, seconds=60):
-    """Let every folder's last change be a while ago."""
+    """Set the modification time of every folder to `seconds` ago."""
     then = time.time() - seconds
     for parent, _, _ in os.walk(root):
         os.utime(parent, (then, then))
@@ -46,29 +46,29 @@ CLASSES = ["b", "c", "ä"]
 FILES = ["b/10.JPEG", "b/2.jpg", "b/deep/er/1.webp", "b/ünï.png", "ä/0.gif", "ä/1.gif", "ä/2.gif"]
 
 
-def listings(monkeypatch):
-    calls, plain = [], FileIndex._list
-    monkeypatch.setattr(FileIndex, "_list", lambda self: (calls.append(self.root), plain(self))[1])
+def record_listings(monkeypatch):
+    calls, plain = [], FileIndex._list_files
+    monkeypatch.setattr(FileIndex, "_list_files", lambda self: (calls.append(self.root), plain(self))[1])
     return calls
 
 
-def test_index__the_same_listed_and_kept(tree, tmp_path, monkeypatch):
-    calls = listings(monkeypatch)
+def test_index__same_with_and_without_cache(tree, tmp_path, monkeypatch):
+    calls = record_listings(monkeypatch)
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         index = FileIndex(tree, CLASSES, cache)
         assert index.paths() == FILES
         assert [index.label(number) for number in range(len(index))] == [0, 0, 0, 0, 2, 2, 2] == index.labels.tolist()
         assert len(index) == 7
-    assert len(calls) == 2  # without a cache, and to fill it
+    assert len(calls) == 2  # once without a cache, once to fill it
     assert isinstance(index.names, np.memmap)
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "add deep", "new folder", "other classes", "damage", "half"])
-def test_index__made_anew(tree, tmp_path, change, monkeypatch):
+def test_index__rebuilt_after_a_change(tree, tmp_path, change, monkeypatch):
     FileIndex(tree, CLASSES, tmp_path / "cache")
     (folder,) = (tmp_path / "cache").iterdir()
     for old in folder.glob("arrays-*"):
-        os.utime(old, (0, 0))  # long not used
+        os.utime(old, (0, 0))  # old enough to be deleted
     classes, expected = list(CLASSES), list(FILES)
     if change == "add":
         (tree / "c" / "new.jpg").touch()
@@ -89,23 +89,23 @@ def test_index__made_anew(tree, tmp_path, change, monkeypatch):
         (folder / "manifest.json").write_text("{")
     else:
         next(folder.glob("arrays-*/ends.npy")).write_bytes(b"")
-    calls = listings(monkeypatch)
+    calls = record_listings(monkeypatch)
     assert FileIndex(tree, classes, tmp_path / "cache").paths() == expected
     assert len(calls) == 1
     assert len(list(folder.glob("arrays-*"))) == 1
 
 
-def test_index__does_not_trust_a_folder_that_changed_while_it_was_listed(tree, tmp_path, monkeypatch):
-    """A file may come within the tick of the clock in which its folder was read."""
+def test_index__rebuilt_if_a_folder_changed_during_the_listing(tree, tmp_path, monkeypatch):
+    """A file may be added within the clock tick in which its folder was read."""
     settle(tree, seconds=0)
     FileIndex(tree, CLASSES, tmp_path / "cache")
-    calls = listings(monkeypatch)
+    calls = record_listings(monkeypatch)
     FileIndex(tree, CLASSES, tmp_path / "cache")
     assert len(calls) == 1
 
 
 def test_index__clock_set_back(tree, tmp_path, monkeypatch):
-    """A manifest from the future proves nothing by its time, but its folders' times are compared for equality."""
+    """A manifest from the future is detected as outdated, because folder times are compared for equality."""
     FileIndex(tree, CLASSES, tmp_path / "cache")
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
     content = json.loads(manifest.read_text())
@@ -120,7 +120,7 @@ def _list_and_read(tree, cache):
 
 
 def test_index__many_processes_list_at_once(tree, tmp_path):
-    """A tree that has just changed is listed anew by all: none takes away what another one is about to open."""
+    """All processes list a recently changed tree; none deletes the arrays that another is about to open."""
     settle(tree, seconds=-60)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_list_and_read, args=(tree, tmp_path / "cache")) for _ in range(6)]
@@ -131,13 +131,13 @@ def test_index__many_processes_list_at_once(tree, tmp_path):
     assert [process.exitcode for process in processes] == [0] * 6
 
 
-def test_index__no_place_to_keep_it(tree, tmp_path):
+def test_index__cache_not_writable(tree, tmp_path):
     (tmp_path / "cache").touch()
     assert FileIndex(tree, CLASSES, tmp_path / "cache").paths() == FILES
 
 
-def test_index__a_worker_holds_no_copy(tmp_path):
-    """A million files: each process that reads at random maps them, and owns no more than a few MB of its own."""
+def test_index__workers_share_memory(tmp_path):
+    """A worker that reads a million paths at random uses less than 1 MiB of private memory."""
     classes = [f"{number:05d}" for number in range(100)]
     for name in classes:
         (tmp_path / "tree" / name).mkdir(parents=True)
@@ -155,21 +155,21 @@ def test_index__a_worker_holds_no_copy(tmp_path):
     length, kib = answer.recv()
     worker.join()
     assert length == 1_000_000
-    assert kib < 1024  # of 27 MiB
+    assert kib < 1024  # the list has 27 MiB
 
 
 def _read_at_random(index, sender):
     index.path(0)
-    gc.collect()  # which writes to every object that it looks at, and would do so in between
-    _own_memory()  # which takes memory itself
-    before = _own_memory()
+    gc.collect()  # now and not later: it writes to all objects and so makes their memory private
+    _private_memory()  # the first call itself allocates memory
+    before = _private_memory()
     for _ in range(50_000):
         index.path(random.randrange(len(index)))
-    sender.send((len(index), _own_memory() - before))
+    sender.send((len(index), _private_memory() - before))
 
 
-def _own_memory():
-    """KiB that this process has changed since it was forked, and that are no file's."""
+def _private_memory():
+    """Return the KiB that this process has changed since the fork, without mapped files."""
     total, is_file = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()

@@ -12,7 +12,7 @@ from vitrail.errors import ConfigError
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
-def test_digits__are_scikit_learns():
+def test_digits__equal_scikit_learn():
     reference = load_digits()
     splits = {name: Digits().open(name) for name in ("train", "val")}
     assert {name: len(split) for name, split in splits.items()} == {"train": 1438, "val": 359}
@@ -40,13 +40,16 @@ def test_fashion_mnist__from_debians_files(tmp_path):
     assert source.open("val")[0].label == 9  # an ankle boot
 
 
-def test_torchvision__not_there(tmp_path):
-    for name, message in (("CIFAR10", "data.download=false"), ("CIFAR11", "data.name=CIFAR11: torchvision has no")):
+def test_torchvision__missing_files_or_unknown_name(tmp_path):
+    for name, message in (
+        ("CIFAR10", "CIFAR10 is missing and data.source.download=false"),
+        ("CIFAR11", "data.source.name=CIFAR11: torchvision has no"),
+    ):
         with pytest.raises(ConfigError, match=message):
             TorchvisionDataset(name, str(tmp_path), download=False, classes=[]).prepare()
 
 
-def test_image_folder__lists_sorted_with_keys(image_tree):
+def test_image_folder__sorted_with_keys(image_tree):
     (image_tree / "train" / "flower" / "deeper").mkdir()
     Image.new("RGB", (4, 4)).save(image_tree / "train" / "flower" / "deeper" / "x.y.png")
     (image_tree / "train" / "flower" / "notes.txt").write_text("no image")
@@ -61,20 +64,20 @@ def test_image_folder__lists_sorted_with_keys(image_tree):
     assert (split[0].label, split[16].label) == (0, 1)
 
 
-def test_image_folder__refuses(image_tree):
+def test_image_folder__invalid_folders(image_tree):
     with pytest.raises(ConfigError, match=r"data.root: not set"):
         ImageFolder(None)
-    with pytest.raises(ConfigError, match=r"holds no folder test/ of class folders"):
+    with pytest.raises(ConfigError, match=r"contains no folder test/"):
         ImageFolder(str(image_tree), val_dir="test")
     for file in (image_tree / "val" / "pagoda").iterdir():
         file.rename(image_tree / "val" / file.name)
-    with pytest.raises(ConfigError, match=r"class folder .*val/pagoda holds no image"):
+    with pytest.raises(ConfigError, match=r"class folder .*val/pagoda contains no image"):
         ImageFolder(str(image_tree)).open("val")
     (image_tree / "val" / "pagoda").rmdir()
-    with pytest.raises(ConfigError, match=r"different classes: 1 only in train/ \(pagoda\)\.$"):
+    with pytest.raises(ConfigError, match=r"different classes: 1 only in train/ \(pagoda\)\. Make them the same\.$"):
         ImageFolder(str(image_tree))
     for file in (image_tree / "val" / "flower").iterdir():
         file.unlink()
     (image_tree / "val" / "flower").rmdir()
-    with pytest.raises(ConfigError, match=r"val holds images but no class folders; sort them"):
+    with pytest.raises(ConfigError, match=r"val contains images but no class folders\. Put the images into"):
         ImageFolder(str(image_tree))

@@ -1,4 +1,4 @@
-"""Label maps: what an annotator sees at every place of an image, stored, and turned into targets of tokens."""
+"""Label maps: an annotator's scores at every position of an image, their storage, and token targets made from them."""
 
 from vitrail.data.label_maps.join import LabelMapJoin
 from vitrail.data.label_maps.store import LabelMapStore, LabelMapWriter

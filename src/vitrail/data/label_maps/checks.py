@@ -1,6 +1,8 @@
-"""What can be wrong with label maps, looked for before a training learns it.
+"""Checks of label maps before training.
 
-Each check gives findings; the data module runs the quick ones at every training start, `src/doctor.py` all of them.
+Each check returns findings. The data module runs the quick checks whenever training starts, `src/doctor.py` runs all.
+
+Shapes: N images, C classes, K scores per cell.
 """
 
 import math
@@ -12,11 +14,11 @@ from numpy.typing import NDArray
 
 from vitrail.data.label_maps.store import LabelMapStore
 
-_CHUNK = 512  # maps held at a time
+_CHUNK = 512  # maps in memory at a time
 
 
 class Finding(NamedTuple):
-    """One result: what was looked at, how it stands, what was found, and what to do where it is not well."""
+    """Result of one check: its name, the level, what was found, and what to do about it."""
 
     check: str
     level: Literal["ok", "warning", "error"]
@@ -25,7 +27,7 @@ class Finding(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How the pooled label maps of some images compare with the classes that the data set says."""
+    """Comparison of the pooled label maps of some images with the classes of the data set."""
 
     labels: NDArray[np.int64]  # (N,) true classes
     pooled: NDArray[np.int64]  # (N,) best class of each map's mean scores
@@ -33,28 +35,30 @@ class Agreement(NamedTuple):
 
     @property
     def top1(self) -> float:
-        """Share of images whose pooled map says the true class."""
+        """Share of images whose pooled map has the true class as best class."""
         return float((self.pooled == self.labels).mean())
 
     def worst(self, count: int) -> list[tuple[int, int, float, int]]:
-        """The classes that agree least: (class, images, share that agrees, what its maps say most)."""
+        """Return the classes that agree least: (class, images, share that agrees, most frequent pooled class)."""
         rows = []
         for label in np.unique(self.labels):
-            said = self.pooled[self.labels == label]
-            rows.append((int(label), len(said), float((said == label).mean()), int(np.bincount(said).argmax())))
+            predicted = self.pooled[self.labels == label]
+            rows.append(
+                (int(label), len(predicted), float((predicted == label).mean()), int(np.bincount(predicted).argmax()))
+            )
         return sorted(rows, key=lambda row: (row[2], -row[1]))[:count]
 
 
 def measure_agreement(
     store: LabelMapStore, records: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int
 ) -> Agreement:
-    """Read the maps of some images and compare them with their classes.
+    """Read the label maps of some images and compare them with the images' classes.
 
     Args:
-        store: the maps.
-        records: (N,) of the images.
-        labels: (N,) their classes.
-        num_classes: C, of maps and data alike.
+        store: the label maps.
+        records: (N,) records of the images.
+        labels: (N,) classes of the images.
+        num_classes: C, the same for label maps and data.
     """
     pooled, without, cells = np.empty(len(records), np.int64), 0, 0
     for start in range(0, len(records), _CHUNK):
@@ -70,37 +74,39 @@ def measure_agreement(
 
 
 def sample_of(count: int, size: int) -> NDArray[np.int64]:
-    """`size` of `count` indices, evenly spread, the same every time."""
+    """Return up to `size` of `count` indices (N,), evenly spread and the same in every call."""
     return np.unique(np.linspace(0, count - 1, min(size, count)).round().astype(np.int64))
 
 
 def check_names(store: LabelMapStore, classes: Sequence[str]) -> Finding:
-    """Number and order of the classes against the data's."""
+    """Compare number, names and order of the classes with the data's."""
     if store.num_classes != len(classes):
         return Finding(
             "classes",
             "error",
-            f"maps of {store.num_classes} classes, the data has {len(classes)}",
-            "annotate this data, or train on the data that the maps are of",
+            f"the maps have {store.num_classes} classes, the data has {len(classes)}",
+            "annotate this data, or train on the data that was annotated",
         )
     names = store.about.get("class_names")
     if names is None:
-        return Finding("classes", "ok", f"{len(classes)} classes; the maps do not name theirs")
-    wrong = [index for index, (ours, theirs) in enumerate(zip(classes, names, strict=True)) if ours != theirs]
+        return Finding("classes", "ok", f"{len(classes)} classes; the maps contain no class names")
+    wrong = [
+        index for index, (data_name, map_name) in enumerate(zip(classes, names, strict=True)) if data_name != map_name
+    ]
     if not wrong:
-        return Finding("classes", "ok", f"{len(classes)} classes of the same names in the same order")
+        return Finding("classes", "ok", f"{len(classes)} classes with the same names in the same order")
     first = wrong[0]
     return Finding(
         "classes",
         "error",
         f"{len(wrong)} of {len(classes)} classes differ, the first is class {first}: {names[first]} in the maps,"
         f" {classes[first]} in the data",
-        "annotate again; the class folders were renamed, added or removed since",
+        "annotate again; class folders were renamed, added or removed after the annotation",
     )
 
 
 def check_agreement(agreement: Agreement, classes: Sequence[str]) -> Finding:
-    """Pooled top-1 against the true classes: maps of another class order agree no better than chance."""
+    """Compare pooled top-1 with the true classes; maps in another class order agree no better than chance."""
     count = len(agreement.labels)
     shares = np.bincount(agreement.labels, minlength=len(classes)) / count
     chance = float((shares * np.bincount(agreement.pooled, minlength=len(classes)) / count).sum())
@@ -109,48 +115,48 @@ def check_agreement(agreement: Agreement, classes: Sequence[str]) -> Finding:
         4 * spread, (1 - chance) / 4
     )  # a quarter of the way: four spreads of a few images are too many
     text = f"{agreement.top1:.1%} of {count} maps agree with their image's class (chance: {chance:.1%})"
-    label, images, share, said = agreement.worst(1)[0]
+    label, images, share, predicted = agreement.worst(1)[0]
     if agreement.top1 <= limit and chance < 1:
         return Finding(
             "agreement",
             "error",
-            f"{text}; {classes[label]} is mostly called {classes[said]}",
-            "these maps are of another class order or of other images; annotate this data",
+            f"{text}; {classes[label]} is mostly labelled {classes[predicted]}",
+            "these maps have another class order or belong to other images; annotate this data",
         )
     if agreement.top1 < 0.5:
         return Finding(
             "agreement",
             "warning",
-            f"{text}; worst is {classes[label]}, {share:.0%} of {images}, mostly called {classes[said]}",
-            "a better annotator gives better labels",
+            f"{text}; worst is {classes[label]}, {share:.0%} of {images}, mostly labelled {classes[predicted]}",
+            "use a better annotator for better labels",
         )
     return Finding("agreement", "ok", text)
 
 
 def check_values(store: LabelMapStore, records: NDArray[np.int64]) -> Finding:
-    """Scores finite, classes in range, each class once a cell."""
+    """Check that scores are finite, classes in range, and no class occurs twice in a cell."""
     for record in map(int, records):
         scores, classes = store[record]
         key = store.key(record)
-        again = "annotate or import again: these maps are damaged"
+        advice = "annotate or import again; these maps are damaged"
         if not np.isfinite(scores).all():
-            return Finding("values", "error", f"the map of {key} holds scores that are not finite", again)
+            return Finding("values", "error", f"the map of {key} contains scores that are not finite", advice)
         if int(classes.min()) < 0 or int(classes.max()) >= store.num_classes:
-            what = f"the map of {key} holds class {int(classes.max())}, there are {store.num_classes}"
-            return Finding("values", "error", what, again)
+            what = f"the map of {key} contains class {int(classes.max())}, but there are {store.num_classes} classes"
+            return Finding("values", "error", what, advice)
         ordered = np.sort(classes, axis=0)
         if (ordered[1:] == ordered[:-1]).any():
-            return Finding("values", "error", f"the map of {key} holds a class twice in one cell", again)
-    return Finding("values", "ok", f"scores finite and classes in range in {len(records)} maps looked at")
+            return Finding("values", "error", f"the map of {key} contains a class twice in one cell", advice)
+    return Finding("values", "ok", f"scores finite and classes in range in {len(records)} sampled maps")
 
 
 def check_keys_match(store: LabelMapStore, keys: Sequence[str], records: NDArray[np.int64]) -> Finding:
-    """Images without a map, and maps without an image.
+    """Find images without a label map, and label maps without an image.
 
     Args:
-        store: the maps.
-        keys: of the images.
-        records: their maps, -1 where there is none.
+        store: the label maps.
+        keys: keys of the N images.
+        records: (N,) records of the images, -1 for images without a label map.
     """
     missing = np.flatnonzero(records < 0)
     unused = len(store) - len(np.unique(records[records >= 0]))
@@ -158,27 +164,29 @@ def check_keys_match(store: LabelMapStore, keys: Sequence[str], records: NDArray
         return Finding(
             "keys",
             "error",
-            f"holds no map of any image; its keys look like {store.key(0)}, the images' like {keys[0]}",
-            "annotate this data, or give the folder that the maps were made of",
+            f"contains no map of any image; its keys look like {store.key(0)}, the images' keys like {keys[0]}",
+            "annotate this data, or set data.root to the folder that was annotated",
         )
     if len(missing):
         return Finding(
             "keys",
             "error",
             f"{len(missing)} of {len(keys)} images have no map, the first is {keys[missing[0]]}",
-            "data.on_missing_map=ignore lets their tokens learn the image's label",
+            "annotate this data, or set data.on_missing_map=ignore to use the image's label for all its tokens",
         )
     if unused:
         text = f"every image has a map; {unused} of {len(store)} maps have no image"
-        return Finding("keys", "warning", text, "images were removed since; nothing to do if that was meant")
+        return Finding(
+            "keys", "warning", text, "images were removed after the annotation; ignore this if it was intended"
+        )
     return Finding("keys", "ok", "every image has a map and every map an image")
 
 
 def check_coverage(store: LabelMapStore, oblong: float = 1.0) -> Finding:
-    """Whether maps and crops speak of the same picture.
+    """Check that the label maps cover the whole images.
 
     Args:
-        store: the maps.
+        store: the label maps.
         oblong: share of the images that are not square.
     """
     grid = f"{store.grid[0]} x {store.grid[1]} cells, top {store.top_k}"
@@ -187,19 +195,21 @@ def check_coverage(store: LabelMapStore, oblong: float = 1.0) -> Finding:
         return Finding(
             "coverage",
             "warning",
-            f"{grid}, of the central square only, as published; {oblong:.0%} of the images are not square",
-            "what lies outside of the square has no label; annotate with crop=whole",
+            f"{grid}, covering only the central square, as published; {oblong:.0%} of the images are not square",
+            "the area outside the square has no labels; annotate with crop=whole",
         )
     if coverage is None:
-        return Finding("coverage", "warning", f"{grid}; these maps do not say what they cover", "look at a preview")
-    return Finding("coverage", "ok", f"{grid}, of the {coverage}")
+        return Finding(
+            "coverage", "warning", f"{grid}; the manifest does not state what the maps cover", "check a preview"
+        )
+    return Finding("coverage", "ok", f"{grid}, covering the {coverage}")
 
 
 def check_parts(store: LabelMapStore) -> Iterator[Finding]:
-    """Checksums; reads the whole store."""
+    """Verify all checksums; reads the whole store."""
     damaged = list(store.damaged_parts())
     for first, last in damaged:
         text = f"maps.bin is damaged within records {first} to {last} ({store.key(first)} to {store.key(last)})"
         yield Finding("checksums", "error", text, "copy the maps again, or annotate again")
     if not damaged:
-        yield Finding("checksums", "ok", f"all as written, in {len(store.manifest['sha256'])} parts")
+        yield Finding("checksums", "ok", f"match in all parts ({len(store.manifest['sha256'])})")

@@ -1,4 +1,7 @@
-"""Join label maps to the images of a split, by key."""
+"""Join label maps to the images of a split, by key.
+
+Shapes: N images of the split, K scores per cell, H x W cells.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -23,23 +26,24 @@ from vitrail.types import LabelMap, View, Warp
 
 log = logging.getLogger(__name__)
 
-_SURE = 30.0  # score of the true class in the map of an image that has none: 1 - 1e-10 after a softmax of 1000 classes
+# Score of the label in the map that replaces a missing one: probability 1 - 1e-10 after a softmax over 1000 classes.
+_CERTAIN_SCORE = 30.0
 
 
 class LabelMapJoin:
-    """The label map of each image of a split, with the view that augmentation took.
+    """Lookup that returns the label map of each image of a split, with the view that augmentation took.
 
     Args:
-        store: the maps.
-        keys: of the split's images, in order.
+        store: the label maps.
+        keys: keys of the split's images, in order.
         classes: names of the data's classes.
-        on_missing: `error`, or `ignore`: such an image's tokens all learn its label.
-        center_square_maps: of maps that cover the central square only, as the published ones do, on images that are not
-            square: `placed` where they belong, so that what lies outside has no label; or `stretched` over the whole
-            image, as the official code does.
+        on_missing: `error`, or `ignore`: all tokens of an image without a label map learn the image's label.
+        center_square_maps: for maps that cover only the central square, as the published ones do, and images that are
+            not square: `placed` at the central square, so that the area outside has no label; or `stretched` over the
+            whole image, as in the official code.
 
     Raises:
-        ConfigError: maps of other classes than the data's, or images without a map.
+        ConfigError: the label maps have other classes than the data, or images have no label map.
     """
 
     def __init__(
@@ -56,39 +60,39 @@ class LabelMapJoin:
             raise ConfigError(f"data.on_missing_map={on_missing}: must be error or ignore.")
         self.store, self.classes = store, classes
         self.placed = center_square_maps == "placed" and store.about.get("coverage") == "center square"
-        self._refuse(check_names(store, classes))
+        self._report(check_names(store, classes))
         self.records: NDArray[np.int64] = store.indices(keys)
         missing = int((self.records < 0).sum())
         if missing < len(keys) and missing and on_missing == "ignore":
             log.warning("%d of %d images have no label map; their tokens learn the image's label.", missing, len(keys))
         else:
-            self._refuse(check_keys_match(store, keys, self.records))
+            self._report(check_keys_match(store, keys, self.records))
 
     def check(self, labels: NDArray[np.int64], sample: int = 256) -> None:
-        """Look at the maps of some images before a training learns from them.
+        """Check a sample of the label maps before training.
 
         Args:
             labels: (N,) classes of the split's images.
-            sample: images to look at.
+            sample: number of images to check.
 
         Raises:
-            ConfigError: what the maps say has nothing to do with the images' classes, or makes no sense.
+            ConfigError: the label maps do not agree with the images' classes, or contain invalid values.
         """
         images = np.flatnonzero(self.records >= 0)
         images = images[sample_of(len(images), sample)]
         records = self.records[images]
-        self._refuse(check_values(self.store, records))
+        self._report(check_values(self.store, records))
         agreement = measure_agreement(self.store, records, labels[images], self.store.num_classes)
-        self._refuse(check_agreement(agreement, self.classes))
+        self._report(check_agreement(agreement, self.classes))
 
-    def _refuse(self, finding: Finding) -> None:
+    def _report(self, finding: Finding) -> None:
         if finding.level == "error":
             raise ConfigError(f"data.label_maps={self.store.path}: {finding.text}; {finding.advice}.")
         if finding.level == "warning":
             log.warning("data.label_maps=%s: %s; %s.", self.store.path, finding.text, finding.advice)
 
     def __call__(self, index: int, label: int, view: View, size: tuple[int, int]) -> LabelMap:
-        """The map of image `index` of the split, which has this `size` (width, height)."""
+        """Return the label map (K, H, W) of image `index`, of this `size` (width, height) in pixels."""
         record = int(self.records[index])
         if record >= 0:
             scores, classes = self.store[record]
@@ -103,16 +107,16 @@ class LabelMapJoin:
         return LabelMap(torch.from_numpy(scores), torch.from_numpy(classes), box, flipped)
 
     def _certain(self, label: int) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-        """A map that says `label` everywhere; its other entries have the score of absent classes."""
+        """Return a map (K, H, W) with `label` in every cell; the other entries have score 0, as absent classes do."""
         shape = self.store.layout.shape
         scores = np.zeros(shape, np.float16)
-        scores[0] = _SURE
+        scores[0] = _CERTAIN_SCORE
         others = [(label + step) % self.store.num_classes for step in range(shape[0])]
         return scores, np.broadcast_to(np.array(others, np.int32)[:, None, None], shape).copy()
 
 
 def _central_square(size: tuple[int, int]) -> Warp:
-    """From places in the whole image to places in its central square."""
+    """Return the warp that maps coordinates in the whole image to coordinates in its central square."""
     width, height = size
     side = min(size)
     a, e = width / side, height / side
@@ -122,14 +126,14 @@ def _central_square(size: tuple[int, int]) -> Warp:
 def _warped(
     scores: NDArray[np.float16], classes: NDArray[np.int32], view: View
 ) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-    """The map (K, H, W) of the warped image: each cell gets what is said where its centre comes from.
+    """Return the map (K, H, W) of the warped image: each cell is copied from where its centre comes from.
 
-    Nearest cell, and score 0 where there was no picture, as the official code does; but about the right centre, and
-    with each axis in its own unit.
+    As in the official code, the nearest cell is used, and the score is 0 outside the image. Unlike there, warps are
+    about the correct centre, and each axis has its own unit.
     """
     height, width = scores.shape[1:]
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-    if view.flipped:  # the map is that of the image before it was mirrored
+    if view.flipped:  # the map belongs to the image before mirroring
         x = 1 - x
     inside = np.ones((height, width), bool)
     for (a, b, c, d, e, f), (x1, y1, x2, y2) in reversed(view.warps):

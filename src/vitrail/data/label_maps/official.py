@@ -1,8 +1,10 @@
-"""The published format of label maps: one `.pt` file an image, a float16 tensor [2, K, H, W] of scores and classes.
+"""Published format of label maps: one `.pt` file per image, a float16 tensor (2, K, H, W) of scores and classes.
 
-A `.pt` file is a zip archive that holds a pickle, which describes the tensor, and the tensor's bytes. Unpickling costs
-most of the time, and all files of a data set have the same pickle; so each pickle that is new is read by
-`torch.load(weights_only=True)`, which executes nothing, and from then on the bytes are taken from where they lie.
+A `.pt` file is a zip archive that contains a pickle, which describes the tensor, and the tensor's bytes. Unpickling
+takes most of the time, and all files of a data set have the same pickle. So each new pickle is read once with
+`torch.load(weights_only=True)`, which executes no code; for further files with that pickle the bytes are read directly.
+
+Shapes: B maps, K scores per cell, H x W cells.
 """
 
 import io
@@ -25,16 +27,16 @@ _BATCH = 512  # records written at once
 
 
 class PtReader:
-    """Reads the bytes of `.pt` files into float16 arrays (2, K, H, W)."""
+    """Reader of `.pt` files, which returns float16 arrays (2, K, H, W)."""
 
     def __init__(self) -> None:
         self.known: dict[bytes, tuple[int, ...]] = {}  # pickle -> shape of the tensor it describes
 
     def __call__(self, data: bytes) -> NDArray[np.float16]:
-        """The tensor of one file.
+        """Return the tensor (2, K, H, W) in the bytes of one file.
 
         Raises:
-            ValueError: no float16 tensor [2, K, H, W] that can be read safely.
+            ValueError: the file contains no float16 tensor (2, K, H, W), or cannot be read safely.
         """
         members = _members(data)
         if members is None:  # written by torch before 1.6
@@ -43,7 +45,7 @@ class PtReader:
             next((v for k, v in members.items() if k.endswith(end)), None) for end in ("/data.pkl", "/data/0")
         )
         if pickle is None or storage is None:
-            raise ValueError("holds no tensor.")
+            raise ValueError("contains no tensor.")
         shape = self.known.get(pickle)
         if shape is None or len(storage) != 2 * int(np.prod(shape)):
             array = self._load(data)
@@ -68,14 +70,14 @@ class PtReader:
             what = (
                 f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             )
-            raise ValueError(f"holds {what}, not a float16 tensor [2, K, H, W].")
+            raise ValueError(f"contains {what}, not a float16 tensor [2, K, H, W].")
         return tensor.contiguous().numpy()
 
 
 def _members(data: bytes) -> dict[str, bytes] | None:
-    """Names and bytes of the uncompressed members of a zip archive; None where it is no such archive.
+    """Return names and bytes of the members of an uncompressed zip archive; None if `data` is not such an archive.
 
-    A third of the time of Python's own reader, which is what matters for a million archives of a few kilobytes.
+    This takes a third of the time of Python's `zipfile`, which matters for a million archives of a few kilobytes.
     """
     end = data.rfind(_END, max(0, len(data) - 65_557))
     if data[:4] != _LOCAL or end < 0:
@@ -102,23 +104,23 @@ def _members(data: bytes) -> dict[str, bytes] | None:
 
 
 def import_official(source: str | Path, path: str | Path, num_classes: int = 1000, **about: Any) -> LabelMapStore:
-    """Turn a folder or a zip of published label maps into a store; a zip is not unpacked.
+    """Convert a folder or zip of published label maps to a store; a zip is not unpacked.
 
-    A map's key is its path without folders that all share and without `.pt`: `n01440764/n01440764_10026`.
+    A map's key is its path without `.pt` and without leading folders common to all: `n01440764/n01440764_10026`.
 
     Args:
         source: the folder or zip.
-        path: the store to make; an unfinished one is continued.
-        num_classes: classes that the annotator knows; the published maps are of ImageNet-1k.
-        about: what the manifest shall say besides.
+        path: folder of the new store; an unfinished import to it is resumed.
+        num_classes: number of the annotator's classes; the published maps have ImageNet-1k's.
+        about: further entries of the manifest.
 
     Raises:
-        ConfigError: no maps, a damaged or foreign file (named), or maps of several shapes.
+        ConfigError: there are no maps, a file is damaged or of another format, or the maps differ in shape.
     """
     source = Path(source)
     names = _list(source)
     if not names:
-        raise ConfigError(f"{source}: holds no .pt files{'' if source.is_dir() else ', or was cut short'}.")
+        raise ConfigError(f"{source}: contains no .pt files{'' if source.is_dir() else ', or is truncated'}.")
     keys = _keys(names)
     reader, contents = PtReader(), _contents(source, names)
     writer, batch, start = None, [], 0
@@ -149,16 +151,17 @@ def _write(writer: Any, start: int, batch: list[NDArray[np.float16]], source: Pa
         number = int(np.argmax(wrong.reshape(len(batch), -1).any(1)))
         value = classes[number][wrong[number]].flat[0]
         raise ConfigError(
-            f"{source}: {names[start + number]} holds class {value:g}, not one of 0 to {writer.layout.num_classes - 1}."
+            f"{source}: {names[start + number]} contains class {value:g},"
+            f" which is not in 0 to {writer.layout.num_classes - 1}."
         )
     try:
         writer.write(start, whole[:, 0], rounded)
     except ValueError as error:
-        raise ConfigError(f"{source}: {names[start]} or one of the {len(batch) - 1} after it: {error}") from error
+        raise ConfigError(f"{source}: {names[start]} or one of the {len(batch) - 1} files after it: {error}") from error
 
 
 def _list(source: Path) -> list[str]:
-    """Paths of the `.pt` files relative to the source, sorted."""
+    """Return the paths of the `.pt` files relative to the source, sorted."""
     if source.is_dir():
         found = []
         for parent, _, names in os.walk(source):
@@ -166,12 +169,12 @@ def _list(source: Path) -> list[str]:
             found += [name if inside == "." else f"{inside}/{name}" for name in names if name.endswith(".pt")]
         return sorted(found)
     if not source.is_file():
-        raise ConfigError(f"{source}: no such folder or zip.")
+        raise ConfigError(f"{source}: no such folder or zip. Check the path.")
     try:
         with zipfile.ZipFile(source) as archive:
             return sorted(name for name in archive.namelist() if name.endswith(".pt"))
     except zipfile.BadZipFile as error:
-        raise ConfigError(f"{source}: neither a folder nor a whole zip ({error}).") from error
+        raise ConfigError(f"{source}: neither a folder nor a complete zip ({error}).") from error
 
 
 def _contents(source: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -188,10 +191,10 @@ def _contents(source: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _keys(names: list[str]) -> list[str]:
-    """Keys of the maps: paths without `.pt`, and without leading folders that all share, down to class/image."""
+    """Return the keys of the maps: paths without `.pt` and without common leading folders, down to class/image."""
     paths = [PurePosixPath(name) for name in names]
     if any(part == ".." for path in paths for part in path.parts):
-        raise ConfigError("a path with '..' among the label maps; such an archive is not to be trusted.")
+        raise ConfigError("label maps: the archive contains a path with '..'; do not trust it.")
     parts = [path.with_suffix("").parts for path in paths]
     while min(map(len, parts)) > 2 and len({path[0] for path in parts}) == 1:
         parts = [path[1:] for path in parts]
@@ -199,19 +202,19 @@ def _keys(names: list[str]) -> list[str]:
 
 
 def export_official(store: LabelMapStore, folder: str | Path) -> None:
-    """Write a store as published: `<folder>/<key>.pt`, float16 [2, K, H, W].
+    """Write a store in the published format: `<folder>/<key>.pt`, float16 (2, K, H, W).
 
     Raises:
-        ConfigError: more classes than float16 counts exactly.
+        ConfigError: there are more classes than float16 can represent exactly, or a key points outside the folder.
     """
     if store.num_classes > 2049:
         raise ConfigError(
-            f"{store.path}: the published format is exact up to class 2048, the store has {store.num_classes}."
+            f"{store.path}: the store has {store.num_classes} classes; the published format supports up to 2049."
         )
     for index in range(len(store)):
         key = store.key(index)
         if ".." in PurePosixPath(key).parts or key.startswith("/"):
-            raise ConfigError(f"{store.path}: the key {key} leaves the folder.")
+            raise ConfigError(f"{store.path}: the key {key} points outside the folder.")
         target = Path(folder) / f"{key}.pt"
         target.parent.mkdir(parents=True, exist_ok=True)
         scores, classes = store[index]

@@ -1,16 +1,19 @@
-"""Label maps of a whole data set in one file that any process can read at any place.
+"""Label maps of a whole data set in one file with random access.
 
 A store is a folder:
 
-    maps.bin       one record an image: scores float16 (K, H, W), then classes uint16 or int32 (K, H, W)
-    keys.npy       the images' keys, in the order of the records
-    hashes.npy     their hashes, sorted, and order.npy, the records they belong to: a key is found by bisection
-    manifest.json  what the numbers mean, and a checksum of each part of maps.bin; written last, so that a store without
-                   it is unfinished
-    done.npy       while it is being written: which records are
+    maps.bin       one record per image: scores float16 (K, H, W), then classes uint16 or int32 (K, H, W)
+    keys.npy       keys of the images, in the order of the records
+    hashes.npy     sorted hashes of the keys; order.npy has their records: a key is found by bisection
+    manifest.json  description, and a checksum of each part of maps.bin; written last, so a store without it is
+                   unfinished
+    begun.json     description of an unfinished store
+    done.npy       in an unfinished store: which records are written
 
-Records are read with one system call into memory of the reader's own; what a process holds does not grow with the
-number of images or of reads.
+A record is read with one system call into a new buffer, so the memory of a process does not grow with the number of
+images or reads.
+
+Shapes: B records, K scores per cell, H x W cells.
 """
 
 import hashlib
@@ -26,11 +29,11 @@ from numpy.typing import NDArray
 from vitrail.errors import ConfigError
 
 FORMAT = 1
-_PART = 64 * 2**20  # bytes that share a checksum, about
+_PART = 64 * 2**20  # approximate bytes per checksum
 
 
 class Layout:
-    """Shape of one record."""
+    """Shape and data types of one record."""
 
     def __init__(self, top_k: int, grid: tuple[int, int], num_classes: int) -> None:
         self.shape = (top_k, *grid)
@@ -40,14 +43,14 @@ class Layout:
         self.record = self.numbers * (2 + self.classes_type.itemsize)  # bytes
 
     def pack(self, scores: NDArray[Any], classes: NDArray[Any]) -> bytes:
-        """Records of one or several images, (..., K, H, W) each.
+        """Return the bytes of one or more records; scores and classes are (..., K, H, W).
 
         Raises:
-            ValueError: another shape, scores that are not finite in float16, or classes out of range.
+            ValueError: the shape is wrong, scores are not finite in float16, or classes are out of range.
         """
         if scores.shape[-3:] != self.shape or classes.shape != scores.shape:
             raise ValueError(f"scores {scores.shape} and classes {classes.shape} must both end in {self.shape}.")
-        with np.errstate(over="ignore"):  # told below
+        with np.errstate(over="ignore"):  # reported below
             half = scores.astype("<f2").reshape(-1, self.numbers)
         if not np.isfinite(half).all():
             raise ValueError("scores must be finite and below 65,504, the largest float16.")
@@ -57,7 +60,7 @@ class Layout:
         return np.concatenate((half.view(np.uint8), whole.view(np.uint8)), axis=1).tobytes()
 
     def unpack(self, record: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[Any]]:
-        """Scores and classes of one record, as views of it."""
+        """Return scores and classes (K, H, W) of one record, as views of it."""
         split = 2 * self.numbers
         return record[:split].view("<f2").reshape(self.shape), record[split:].view(self.classes_type).reshape(
             self.shape
@@ -65,34 +68,34 @@ class Layout:
 
 
 class LabelMapWriter:
-    """Fills a store, in any order and from several processes; what is there already is kept.
+    """Writer of a store, in any order and from several processes.
 
-    Made by `LabelMapStore.create`. Interrupted, it goes on where it was when the same store is created again: a record
-    counts only once it is written whole.
+    Create it with `LabelMapStore.create`. After an interruption, creating the same store again resumes it: records that
+    are completely written are kept.
     """
 
     def __init__(self, path: Path, layout: Layout, num_samples: int, about: dict[str, Any]) -> None:
         self.path, self.layout, self.num_samples, self.about = path, layout, num_samples, about
         self._file = os.open(path / "maps.bin", os.O_RDWR)
         self.done = np.load(path / "done.npy", mmap_mode="r+")
-        """(num_samples,) uint8, 1 where the record is written; shared between processes."""
+        """(num_samples,) uint8: 1 if the record is written; shared between processes."""
 
     @classmethod
     def join(cls, path: str | Path) -> "LabelMapWriter":
-        """Help another process to fill the unfinished store at `path`.
+        """Open the unfinished store at `path` that another process created.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no unfinished store.
         """
         path = Path(path)
         if not (path / "begun.json").is_file() or (path / "manifest.json").exists():
-            raise ConfigError(f"{path}: holds no unfinished label maps.")
+            raise ConfigError(f"{path}: contains no unfinished label maps. Check the path.")
         begun = json.loads((path / "begun.json").read_text())
         layout = Layout(begun["top_k"], tuple(begun["grid"]), begun["num_classes"])
         return cls(path, layout, begun["num_samples"], begun["about"])
 
     def write(self, start: int, scores: NDArray[Any], classes: NDArray[Any]) -> None:
-        """Write the record `start`, or with arrays (B, K, H, W) the B records from there on.
+        """Write record `start` from arrays (K, H, W), or B records from `start` on from arrays (B, K, H, W).
 
         Raises:
             ValueError: see `Layout.pack`.
@@ -100,22 +103,27 @@ class LabelMapWriter:
         data = self.layout.pack(np.asarray(scores), np.asarray(classes))
         count = len(data) // self.layout.record
         if not 0 <= start <= self.num_samples - count:
-            raise ValueError(f"records {start} to {start + count - 1} of a store of {self.num_samples}.")
+            raise ValueError(
+                f"records {start} to {start + count - 1} do not fit a store of {self.num_samples} records."
+            )
         view, offset = memoryview(data), start * self.layout.record
-        while view:  # a disk that fills up may take a part
+        while view:  # pwrite may write only a part, for example when the disk fills up
             written = os.pwrite(self._file, view, offset)
             view, offset = view[written:], offset + written
         self.done[start : start + count] = 1
 
     def finish(self) -> "LabelMapStore":
-        """Check that all records are there, write the checksums, and open the store for reading.
+        """Check that all records are written, write the manifest, and open the store for reading.
 
         Raises:
             ConfigError: records are missing.
         """
         missing = int(self.num_samples - np.count_nonzero(self.done))
         if missing:
-            raise ConfigError(f"{self.path}: {missing} of {self.num_samples} label maps are not written yet.")
+            raise ConfigError(
+                f"{self.path}: {missing} of {self.num_samples} label maps are not written yet;"
+                " run the same command again to resume."
+            )
         os.fsync(self._file)
         per_part = max(1, _PART // self.layout.record)
         manifest = {
@@ -136,7 +144,7 @@ class LabelMapWriter:
 
 
 class LabelMapStore:
-    """Read-only label maps: `store[key]` or `store[index]` gives (scores, classes), both (K, H, W)."""
+    """Read-only store of label maps: `store[key]` or `store[index]` returns (scores, classes), both (K, H, W)."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -151,7 +159,7 @@ class LabelMapStore:
             np.load(self.path / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("keys", "hashes", "order")
         )
 
-    # A reader in another process opens the files itself.
+    # Pickled stores reopen the files, because file descriptors are not valid in another process.
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
 
@@ -164,7 +172,7 @@ class LabelMapStore:
 
     @property
     def top_k(self) -> int:
-        """Scores a cell, K."""
+        """Scores per cell, K."""
         return self.layout.shape[0]
 
     @property
@@ -174,7 +182,7 @@ class LabelMapStore:
 
     @property
     def num_classes(self) -> int:
-        """Classes that the annotator knows."""
+        """Number of classes of the annotator."""
         return self.layout.num_classes
 
     def __len__(self) -> int:
@@ -186,17 +194,19 @@ class LabelMapStore:
     def __getitem__(self, key: str | int) -> tuple[NDArray[np.float16], NDArray[Any]]:
         index = self.index(key) if isinstance(key, str) else int(key)
         if not -self.num_samples <= index < self.num_samples:
-            raise IndexError(f"label map {index} of {self.num_samples} in {self.path}.")
+            raise IndexError(f"{self.path}: no label map {index}; there are {self.num_samples}.")
         record = np.empty(self.layout.record, np.uint8)
         if os.preadv(self._file, [record.data], index % self.num_samples * self.layout.record) != self.layout.record:
-            raise ConfigError(f"data.label_maps={self.path}: maps.bin is shorter than its manifest says.")
+            raise ConfigError(
+                f"data.label_maps={self.path}: maps.bin is shorter than its manifest states; copy the maps again."
+            )
         return self.layout.unpack(record)
 
     def index(self, key: str) -> int:
-        """The record of the image `key`.
+        """Return the record of the image `key`.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the store has no such image.
         """
         found = self._find(key)
         if found is None:
@@ -204,30 +214,30 @@ class LabelMapStore:
         return found
 
     def key(self, index: int) -> str:
-        """The key of a record."""
+        """Return the key of a record."""
         return bytes(self.keys[index]).decode()
 
     def indices(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """The records of many images at once, -1 where there is none."""
+        """Return the records (N,) of N images, -1 for images without a label map."""
         names = np.array([key.encode() for key in keys], dtype=np.bytes_)
         if len(names) == self.num_samples and np.array_equal(names, self.keys):
             return np.arange(self.num_samples)
         hashes = np.fromiter((_hash(key) for key in keys), np.uint64, len(keys))
         places = np.searchsorted(self._hashes, hashes).clip(max=self.num_samples - 1)
         found = self._order[places].astype(np.int64)
-        for index in map(int, np.flatnonzero(self.keys[found] != names)):  # missing, or another key of the same hash
+        for index in map(int, np.flatnonzero(self.keys[found] != names)):  # missing, or a hash collision
             record = self._find(keys[index])
             found[index] = -1 if record is None else record
         return found
 
     def _find(self, key: str) -> int | None:
         name, wanted = key.encode(), _hash(key)
-        place = int(self._hashes.searchsorted(np.uint64(wanted)))  # half the time of NumPy's function around it
+        place = int(self._hashes.searchsorted(np.uint64(wanted)))  # the method takes half the time of np.searchsorted
         while place < self.num_samples and int(self._hashes[place]) == wanted:
             index = int(self._order[place])
             if bytes(self.keys[index]) == name:
                 return index
-            place += 1  # another key of the same hash
+            place += 1  # hash collision
         return None
 
     @classmethod
@@ -241,26 +251,26 @@ class LabelMapStore:
         keys: Sequence[str] | None = None,
         **about: Any,
     ) -> LabelMapWriter:
-        """Begin a store, or go on with an unfinished one of the same description.
+        """Create a store, or resume an unfinished one with the same description.
 
         Args:
-            path: folder to make.
-            num_samples: images.
-            top_k: scores a cell.
+            path: folder of the store.
+            num_samples: number of images.
+            top_k: scores per cell.
             grid: rows and columns of cells.
-            num_classes: classes that the annotator knows.
-            keys: of the images, in the order of the records; None numbers them "0", "1", ...
-            about: what else the manifest shall say: annotator, hash of its weights, class names, transform, ...
+            num_classes: number of classes of the annotator.
+            keys: keys of the images, in the order of the records; None numbers them "0", "1", ...
+            about: further entries of the manifest: annotator, hash of its weights, class names, transform, ...
 
         Raises:
-            ConfigError: a finished store is there, or one of another description; keys that occur twice.
+            ConfigError: the folder contains a finished store or one with another description, or a key occurs twice.
         """
         path, layout = Path(path), Layout(top_k, (int(grid[0]), int(grid[1])), num_classes)
         names = [str(index) for index in range(num_samples)] if keys is None else list(keys)
         if len(names) != num_samples:
-            raise ConfigError(f"{path}: {len(names)} keys for {num_samples} label maps.")
+            raise ConfigError(f"{path}: {len(names)} keys for {num_samples} label maps; give one key per map.")
         if (path / "manifest.json").exists():
-            raise ConfigError(f"{path}: holds finished label maps already; name another folder, or remove it.")
+            raise ConfigError(f"{path}: already contains finished label maps; choose another folder, or remove it.")
         description = {"num_samples": num_samples, "top_k": top_k, "grid": list(layout.shape[1:])}
         description |= {
             "num_classes": num_classes,
@@ -270,7 +280,9 @@ class LabelMapStore:
         begun = path / "begun.json"
         if begun.exists():
             if json.loads(begun.read_text()) != json.loads(json.dumps(description)):
-                raise ConfigError(f"{path}: holds unfinished label maps of another kind; name another folder.")
+                raise ConfigError(
+                    f"{path}: contains unfinished label maps with another description; choose another folder."
+                )
             return LabelMapWriter(path, layout, num_samples, about)
         path.mkdir(parents=True, exist_ok=True)
         _save_keys(path, names)
@@ -282,30 +294,33 @@ class LabelMapStore:
 
     @classmethod
     def open(cls, path: str | Path) -> "LabelMapStore":
-        """Open a finished store; nothing is read yet, whatever its size.
+        """Open a finished store; records are read later, on access.
 
         Raises:
-            ConfigError: there is none, it is unfinished, cut short, or of a newer format.
+            ConfigError: there is no store, or it is unfinished, truncated or of a newer format.
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
             state = (
-                "unfinished label maps; run the same command again to go on" if (path / "begun.json").exists() else ""
+                "unfinished label maps; run the same command again to resume" if (path / "begun.json").exists() else ""
             )
-            raise ConfigError(f"data.label_maps={path}: {state or 'no label maps (no manifest.json)'}.")
+            raise ConfigError(f"data.label_maps={path}: {state or 'no label maps (no manifest.json); check the path'}.")
         try:
             manifest = json.loads((path / "manifest.json").read_text())
             if manifest["format"] > FORMAT:
-                raise ConfigError(f"data.label_maps={path}: written by a newer vitrail (format {manifest['format']}).")
+                raise ConfigError(
+                    f"data.label_maps={path}: written by a newer vitrail (format {manifest['format']}); update vitrail."
+                )
             store = cls(path, manifest)
         except (KeyError, ValueError, OSError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"data.label_maps={path}: damaged ({error}).") from error
+            raise ConfigError(f"data.label_maps={path}: damaged ({error}); copy or annotate again.") from error
         expected, found = store.num_samples * store.layout.record, os.fstat(store._file).st_size
         if found != expected:
             raise ConfigError(
-                f"data.label_maps={path}: maps.bin has {found} bytes instead of {expected}; it was cut short."
+                f"data.label_maps={path}: maps.bin has {found} bytes instead of {expected}; it is truncated."
+                " Copy the maps again."
             )
         return store
 
@@ -313,19 +328,19 @@ class LabelMapStore:
     def import_official(
         cls, source: str | Path, path: str | Path, num_classes: int = 1000, **about: Any
     ) -> "LabelMapStore":
-        """See `vitrail.data.label_maps.official.import_official`."""
+        """Convert published label maps; see `vitrail.data.label_maps.official.import_official`."""
         from vitrail.data.label_maps.official import import_official
 
         return import_official(source, path, num_classes, **about)
 
     def export_official(self, folder: str | Path) -> None:
-        """See `vitrail.data.label_maps.official.export_official`."""
+        """Write the published format; see `vitrail.data.label_maps.official.export_official`."""
         from vitrail.data.label_maps.official import export_official
 
         export_official(self, folder)
 
     def damaged_parts(self) -> Iterator[tuple[int, int]]:
-        """First and last record of every part whose checksum is not that of the manifest; reads the whole store."""
+        """Yield first and last record of every part whose checksum differs from the manifest; reads the whole store."""
         per_part = self.manifest["records_per_part"]
         parts = _parts(self.num_samples, self.layout.record, per_part)
         for number, ((offset, size), expected) in enumerate(zip(parts, self.manifest["sha256"], strict=True)):
@@ -334,7 +349,7 @@ class LabelMapStore:
 
 
 def _parts(num_samples: int, record: int, per_part: int) -> list[tuple[int, int]]:
-    """(offset, size) in bytes of each part of maps.bin."""
+    """Return (offset, size) in bytes of each part of maps.bin."""
     return [(start * record, min(per_part, num_samples - start) * record) for start in range(0, num_samples, per_part)]
 
 
@@ -362,7 +377,7 @@ def _save_keys(path: Path, names: Sequence[str]) -> None:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: a new file beside the target, flushed to the disk, then renamed."""
+    """Write a file atomically: to a temporary file next to the target, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(data)

@@ -1,17 +1,18 @@
-"""From label maps and crops to what class token and patch tokens should say (Jiang et al., arXiv:2104.10858).
+"""Targets of class token and patch tokens from label maps and crops (Jiang et al., arXiv:2104.10858).
 
-A label map holds for each cell of a grid over the whole image the annotator's top K raw scores and their classes. The
-map's crop is pooled to the token grid, and to one cell for the class token, as torchvision's RoIAlign does; a softmax
-over all classes, absent ones with score 0, gives probabilities, which are smoothed.
+A label map has a grid of cells over the whole image, each with the annotator's top K raw scores and their classes. The
+crop of the map is pooled to the token grid, and to one cell for the class token, as torchvision's RoIAlign does. A
+softmax over all classes, with score 0 for absent ones, gives probabilities, which are then smoothed.
 
-RoIAlign weighs rows and columns independently of each other and of the values, so that pooling is two small matrices an
-image, made for the whole batch at once on its device; nothing loops over images.
+RoIAlign weights rows and columns independently of each other and of the values. Pooling is therefore a product with two
+small matrices per image, computed for the whole batch at once on its device.
 
-Numerically equal to the official code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59) on square maps, except
-that a crop means the place where the image was cropped: the official code hands (top, left, height, width) to a
-function that reads x first. `transpose_crops=True` gives the published behaviour.
+Numerically equal to the official code (github.com/zihangJiang/TokenLabeling, commit 9dbfd59) on square maps, with one
+difference: here the crop of the map is where the image was cropped, while the official code passes (top, left, height,
+width) to a function that expects x first. `transpose_crops=True` gives the published behaviour.
 
-Dimensions: B images, K scores a cell, H x W cells, h x w tokens, N = h * w, C classes.
+Shapes: B images, K scores per cell, H x W cells, h x w tokens, N = h * w, C classes; R x Q cells that can overlap a
+token.
 """
 
 import math
@@ -24,14 +25,14 @@ from vitrail.types import SparseTokens
 
 
 class TokenTargets(NamedTuple):
-    """Probabilities for the class token (B, C) and for the patch tokens (B, N, C)."""
+    """Probabilities for the class token (B, C) and the patch tokens (B, N, C)."""
 
     cls: Tensor
     tokens: Tensor
 
 
 class SparseTokenTargets(NamedTuple):
-    """The same with patch tokens in sparse form."""
+    """Probabilities for the class token (B, C) and the patch tokens (B, N, C), the latter in sparse form."""
 
     cls: Tensor
     tokens: SparseTokens
@@ -47,20 +48,20 @@ def token_targets(
     smoothing: float = 0.1,
     transpose_crops: bool = False,
 ) -> TokenTargets:
-    """Dense targets of a batch; `sparse_token_targets` gives the same without the (B, N, C) tensor.
+    """Return the dense targets (B, C) and (B, N, C); `sparse_token_targets` avoids the (B, N, C) tensor.
 
     Args:
         scores: (B, K, H, W), the annotator's raw scores.
-        classes: (B, K, H, W) integers, the class of each score; within a cell each class occurs once.
+        classes: (B, K, H, W) integers, the class of each score; each class occurs at most once in a cell.
         boxes: (B, 4), the crop as (x1, y1, x2, y2), each in [0, 1] of the (flipped) image.
-        flipped: (B,) bool, whether the image was mirrored left to right, before it was cropped.
+        flipped: (B,) bool, True if the image was mirrored left to right before it was cropped.
         grid: rows and columns of tokens (h, w).
         num_classes: C.
         smoothing: s; probabilities p become p * (1 - s + s / C) + s / C, as published: they sum to 1 + s / C.
-        transpose_crops: read boxes with x and y exchanged, as the official code does.
+        transpose_crops: exchange x and y of the boxes, as the official code does.
 
     Raises:
-        ValueError: shapes that do not fit together, or a class outside of 0 to C - 1.
+        ValueError: the shapes do not match, or a class is outside 0 to C - 1.
     """
     rows, columns = _pooling(scores, classes, boxes, flipped, grid, num_classes, transpose_crops)
     maps = scores.new_zeros(len(scores), num_classes, *scores.shape[2:], dtype=torch.float32)
@@ -82,9 +83,10 @@ def sparse_token_targets(
     smoothing: float = 0.1,
     transpose_crops: bool = False,
 ) -> SparseTokenTargets:
-    """As `token_targets`, with patch tokens as the few classes that occur in their cells and one value for all others.
+    """Return the targets of `token_targets`, those of patch tokens in sparse form.
 
-    A token of an (18, 18) map and a 14 x 14 grid sees at most 3 x 3 cells of K classes, whatever C is.
+    Each patch token has the few classes that occur in its cells, and one value for all other classes. With an (18, 18)
+    map and a 14 x 14 grid, a token overlaps at most 3 x 3 cells of K classes, for any C.
     """
     rows, columns = _pooling(scores, classes, boxes, flipped, grid, num_classes, transpose_crops)
     height, width = scores.shape[2:]
@@ -113,7 +115,7 @@ def sparse_token_targets(
 
 
 def _merge(classes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the values (..., E) of equal classes; the places left over hold class 0 and value 0."""
+    """Sum the values (..., E) of equal classes; unused entries have class 0 and value 0."""
     classes, order = classes.sort(-1)
     values = values.gather(-1, order)
     new = torch.ones_like(classes, dtype=torch.bool)
@@ -132,7 +134,7 @@ def _class_target(
     smoothing: float,
     transpose_crops: bool,
 ) -> Tensor:
-    """Target of the class token (B, C)."""
+    """Return the target of the class token (B, C)."""
     pooled = pooled_scores(scores, classes, boxes, flipped, num_classes, transpose_crops)
     return _smooth(pooled.softmax(-1), smoothing)
 
@@ -145,9 +147,9 @@ def pooled_scores(
     num_classes: int,
     transpose_crops: bool = False,
 ) -> Tensor:
-    """The crop pooled to one cell: raw scores (B, C), 0 for classes that are in none of its cells.
+    """Return the raw scores (B, C) of the crop, pooled to one cell; 0 for classes that occur in none of its cells.
 
-    Args as `token_targets`.
+    The arguments are those of `token_targets`.
     """
     rows, columns = _pooling(scores, classes, boxes, flipped, (1, 1), num_classes, transpose_crops)
     weighted = scores.float() * (rows.transpose(1, 2) * columns)[:, None]  # (B, K, H, W)
@@ -169,27 +171,27 @@ def _pooling(
     num_classes: int,
     transpose_crops: bool,
 ) -> tuple[Tensor, Tensor]:
-    """RoIAlign as a matrix of rows (B, h, H) and one of columns (B, w, W)."""
+    """Return RoIAlign as two matrices: rows (B, h, H) and columns (B, w, W)."""
     if scores.ndim != 4 or scores.shape != classes.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and classes {tuple(classes.shape)} must both be (B, K, H, W).")
     if boxes.shape != (len(scores), 4) or flipped.shape != (len(scores),):
         raise ValueError(f"boxes {tuple(boxes.shape)} and flipped {tuple(flipped.shape)} must be (B, 4) and (B,).")
     if scores.device.type == "cpu" and classes.numel() and not 0 <= int(classes.max()) < num_classes:
-        raise ValueError(f"label maps hold class {int(classes.max())}, the data has {num_classes} classes.")
+        raise ValueError(f"label maps contain class {int(classes.max())}, but the data has {num_classes} classes.")
     x1, y1, x2, y2 = boxes.float().unbind(1)
     if transpose_crops:
         x1, y1, x2, y2 = y1, x1, y2, x2
     rows = _axis_weights(y1, y2, scores.shape[2], grid[0])
     columns = _axis_weights(x1, x2, scores.shape[3], grid[1])
-    return rows, torch.where(flipped[:, None, None], columns.flip(-1), columns)  # a mirrored map, read backwards
+    return rows, torch.where(flipped[:, None, None], columns.flip(-1), columns)  # a mirrored map is read backwards
 
 
 def _axis_weights(start: Tensor, end: Tensor, cells: int, bins: int) -> Tensor:
-    """Weights (B, bins, cells) with which RoIAlign averages the cells of one axis.
+    """Return the weights (B, bins, cells) with which RoIAlign averages the cells of one axis.
 
-    As torchvision's `roi_align` with `aligned=False`, `sampling_ratio=-1`, on corners less half a cell: a side has at
-    least one cell; ceil(bin) samples a bin, at the centres of equal parts, interpolate linearly between the centres of
-    cells; up to one cell outside the border's cell is taken, further out 0.
+    As torchvision's `roi_align` with `aligned=False` and `sampling_ratio=-1`, on corners shifted by half a cell. A side
+    has at least one cell. Each bin has ceil(bin size) samples, at the centres of equal parts, interpolated linearly
+    between cell centres. Samples up to one cell outside the border take the border's value; further out they are 0.
     """
     low = start * cells - 0.5
     side = (end * cells - 0.5 - low).clamp(min=1.0)
@@ -209,17 +211,17 @@ def _axis_weights(start: Tensor, end: Tensor, cells: int, bins: int) -> Tensor:
 
 
 def _samples(cells: int, bins: int) -> int:
-    """The most samples that a bin of a crop inside the image can have; a little more, for rounding."""
+    """Return the maximum number of samples in a bin of a crop inside the image, with a margin for rounding."""
     return math.ceil(cells / bins + 1e-4)
 
 
 def _reach(cells: int, bins: int) -> int:
-    """Cells that a bin can touch: its samples lie at most one cell apart and interpolate between two cells."""
+    """Return how many cells a bin can use: samples are at most one cell apart and interpolate between two cells."""
     return min(cells, _samples(cells, bins) + 1)
 
 
 def _windows(weights: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """The first cell (B, bins) with any weight, and the weights (B, bins, reach) from there on, 0 past the border."""
+    """Return the first cell (B, bins) with a weight, and the weights (B, bins, reach) from there, 0 past the border."""
     cells = weights.shape[-1]
     first = (weights > 0).int().argmax(-1)
     at = first[..., None] + torch.arange(reach, device=weights.device)

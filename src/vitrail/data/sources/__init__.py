@@ -1,8 +1,8 @@
-"""Data sets as two splits of pictures: folders, arrays in memory, torchvision's, ImageNet and its variants.
+"""Sources of images: folders, arrays in memory, torchvision's data sets, ImageNet and its variants.
 
-A source has `classes` and opens the splits `train` and `val`; a split has a length and gives `Sample(PIL image, class
-index, key)` by index. Nothing is decoded before it is asked for. Your own source is a class anywhere and a config with
-a `source:` node.
+A source has `classes` and opens the splits `train` and `val`. A split has a length and returns `Sample(PIL image, class
+index, key)` by index. Images are decoded on access. To add a source, write a class in any module and a config with a
+`source:` node.
 """
 
 from vitrail.data.sources.arrays import ArraySplit, Digits, TorchvisionDataset

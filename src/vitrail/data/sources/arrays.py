@@ -1,4 +1,7 @@
-"""Data sets that lie in memory: scikit-learn's digits and torchvision's small sets."""
+"""Data sets in memory: scikit-learn's digits and torchvision's small data sets.
+
+Shapes: N images, H x W pixels.
+"""
 
 import csv
 import gzip
@@ -14,7 +17,7 @@ from vitrail.types import Sample
 
 
 class ArraySplit:
-    """Pictures held in memory: `images` (N, H, W) or (N, H, W, 3) uint8, `labels` (N,)."""
+    """Split in memory: `images` (N, H, W) or (N, H, W, 3) uint8, `labels` (N,) int64."""
 
     def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         self.name, self.images, self.labels = name, images, labels
@@ -27,26 +30,26 @@ class ArraySplit:
         return Sample(image, int(self.labels[index]), f"{self.name}/{index:06d}")
 
     def keys(self) -> list[str]:
-        """The keys of all samples, in order."""
+        """Return the keys of all samples, in order."""
         return [f"{self.name}/{index:06d}" for index in range(len(self))]
 
 
 class Digits:
-    """1,797 handwritten digits of 8 by 8 pixels, embedded in scikit-learn (UCI, Alpaydin and Kaynak).
+    """Source of 1,797 handwritten digits of 8 x 8 pixels, included in scikit-learn (UCI, Alpaydin and Kaynak).
 
-    The file lists writers one after another; every fifth sample is held out, so both splits see every writer.
+    Every fifth sample is used for validation. The file is ordered by writer, so both splits contain every writer.
     """
 
     classes = [str(digit) for digit in range(10)]
     is_demo = True
-    """Too small for the published networks: a training says so."""
+    """Too small for the published networks; training logs a warning."""
 
     def prepare(self) -> None:
-        """Nothing to do: the file is part of the installed package."""
+        """Do nothing: the file is part of the installed package."""
 
     def open(self, split: SplitName) -> ArraySplit:
-        """1,438 training or 359 validation samples."""
-        # Read without importing scikit-learn, whose import takes longer than the whole file.
+        """Return 1,438 training or 359 validation samples."""
+        # Read the file without importing scikit-learn, because the import takes longer than reading.
         packed = importlib.resources.files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes()
         rows = np.array(list(csv.reader(gzip.decompress(packed).decode().splitlines())), dtype=np.float64)
         held_out = np.arange(len(rows)) % 5 == 4
@@ -56,12 +59,12 @@ class Digits:
 
 
 class TorchvisionDataset:
-    """A data set of torchvision with a `train` flag and arrays in memory.
+    """Source of a torchvision data set that has a `train` flag and arrays in memory.
 
     Args:
-        name: class of `torchvision.datasets`: FashionMNIST, CIFAR10, CIFAR100, MNIST, ...
-        root: folder that holds its files, in torchvision's layout.
-        download: fetch missing files.
+        name: class in `torchvision.datasets`: FashionMNIST, CIFAR10, CIFAR100, MNIST, ...
+        root: folder of its files, in torchvision's layout.
+        download: download missing files.
         classes: class names.
     """
 
@@ -69,15 +72,15 @@ class TorchvisionDataset:
         self.name, self.root, self.download, self.classes = name, root, download, list(classes)
 
     def prepare(self) -> None:
-        """Download what is missing, where allowed.
+        """Download missing files, if allowed.
 
         Raises:
-            ConfigError: the files are not there and cannot be had.
+            ConfigError: files are missing and cannot be downloaded.
         """
         self._open("train", download=self.download)
 
     def open(self, split: SplitName) -> ArraySplit:
-        """The training split, or torchvision's test split as validation."""
+        """Return the training split, or torchvision's test split as validation split."""
         data = self._open(split, download=False)
         return ArraySplit(f"{self.name}/{split}", np.asarray(data.data), np.asarray(data.targets, dtype=np.int64))
 
@@ -87,7 +90,12 @@ class TorchvisionDataset:
         try:
             return getattr(datasets, self.name)(self.root, train=split == "train", download=download)
         except AttributeError as error:
-            raise ConfigError(f"data.source.name={self.name}: torchvision has no such data set.") from error
+            raise ConfigError(
+                f"data.source.name={self.name}: torchvision has no such data set;"
+                " choose a class of torchvision.datasets."
+            ) from error
         except (RuntimeError, OSError) as error:  # also what a failed download raises
-            how = "downloading it failed" if download else "data.source.download=false"
-            raise ConfigError(f"data.root={self.root}: {self.name} is not there and {how}.") from error
+            reason = "the download failed" if download else "data.source.download=false"
+            raise ConfigError(
+                f"data.root={self.root}: {self.name} is missing and {reason}. Put its files there."
+            ) from error

@@ -1,4 +1,4 @@
-"""What a data set is: a source with class names that opens a training and a validation split."""
+"""Interface of data sets: a source with class names that opens a training and a validation split."""
 
 from typing import Literal, Protocol
 
@@ -23,7 +23,7 @@ class Split(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def keys(self) -> list[str]:
-        """The keys of all samples, in order."""
+        """Return the keys of all samples, in order."""
         ...
 
 
@@ -33,9 +33,9 @@ class Source(Protocol):
     classes: list[str]
 
     def open(self, split: SplitName) -> Split:
-        """The training or validation split."""
+        """Return the training or validation split."""
         ...
 
     def prepare(self) -> None:
-        """Download what is missing; called on one process only."""
+        """Download missing files; called on one process only."""
         ...

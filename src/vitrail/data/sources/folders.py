@@ -1,4 +1,4 @@
-"""Folders of class folders."""
+"""Image folders with one subfolder per class."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +14,10 @@ from vitrail.types import Sample
 
 
 class FolderSplit:
-    """Image files below one folder of class folders, sorted.
+    """Split of the image files in a folder of class folders, sorted by path.
 
     Args:
-        root: the split's folder.
+        root: folder of the split.
         classes: names of its class folders.
         cache: see `FileIndex`.
     """
@@ -38,27 +38,27 @@ class FolderSplit:
         return Sample(load_image(self.root / path), self.files.label(index), path.rpartition(".")[0])
 
     def keys(self) -> list[str]:
-        """The keys of all samples, in order: paths without their extension."""
+        """Return the keys of all samples, in order: paths without extension."""
         return [path.rpartition(".")[0] for path in self.files.paths()]
 
 
 def class_folders(folder: Path) -> Iterator[str]:
-    """Names of the folders in `folder`, but for hidden ones."""
+    """Return the names of the folders in `folder`, without hidden ones."""
     return (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ImageFolder:
-    """Any `train/` and `val/` tree of class folders.
+    """Source of a `train/` and `val/` tree of class folders.
 
     Args:
-        root: folder that holds `train_dir` and `val_dir`.
-        train_dir: name of the training folder; None where there is only something to evaluate on.
+        root: folder that contains `train_dir` and `val_dir`.
+        train_dir: name of the training folder; None if there is only validation data.
         val_dir: name of the validation folder.
-        index: folder that keeps the lists of files from one start to the next; None lists them every time.
+        index: folder that caches the lists of files; None lists the files at every start.
 
     Raises:
-        ConfigError: a folder is missing or empty, or both do not hold the same classes: the mistake that gives 0 %
-            accuracy while the loss falls.
+        ConfigError: a folder is missing or empty, or train and val have different classes. Unnoticed, that mistake
+            gives 0 % accuracy while the loss decreases.
     """
 
     def __init__(
@@ -69,43 +69,54 @@ class ImageFolder:
         index: str | Path | None = None,
     ) -> None:
         if not root:
-            raise ConfigError("data.root: not set; give the folder that holds train/ and val/, data.root=/path/to/it.")
+            raise ConfigError(
+                "data.root: not set. Set it to the folder that holds train/ and val/: data.root=/path/to/it."
+            )
         self.root, self.index = Path(root).expanduser().absolute(), Path(index).expanduser() if index else None
         self.folders = {"val": self.root / val_dir} | ({"train": self.root / train_dir} if train_dir else {})
         if not self.root.is_dir():
-            raise ConfigError(f"data.root={self.root}: no such folder.")
+            raise ConfigError(
+                f"data.root={self.root}: no such folder. Set data.root to the folder that holds train/ and val/."
+            )
         self.classes = self._find_classes("train" if train_dir else "val")
         self._check_same_classes(self._find_classes("val"))
 
     def prepare(self) -> None:
-        """List the files, where the lists are kept for the other processes."""
+        """List the files once, if the lists are cached for the other processes."""
         if self.index:
             for folder in self.folders.values():
                 FileIndex(folder, self.classes, self.index)
 
     def open(self, split: SplitName) -> FolderSplit:
-        """List the files of a split.
+        """Return a split, listing its files.
 
         Raises:
-            ConfigError: a class folder of it holds no image, or there is no such split.
+            ConfigError: a class folder of the split contains no image, or there is no such split.
         """
         if split not in self.folders:
-            raise ConfigError("data.train_dir: not set, so that there is nothing to train on.")
+            raise ConfigError(
+                "data.train_dir: not set, so there is no training data. Set it to the name of the training folder."
+            )
         folder = FolderSplit(self.folders[split], self.classes, self.index)
         if not folder.files.counts.all():
             empty = self.classes[int(np.argmin(folder.files.counts))]
-            raise ConfigError(f"data.root: class folder {self.folders[split] / empty} holds no image.")
+            raise ConfigError(
+                f"data.root: class folder {self.folders[split] / empty} contains no image."
+                " Add images, or remove the folder from train and val."
+            )
         return folder
 
     def _find_classes(self, split: SplitName) -> list[str]:
         folder = self.folders[split]
         if not folder.is_dir():
-            raise ConfigError(f"data.root={self.root}: holds no folder {folder.name}/ of class folders.")
+            raise ConfigError(
+                f"data.root={self.root}: contains no folder {folder.name}/. Create it with one subfolder per class."
+            )
         classes = sorted(class_folders(folder))
         if not classes:
             flat = any(is_image(path.name) for path in folder.iterdir())
-            what = "images but no class folders; sort them into one folder a class" if flat else "no class folders"
-            raise ConfigError(f"data.root: {folder} holds {what}.")
+            what = "images but no class folders" if flat else "no class folders"
+            raise ConfigError(f"data.root: {folder} contains {what}. Put the images into one folder per class.")
         return classes
 
     def _check_same_classes(self, val_classes: list[str]) -> None:
@@ -117,4 +128,6 @@ class ImageFolder:
             for folder, names in ((self.folders["train"].name, train - val), (self.folders["val"].name, val - train))
             if names
         ]
-        raise ConfigError(f"data.root={self.root}: train and val hold different classes: {' and '.join(only)}.")
+        raise ConfigError(
+            f"data.root={self.root}: train and val have different classes: {' and '.join(only)}. Make them the same."
+        )

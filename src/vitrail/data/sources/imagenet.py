@@ -1,6 +1,6 @@
-"""ImageNet-1k, and the sets of images that were gathered to test its classifiers on.
+"""ImageNet-1k, and the test sets for its classifiers: ReaL, ImageNetV2, -A, -R and -Sketch.
 
-All count classes as the published checkpoints do: by the order of their WordNet ids.
+Classes are in the order of their WordNet ids, as in the published checkpoints.
 """
 
 import importlib.resources
@@ -22,15 +22,15 @@ _SUBSETS = {"imagenet-a": "imagenet_a_synsets.txt", "imagenet-r": "imagenet_r_sy
 
 
 def synsets(classes: str) -> list[str]:
-    """WordNet ids of `imagenet-1k`, or of the 200 classes of `imagenet-a` or `imagenet-r`, in their order.
+    """Return the WordNet ids of `imagenet-1k`, or of the 200 classes of `imagenet-a` or `imagenet-r`, in order.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: the name is unknown.
     """
     if classes == "imagenet-1k":
         return ImageNetInfo(classes).label_names()
     if classes not in _SUBSETS:
-        raise ConfigError(f"data.classes={classes}: choose imagenet-1k, {', '.join(_SUBSETS)}.")
+        raise ConfigError(f"data.classes={classes}: choose imagenet-1k, {' or '.join(_SUBSETS)}.")
     return _timm_file(_SUBSETS[classes]).split()
 
 
@@ -42,8 +42,8 @@ class ImageNet(ImageFolder):
     """ImageNet-1k as an image folder, class folders named by WordNet id (Russakovsky et al., arXiv:1409.0575).
 
     Raises:
-        ConfigError: as `ImageFolder`; or the class folders are not the 1000 of ImageNet-1k, in whose order the
-            published checkpoints count.
+        ConfigError: as `ImageFolder`; or the class folders are not the 1000 of ImageNet-1k, so class indices would not
+            match the published checkpoints.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class ImageNet(ImageFolder):
 
 
 class RealSplit(FolderSplit):
-    """ImageNet's validation images with every label that people found right for each (Beyer et al., arXiv:2006.07159).
+    """ImageNet's validation images with the reassessed (ReaL) labels of Beyer et al. (arXiv:2006.07159).
 
     Attributes:
-        label_sets: of each image, the indices of its classes; empty for the 3,163 of 50,000 that show none, which do
-            not count.
+        label_sets: class indices of each image; empty for the 3,163 of 50,000 images that show none of the classes,
+            which are not counted.
     """
 
     def __init__(self, root: Path, classes: list[str]) -> None:
@@ -77,14 +77,14 @@ class RealSplit(FolderSplit):
             match = re.search(r"ILSVRC2012_val_(\d{8})", key)
             if match is None or not 1 <= int(match[1]) <= len(reassessed):
                 raise ConfigError(
-                    f"data.root: {root / key} is not named as an image of ImageNet's validation"
-                    " (ILSVRC2012_val_00000001.JPEG ...), by which ReaL labels are found."
+                    f"data.root: {root / key} is not named like ImageNet's validation images"
+                    " (ILSVRC2012_val_00000001.JPEG ...). ReaL labels need the original names."
                 )
             self.label_sets.append(tuple(reassessed[int(match[1]) - 1]))
 
 
 class ImageNetReal(ImageNet):
-    """ImageNet's validation images under their ReaL labels: `root` and `val_dir` as of `ImageNet`.
+    """Source of ImageNet's validation images with ReaL labels; `root` and `val_dir` as in `ImageNet`.
 
     Raises:
         ConfigError: as `ImageNet`.
@@ -94,35 +94,37 @@ class ImageNetReal(ImageNet):
         super().__init__(root, None, val_dir)
 
     def open(self, split: SplitName) -> RealSplit:
-        """The validation split.
+        """Return the validation split.
 
         Raises:
-            ConfigError: another split; an image whose name is not ImageNet's.
+            ConfigError: the split is not `val`, or the name of an image is not ImageNet's.
         """
         super().open(split)
         return RealSplit(self.folders[split], self.classes)
 
 
 class ImageNetVariant:
-    """One folder of class folders, as the archives of ImageNetV2, -A, -R and -Sketch unpack; to evaluate on only.
+    """Source of one folder of class folders, as in the archives of ImageNetV2, -A, -R and -Sketch; evaluation only.
 
-    Folders are named by WordNet id, or by index (0 to 999) as in ImageNetV2, whose order as text is another.
+    Class folders are named by WordNet id, or by index (0 to 999) as in ImageNetV2. Indices are sorted as numbers.
 
     Args:
-        root: the folder.
+        root: folder that contains the class folders.
         classes: `imagenet-1k`, `imagenet-a` or `imagenet-r`.
-        images: how many there are when all are there; another number is warned of.
+        images: number of images in the published set; any other number logs a warning.
 
     Raises:
-        ConfigError: the folder is missing, or holds other class folders.
+        ConfigError: the folder is missing, or contains other class folders.
     """
 
     def __init__(self, root: str | None, classes: str = "imagenet-1k", images: int | None = None) -> None:
         if not root:
-            raise ConfigError("data.root: not set; give the folder that holds the class folders, data.root=/path.")
+            raise ConfigError("data.root: not set. Set it to the folder that holds the class folders: data.root=/path.")
         self.root, self.images = Path(root).expanduser().absolute(), images
         if not self.root.is_dir():
-            raise ConfigError(f"data.root={self.root}: no such folder.")
+            raise ConfigError(
+                f"data.root={self.root}: no such folder. Set data.root to the folder that holds the class folders."
+            )
         self.classes = synsets(classes)
         found = sorted(class_folders(self.root))
         numbers = [str(index) for index in range(len(self.classes))]
@@ -134,16 +136,16 @@ class ImageNetVariant:
             )
 
     def prepare(self) -> None:
-        """Nothing to do: the files are the user's."""
+        """Do nothing: the user provides the files."""
 
     def open(self, split: SplitName) -> FolderSplit:
-        """The images, as validation split.
+        """Return the images as validation split.
 
         Raises:
-            ConfigError: another split.
+            ConfigError: the split is not `val`.
         """
         if split != "val":
-            raise ConfigError(f"data.root={self.root}: holds images to evaluate on, with src/eval.py, only.")
+            raise ConfigError(f"data.root={self.root}: this data is for evaluation only; use src/eval.py.")
         images = FolderSplit(self.root, self.folders)
         if self.images is not None and len(images) != self.images:
             log.warning("data.root=%s: %d images; the published set has %d", self.root, len(images), self.images)
@@ -151,7 +153,7 @@ class ImageNetVariant:
 
 
 def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
-    """What is missing and what is unknown; empty where both are the same classes."""
+    """Describe missing and unknown classes; empty if both are the same."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if not missing and not extra:
         return ""

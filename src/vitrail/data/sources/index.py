@@ -1,7 +1,7 @@
-"""Which image files a folder of class folders holds, found once and then read from a file.
+"""Cached list of the image files in a folder of class folders.
 
-A listing of 14 million files takes minutes; kept, it is opened in a moment and lies in memory once for all processes,
-loaders included, because they map the same file. It is made anew when a folder of the tree has changed.
+Listing 14 million files takes minutes. A cached list opens in a moment, and all processes and loader workers share it
+in memory, because they map the same file. The list is rebuilt when a folder of the tree has changed.
 """
 
 import hashlib
@@ -20,24 +20,24 @@ from numpy.typing import NDArray
 from vitrail.data.sources.images import IMAGE_EXTENSIONS
 
 _VERSION = 1
-_SPARED_SECONDS = 3600
-_SETTLED_SECONDS = 2.0  # a folder that changed less than this before it was listed may have changed after, unseen
+_KEEP_SECONDS = 3600  # arrays younger than this are not deleted: another process may be about to open them
+_SETTLED_SECONDS = 2.0  # timestamps are coarse: a folder changed this shortly before the listing is not trusted
 
 
 class FileIndex:
-    """Paths of the image files below `root`, class by class, in the order of their names.
+    """Paths of the image files below `root`, class by class, sorted by name.
 
     Args:
-        root: folder that holds the class folders.
-        classes: their names, in the order of the class indices.
-        cache: folder that keeps the listings; None lists the files every time.
+        root: folder that contains the class folders.
+        classes: names of the class folders, in the order of the class indices.
+        cache: folder of cached lists; None lists the files every time.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], cache: Path | None = None) -> None:
         self.root, self.classes = root, list(classes)
         folder = None if cache is None else self._folder(cache)
         if folder is None or not self._open(folder):
-            self._list()
+            self._list_files()
             if folder is not None:
                 self._keep(folder)
         self.starts = np.concatenate(([0], np.cumsum(self.counts)))
@@ -46,17 +46,17 @@ class FileIndex:
         return int(self.starts[-1])
 
     def label(self, index: int) -> int:
-        """Class of a file."""
+        """Return the class of a file."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def path(self, index: int) -> str:
-        """Path of a file, relative to the root."""
+        """Return the path of a file, relative to the root."""
         first = int(self.ends[index - 1]) if index else 0
         name = bytes(self.names[first : int(self.ends[index])]).decode("utf-8", "surrogateescape")
         return f"{self.classes[self.label(index)]}/{name}"
 
     def paths(self) -> list[str]:
-        """All of them."""
+        """Return the paths of all files, relative to the root."""
         return [self.path(index) for index in range(len(self))]
 
     @property
@@ -64,9 +64,9 @@ class FileIndex:
         """(N,) class of each file."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
-    def _list(self) -> None:
-        self._began = time.time()
-        self._folders: dict[str, int] = {}  # with the time of their last change
+    def _list_files(self) -> None:
+        self._start_time = time.time()
+        self._folders: dict[str, int] = {}  # folder -> time of its last change
         names, ends, counts, end = bytearray(), [], [], 0
         for name in self.classes:
             found = self._images(name)
@@ -81,7 +81,7 @@ class FileIndex:
         self.counts: NDArray[np.int64] = np.array(counts, np.int64)
 
     def _images(self, name: str) -> list[str]:
-        """Names of the image files below a class folder, at any depth, relative to it."""
+        """Return the image files below a class folder, at any depth, relative to it."""
         found: list[str] = []
         top = self.root / name
         for parent, _, files in os.walk(top, followlinks=True):  # several times faster than pathlib on ImageNet
@@ -91,7 +91,7 @@ class FileIndex:
             found += [prefix + file for file in files if is_image(file)]
         return sorted(found)
 
-    # The kept listing: three arrays, and a manifest that says what they are of.
+    # The cached list: three arrays, and a manifest that describes them.
 
     def _folder(self, cache: Path) -> Path:
         return cache / hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]
@@ -103,7 +103,13 @@ class FileIndex:
                 return False
             names = (folder / manifest["arrays"] / f"{name}.npy" for name in ("names", "ends", "counts"))
             self.names, self.ends, self.counts = (np.load(file, mmap_mode="r") for file in names)
-        except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, half of one, another version's
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # missing, incomplete, or written by another version
             return False
         return True
 
@@ -118,25 +124,27 @@ class FileIndex:
         return True
 
     def _keep(self, folder: Path) -> None:
-        """Write the arrays beside those of an earlier listing, which others may be reading, and then name them."""
+        """Write the arrays to a new folder, because others may be reading the old one, then update the manifest."""
         arrays = f"arrays-{secrets.token_hex(4)}"
         try:
             (folder / arrays).mkdir(parents=True)
             for name in ("names", "ends", "counts"):
                 np.save(folder / arrays / f"{name}.npy", getattr(self, name))
-                setattr(self, name, np.load(folder / arrays / f"{name}.npy", mmap_mode="r"))  # frees the listing's
-            manifest = {**self._about(), "began": self._began, "folders": self._folders, "arrays": arrays}
+                setattr(
+                    self, name, np.load(folder / arrays / f"{name}.npy", mmap_mode="r")
+                )  # frees the memory of the list
+            manifest = {**self._about(), "began": self._start_time, "folders": self._folders, "arrays": arrays}
             unfinished = folder / f".manifest.{os.getpid()}"
             unfinished.write_text(json.dumps(manifest), encoding="utf-8")
             unfinished.replace(folder / "manifest.json")
-        except OSError:  # a cache that cannot be written to costs time, nothing else
+        except OSError:  # without a cache, listing is only slower
             shutil.rmtree(folder / arrays, ignore_errors=True)
             return
-        for old in folder.glob("arrays-*"):  # but what another process may just have written, or be about to open
-            if old.name != arrays and old.stat().st_mtime < time.time() - _SPARED_SECONDS:
+        for old in folder.glob("arrays-*"):
+            if old.name != arrays and old.stat().st_mtime < time.time() - _KEEP_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image to be read."""
+    """Return whether a file name is that of a visible image file."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")

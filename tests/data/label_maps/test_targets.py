@@ -1,4 +1,4 @@
-"""Properties of token targets that the recorded cases do not show."""
+"""Properties of token targets that the recorded cases do not cover."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def crops(batch):
 
 @pytest.mark.parametrize("shape", [(18, 18), (7, 11), (40, 24), (28, 28), (1, 1)])
 @pytest.mark.parametrize("grid", [(14, 14), (24, 24), (5, 9), (1, 1)])
-def test_dense__is_torchvisions_roi_align_of_each_image(shape, grid):
+def test_dense__equals_torchvisions_roi_align(shape, grid):
     scores, classes = maps(6, *shape)
     boxes, flipped = crops(6)
     targets = token_targets(scores, classes, boxes, flipped, grid, CLASSES, smoothing=0.0)
@@ -43,7 +43,7 @@ def test_dense__is_torchvisions_roi_align_of_each_image(shape, grid):
 @pytest.mark.parametrize("shape", [(18, 18), (7, 11), (40, 24), (28, 28), (1, 1)])
 @pytest.mark.parametrize("grid", [(14, 14), (24, 24), (5, 9), (1, 1)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sparse__is_dense(shape, grid, smoothing):
+def test_sparse__equals_dense(shape, grid, smoothing):
     arguments = (*maps(6, *shape), *crops(6), grid, CLASSES, smoothing)
     dense, sparse = token_targets(*arguments), sparse_token_targets(*arguments)
     torch.testing.assert_close(sparse.tokens.to_dense(), dense.tokens, rtol=1e-5, atol=1e-6)
@@ -53,15 +53,15 @@ def test_sparse__is_dense(shape, grid, smoothing):
 
 
 @pytest.mark.parametrize("largest", [100.0, 20_000.0, -20_000.0])
-def test_sparse__scores_whose_exponential_overflows(largest):
+def test_sparse__scores_with_overflowing_exponentials(largest):
     scores, classes = maps(6, 18, 18)
     arguments = (scores / scores.abs().max() * largest, classes, *crops(6), (14, 14), CLASSES)
     dense, sparse = token_targets(*arguments), sparse_token_targets(*arguments)
     torch.testing.assert_close(sparse.tokens.to_dense(), dense.tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_crop__points_at_the_place_in_the_picture():
-    """One hot cell in the right upper corner: only a crop of that corner sees it, and the flipped image's left one."""
+def test_crop__selects_the_same_area_as_in_the_image():
+    """A hot cell in the upper right corner shows only in a crop of that corner, or of the upper left one if flipped."""
     scores, classes = torch.zeros(3, 1, 10, 20), torch.zeros(3, 1, 10, 20, dtype=torch.long)
     scores[:, :, 1, 17], classes[:, :, 1, 17] = 20.0, 3
     boxes = torch.tensor([[0.75, 0.0, 1.0, 0.5], [0.0, 0.5, 0.25, 1.0], [0.0, 0.0, 0.25, 0.5]])
@@ -81,13 +81,13 @@ def test_mixed__tokens_of_two_images():
     torch.testing.assert_close(sparse.mixed(share).to_dense(), expected)
 
 
-def test_inputs__are_not_changed_and_errors_are_named():
+def test_inputs__are_not_modified_and_are_checked():
     scores, classes = maps(2, 5, 5)
     boxes, flipped = crops(2)
     before = [tensor.clone() for tensor in (scores, classes, boxes)]
     token_targets(scores, classes, boxes, flipped, (2, 2), CLASSES)
     torch.testing.assert_close([scores, classes, boxes], before)
-    with pytest.raises(ValueError, match="label maps hold class 11, the data has 10 classes"):
+    with pytest.raises(ValueError, match="label maps contain class 11, but the data has 10 classes"):
         token_targets(scores, torch.full_like(classes, 11), boxes, flipped, (2, 2), 10)
     with pytest.raises(ValueError, match=r"must both be \(B, K, H, W\)"):
         token_targets(scores, classes[:1], boxes, flipped, (2, 2), CLASSES)
