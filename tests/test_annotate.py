@@ -36,7 +36,7 @@ def parts_done(out):
     return int(done[:30].sum()), int(done[30:].sum())
 
 
-@pytest.mark.slow  # 50 s; tests/data/test_label_maps.py kills the writer
+@pytest.mark.slow  # 50 s; tests/data/label_maps/test_store.py kills the writer
 def test_annotate__continues_after_a_kill_without_repeating_or_losing_images(photographs, tmp_path):
     common = ("annotator=efficientnet_lite0", f"data.root={photographs}", "batch_size=1", "num_workers=0", "top_k=2")
     whole = run("annotate.py", *common, "annotator.image_size=320", f"out={tmp_path / 'whole'}", logs=tmp_path)

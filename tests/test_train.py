@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from importlib import metadata
 
@@ -91,9 +92,11 @@ def test_eval__same_accuracies_as_the_training(finished):
     assert f"{results['ema']['top1']:.2f}" in result.stdout
 
 
-def test_resume__finished_run_continues_with_more_epochs(finished):
-    directory, _ = finished
-    logs = directory.parents[2]
+def test_resume__finished_run_continues_with_more_epochs(finished, tmp_path):
+    """In a copy of the run, because the other tests look at the finished one in any order."""
+    logs = tmp_path / "logs"
+    shutil.copytree(finished[0].parents[2], logs)
+    (directory,) = run_directories(logs)
     assert "epochs are done" in error_of(run("train.py", f"resume={directory}", logs=logs))
     result = run("train.py", f"resume={directory}", "epochs=3", logs=logs)
     assert result.returncode == 0, result.stderr

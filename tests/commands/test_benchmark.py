@@ -16,9 +16,7 @@ from torch import nn
 def tiny():
     return nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(512, 10))
 """
-MACS = (
-    8 * 8 * 8 * 48 + 512 * 10
-)  # 8 x 8 places, 8 filters of 4 x 4 x 3; linear layer
+MACS = 8 * 8 * 8 * 48 + 512 * 10  # 8 x 8 places, 8 filters of 4 x 4 x 3; linear layer
 PARAMETERS = 8 * 49 + 513 * 10
 
 

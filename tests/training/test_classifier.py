@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
+from small_training import build, trainer
 from vitrail.data import Augmentation, ImageDataModule, MixupCutMix
 from vitrail.data.sources import Digits
 from vitrail.errors import ConfigError
@@ -15,22 +16,6 @@ from vitrail.models import create_model
 from vitrail.objectives import CrossEntropy
 from vitrail.training import EMA, CosineSchedule, ImageClassifier, OptimizerFactory
 from vitrail.types import IGNORE, Batch
-
-
-def build(mixing=None, **kwargs):
-    torch.manual_seed(0)
-    model = create_model("deit_nano", 10, 8, depth=2)
-    torch.nn.init.normal_(model.head.weight, std=0.1)
-    data = ImageDataModule(Digits(), augment=Augmentation(), image_size=8, batch_size=16, num_workers=0)
-    return ImageClassifier(model, CrossEntropy(0.1), 10, mixing=mixing, **kwargs), data
-
-
-def trainer(tmp_path, callbacks=(), **kwargs):
-    return L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        default_root_dir=tmp_path, callbacks=list(callbacks), **kwargs,
-    )  # fmt: skip
 
 
 class Losses(L.Callback):
@@ -123,44 +108,6 @@ def test_forward__distilled_model_averages_its_two_heads():
     module = ImageClassifier(model, CrossEntropy(), 10).eval()
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(module(images), model(images))
-
-
-def test_ema__validated_and_saved_separately_from_the_raw_weights(tmp_path):
-    module, data = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
-    ema = EMA(decay=0.99, warmup=False)
-    fit = trainer(tmp_path, [ema], max_epochs=1, limit_train_batches=8)
-    fit.fit(module, datamodule=data)
-    ema_module = copy.deepcopy(module)
-    ema_module.model.load_state_dict(ema.average)
-    fit.save_checkpoint(tmp_path / "x.ckpt")
-    assert not torch.equal(ema_module.model.head.weight, module.model.head.weight)
-    for model, suffix in ((module, ""), (ema_module, "_ema")):
-        model.eval()
-        for batch in data.val_dataloader():
-            model.validation_step(batch, 0)
-        for name, value in model.val_metrics.compute_and_reset("val/").items():
-            assert fit.callback_metrics[f"{name}{suffix}"] == pytest.approx(float(value), rel=1e-5)
-    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    assert torch.equal(checkpoint["state_dict"]["model.head.weight"], ema_module.model.head.weight)
-    assert torch.equal(checkpoint["current_model_state"]["model.head.weight"], module.model.head.weight)
-
-
-def test_ema__averages_float_buffers_and_copies_counters(tmp_path):
-    model = create_model("resnet10t", 10)
-    module = ImageClassifier(
-        model, CrossEntropy(), 10, OptimizerFactory(lr_scaling="none"), CosineSchedule(per_step=True)
-    )
-    data = ImageDataModule(Digits(), augment=Augmentation(), image_size=32, batch_size=4, num_workers=0)
-    ema = EMA(decay=0.5, warmup=False)
-    trainer(tmp_path, [ema], max_epochs=1, limit_train_batches=3, limit_val_batches=1).fit(module, datamodule=data)
-    average = ema.average
-    assert average["bn1.num_batches_tracked"] == 3
-    assert not torch.equal(average["bn1.running_mean"], model.bn1.running_mean)
-
-
-def test_ema__invalid_decay_is_refused():
-    with pytest.raises(ConfigError, match=r"callbacks.ema.decay=1.0"):
-        EMA(decay=1.0)
 
 
 def test_grad_checkpointing__same_gradients_or_refused():

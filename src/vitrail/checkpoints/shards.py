@@ -88,7 +88,9 @@ def write_shard(folder: Path, rank: int, parts: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def put_back(checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, mesh: Any = None) -> dict[str, Any]:
+def put_back(
+    checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, mesh: Any = None, key: str = "ckpt"
+) -> dict[str, Any]:
     """Fill in the values of sharded tensors; return a checkpoint without shards unchanged.
 
     Args:
@@ -96,6 +98,7 @@ def put_back(checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, m
         path: path of the checkpoint file.
         rows: rows to read of each tensor; None reads all.
         mesh: device mesh; if set, the rows become tensors that are sharded over it.
+        key: config key of the file, for messages.
 
     Raises:
         ConfigError: shards are missing or do not belong to this checkpoint.
@@ -109,7 +112,7 @@ def put_back(checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, m
     files = [folder / f"{rank:05d}.safetensors" for rank in range(count)]
     if missing := [file for file in files if not file.is_file()]:
         raise ConfigError(
-            f"ckpt={path}: its shard {missing[0]} is missing; copy the whole folder along with the checkpoint."
+            f"{key}={path}: its shard {missing[0]} is missing; copy the whole folder along with the checkpoint."
         )
     try:
         readers = [safe_open(file, "pt") for file in files]  # mapped, not read
@@ -122,7 +125,7 @@ def put_back(checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, m
 
         return _mapped(checkpoint, fill)
     except Exception as error:  # SafetensorError derives from Exception directly
-        raise ConfigError(f"ckpt={path}: its shards in {folder} do not fit it ({error}).") from error
+        raise ConfigError(f"{key}={path}: its shards in {folder} do not fit it ({error}).") from error
 
 
 def _read(readers: list[Any], name: str, leaf: Tensor, rows: Rows | None) -> Tensor:

@@ -84,7 +84,8 @@ def _check_patches(name: str, img_size: ImageSize, patch_size: tuple[int, int] |
     sides = height_width(img_size)
     shown = sides[0] if sides[0] == sides[1] else list(sides)
     if patch_size is not None and any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
+        patch = "x".join(map(str, dict.fromkeys(patch_size)))
         raise ConfigError(
-            f"data.image_size={shown}: {name} needs a multiple of its patch size {patch_size[0]}; "
+            f"data.image_size={shown}: {name} needs a multiple of its patch size {patch}; "
             "change data.image_size or model.patch_size."
         )

@@ -143,7 +143,7 @@ def timm_classifier(
     if package is not None:
         model.load_state_dict(_packaged_weights(package, model, key))
     elif weights is not None:
-        load_checkpoint(model, weights)
+        load_checkpoint(model, weights, key=f"{key}.weights")
         _same_classes(weights, model, key)
     elif not pretrained:
         raise ConfigError(f"{key}.pretrained=false: the {key} has no trained weights; set {key}.weights=<file>.")
