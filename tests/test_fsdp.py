@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from programs import error_of, metrics, run, run_directories, run_ranks, start_ranks, train
 from vitrail.checkpoints.reading import read_checkpoint
-from vitrail.checkpoints.shards import put_back, rows_of
+from vitrail.checkpoints.shards import join_shards, rows_of
 
 COMMON = ("epochs=2", "trainer.limit_train_batches=4", "callbacks.model_summary=null", "callbacks.progress=null")
 
@@ -136,7 +136,7 @@ def test_shards__must_be_next_to_their_checkpoint(tmp_path):
     """A malicious checkpoint cannot refer to files elsewhere."""
     checkpoint = {"shards": {"folder": "../../etc", "count": 1}, "state_dict": {"x": torch.empty(2, device="meta")}}
     with pytest.raises(ValueError, match=rf"{tmp_path}/etc/00000.safetensors is missing"):
-        put_back(checkpoint, tmp_path / "last.ckpt")
+        join_shards(checkpoint, tmp_path / "last.ckpt")
 
 
 def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):

@@ -31,7 +31,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from vitrail_runtime.compat import hydra_flags
-from vitrail_runtime.programs import command_line
+from vitrail_runtime.invocation import command_line
 from vitrail_runtime.secrets import redacted
 
 # Variables in which a launcher (Lightning's, torchrun's) passes its rank to a process; a job must not inherit them.

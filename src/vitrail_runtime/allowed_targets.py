@@ -46,17 +46,14 @@ _LOGGING = (
 )
 
 
-VARIABLE = "VITRAIL_TARGETS"
-
-
 def allow(names: str) -> None:
     """Allow more names, separated by commas, for this process and its child processes."""
-    os.environ[VARIABLE] = ",".join(filter(None, (os.environ.get(VARIABLE, ""), names)))
+    os.environ["VITRAIL_TARGETS"] = ",".join(filter(None, (os.environ.get("VITRAIL_TARGETS", ""), names)))
 
 
 def allowed() -> tuple[str, ...]:
     """Return the names below which everything may be built."""
-    return (*_ALLOWED, *(name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()))
+    return (*_ALLOWED, *(name.strip() for name in os.environ.get("VITRAIL_TARGETS", "").split(",") if name.strip()))
 
 
 def check_target(target: str, built: Any = None) -> None:

@@ -64,6 +64,16 @@ def epochs_in_checkpoint(checkpoint: dict[str, Any]) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
+def set_data_parallel_size(strategy: Any, size: int) -> None:
+    """Let a ModelParallelStrategy shard over `size` processes, whose number it does not know when it is built."""
+    strategy._data_parallel_size, strategy._tensor_parallel_size = size, 1
+
+
+def set_device(module: L.LightningModule, device: Any) -> None:
+    """Tell a LightningModule its device, if it is not moved there as a whole."""
+    module._device = device
+
+
 # Hydra
 
 

@@ -15,8 +15,8 @@ import hydra
 from dotenv import dotenv_values
 from omegaconf import DictConfig
 
-from vitrail_runtime import resolvers
-from vitrail_runtime.allowed_targets import VARIABLE, allow, guarded
+from vitrail_runtime import invocation, resolvers
+from vitrail_runtime.allowed_targets import allow, guarded
 from vitrail_runtime.project import CONF, home
 from vitrail_runtime.secrets import redacted
 from vitrail_runtime.sentences import sentence
@@ -43,15 +43,12 @@ PROGRAMS = {
     "list_models": Program("list_models", lambda _: "list_models:show", "list the backbones and what they cost"),
 }
 
-_subcommand: list[str] = []
-"""What stands between the program's file and Hydra's arguments: the name after `vitrail`."""
-
 
 def main() -> None:
     """Run the program that the first argument of `vitrail` names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
-        _subcommand[:] = [name]
+        invocation.subcommand[:] = [name]
         run_program(name)
         return
     known = "\n".join(f"  vitrail {name:<12} {program.help}" for name, program in PROGRAMS.items())
@@ -59,11 +56,6 @@ def main() -> None:
     if name not in ("--help", "-h", "help"):
         print(f"error: vitrail {name}: no such program.", file=sys.stderr)
         sys.exit(1)
-
-
-def command_line() -> list[str]:
-    """Return the command that starts this program again, up to its arguments."""
-    return [sys.executable, str(Path(sys.argv[0]).absolute()), *_subcommand]
 
 
 def run_program(name: str) -> None:
@@ -91,7 +83,7 @@ def run_program(name: str) -> None:
 
     _load_dotenv(home() / ".env")
     try:
-        sys.argv = [full[0], *_arranged(full[1 + len(_subcommand) :])]
+        sys.argv = [full[0], *_arranged(full[1 + len(invocation.subcommand) :])]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; `_fail` prints the error
         _check_launcher()
         resolvers.register()
@@ -126,7 +118,7 @@ def _arranged(arguments: list[str]) -> list[str]:
             flags += [argument, *([value] if (value := next(waiting, None)) is not None else [])]
         else:
             (overrides if "=" in argument and not argument.startswith("-") else flags).append(argument)
-    if os.environ.get(VARIABLE):
+    if os.environ.get("VITRAIL_TARGETS"):
         sys.path.append(str(Path.cwd()))
     return [*flags, *overrides]
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from vitrail.checkpoints.shards import as_cut, cut_like, local, put_back, rows_of, take_out, write_shard
+from vitrail.checkpoints.shards import as_sharded, join_shards, local, rows_of, shard_like, split_shards, write_shard
 from vitrail.errors import ConfigError
 
 COUNTS = (0, 1, 2, 3, 7, 8, 9, 64, 100)
@@ -37,25 +37,25 @@ def process(rank, world_size):
 
 def sharded(tensor, rank, world_size, mesh):
     first, end = rows_of(rank, world_size)(len(tensor))
-    return as_cut(tensor[first:end].clone(), tensor.shape, mesh)
+    return as_sharded(tensor[first:end].clone(), tensor.shape, mesh)
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(0, [0, 1]), (1, [2, 3]), (2, [4])])
 def test_cut_like__keeps_the_rows_of_this_process(rank, rows):
     whole = torch.arange(10.0).reshape(5, 2)
     with process(rank, 3) as mesh:
-        cut = cut_like(whole, sharded(torch.zeros(5, 2), rank, 3, mesh))
+        cut = shard_like(whole, sharded(torch.zeros(5, 2), rank, 3, mesh))
         assert isinstance(cut, DTensor)
         assert cut.shape == (5, 2)
         assert local(cut).tolist() == whole[rows].tolist()
-        assert cut_like(cut, cut) is cut
+        assert shard_like(cut, cut) is cut
         other_shape = torch.zeros(4, 2)
-        assert cut_like(other_shape, cut) is other_shape
+        assert shard_like(other_shape, cut) is other_shape
 
 
 def test_cut_like__whole_tensors_stay_whole():
     whole = torch.zeros(3)
-    assert cut_like(whole, torch.ones(3)) is whole
+    assert shard_like(whole, torch.ones(3)) is whole
     assert local(whole) is whole
 
 
@@ -79,7 +79,7 @@ def write(path, world_size):
                 "state_dict": {**weights, **PLAIN["state_dict"]},
                 "optimizer_states": [{"exp_avg": moment}],
             }
-            content, parts = take_out(tree)
+            content, parts = split_shards(tree)
             assert set(parts) == {"/state_dict/weight", "/state_dict/short", "/optimizer_states/0/exp_avg"}
         write_shard(folder, rank, parts)
     return {**content, "shards": {"folder": folder.name, "count": world_size}}
@@ -98,7 +98,7 @@ def test_take_out__leaves_shapes_and_plain_values(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_round_trip__whole_tensors_from_any_number_of_processes(world_size, tmp_path):
     content = write(tmp_path / "last.ckpt", world_size)
-    read = put_back(content, tmp_path / "last.ckpt")
+    read = join_shards(content, tmp_path / "last.ckpt")
     for name, value in {**WHOLE["state_dict"], **PLAIN["state_dict"]}.items():
         assert torch.equal(read["state_dict"][name], value), name
     assert torch.equal(read["optimizer_states"][0]["exp_avg"], WHOLE["optimizer_states"][0]["exp_avg"])
@@ -110,7 +110,7 @@ def test_round_trip__rows_for_another_number_of_processes(written, read, tmp_pat
     content = write(tmp_path / "last.ckpt", written)
     for rank in range(read):
         with process(rank, read) as mesh:
-            found = put_back(content, tmp_path / "last.ckpt", rows_of(rank, read), mesh)["state_dict"]
+            found = join_shards(content, tmp_path / "last.ckpt", rows_of(rank, read), mesh)["state_dict"]
             for name, value in WHOLE["state_dict"].items():
                 first, end = rows_of(rank, read)(len(value))
                 assert found[name].shape == value.shape
@@ -119,7 +119,7 @@ def test_round_trip__rows_for_another_number_of_processes(written, read, tmp_pat
 
 def test_put_back__checkpoint_without_shards_is_unchanged(tmp_path):
     content = {"state_dict": {"x": torch.ones(2)}}
-    assert put_back(content, tmp_path / "last.ckpt") is content
+    assert join_shards(content, tmp_path / "last.ckpt") is content
 
 
 def test_put_back__missing_file_is_named(tmp_path):
@@ -127,7 +127,7 @@ def test_put_back__missing_file_is_named(tmp_path):
     missing = tmp_path / "last.ckpt.shards-1" / "00001.safetensors"
     missing.unlink()
     with pytest.raises(ConfigError, match=rf"ckpt={tmp_path}/last.ckpt: .*{missing}"):
-        put_back(content, tmp_path / "last.ckpt")
+        join_shards(content, tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_put_back__shards_of_another_checkpoint_are_refused(change, text, tmp_pa
     content = write(tmp_path / "last.ckpt", 3)
     change(content, tmp_path / "last.ckpt.shards-1")
     with pytest.raises(ConfigError, match=rf"ckpt={tmp_path}/last.ckpt: .*{text}"):
-        put_back(content, tmp_path / "last.ckpt")
+        join_shards(content, tmp_path / "last.ckpt")

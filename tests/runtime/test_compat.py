@@ -5,6 +5,7 @@ import pytest
 import torch
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail_runtime import compat
@@ -80,6 +81,16 @@ def test_next_batch__within_and_between_epochs(tmp_path):
         fit(tmp_path, epochs=3, ckpt_path=tmp_path / f"{name}.ckpt", callbacks=[asker])
         assert asker.found == expected, name
         assert asker.skipped == (expected[1] or 3) + 1, name
+
+
+def test_parallel_size_and_device__are_where_lightning_reads_them():
+    strategy = ModelParallelStrategy()
+    compat.set_data_parallel_size(strategy, 4)
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (4, 1)
+    assert set(vars(ModelParallelStrategy())) >= {"_data_parallel_size", "_tensor_parallel_size"}
+    module = Linear()
+    compat.set_device(module, torch.device("meta"))
+    assert module.device == torch.device("meta")
 
 
 def test_hydra_flags__of_a_command_line():

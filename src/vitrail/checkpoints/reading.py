@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from vitrail.checkpoints.shards import put_back
+from vitrail.checkpoints.shards import join_shards
 from vitrail.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def read_checkpoint(path: str | Path, values: bool = True, key: str = "ckpt") ->
         raise ConfigError(f"{key}={path}: not a checkpoint that can be loaded safely ({reason}).") from error
     if not isinstance(checkpoint, dict):
         raise ConfigError(f"{key}={path}: contains a {type(checkpoint).__name__}, not a checkpoint.")
-    return put_back(checkpoint, path, key=key) if values else checkpoint
+    return join_shards(checkpoint, path, key=key) if values else checkpoint
 
 
 def backbone_weights(checkpoint: dict[str, Any], ema: bool | None = None) -> dict[str, Tensor]:

@@ -51,22 +51,22 @@ def rows_of(rank: int, world_size: int) -> Rows:
     return rows
 
 
-def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Shard `tensor` (R, ...), which every process holds completely, like `other` (R, ...)."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     mesh = other.device_mesh
     first, end = rows_of(mesh.get_local_rank(), mesh.size())(len(tensor))
-    return as_cut(tensor[first:end].to(other.device), other.shape, mesh)
+    return as_sharded(tensor[first:end].to(other.device), other.shape, mesh)
 
 
-def as_cut(part: Tensor, shape: torch.Size, mesh: Any) -> DTensor:
+def as_sharded(part: Tensor, shape: torch.Size, mesh: Any) -> DTensor:
     """Return the sharded tensor of `shape` (R, ...) of which this process holds the rows `part` (r, ...)."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def take_out(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+def split_shards(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Return `tree` with sharded tensors replaced by `meta` tensors, and this process's rows of them by path."""
     parts: dict[str, Tensor] = {}
 
@@ -88,13 +88,13 @@ def write_shard(folder: Path, rank: int, parts: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def put_back(
+def join_shards(
     checkpoint: dict[str, Any], path: Path, rows: Rows | None = None, mesh: Any = None, key: str = "ckpt"
 ) -> dict[str, Any]:
     """Fill in the values of sharded tensors; return a checkpoint without shards unchanged.
 
     Args:
-        checkpoint: contents of the checkpoint file, with `meta` tensors from `take_out`.
+        checkpoint: contents of the checkpoint file, with `meta` tensors from `split_shards`.
         path: path of the checkpoint file.
         rows: rows to read of each tensor; None reads all.
         mesh: device mesh; if set, the rows become tensors that are sharded over it.
@@ -121,7 +121,7 @@ def put_back(
             if not leaf.is_meta:
                 return leaf
             part = _read(readers, name, leaf, rows)
-            return part if mesh is None else as_cut(part.to(mesh.device_type), leaf.shape, mesh)
+            return part if mesh is None else as_sharded(part.to(mesh.device_type), leaf.shape, mesh)
 
         return _mapped(checkpoint, fill)
     except Exception as error:  # SafetensorError derives from Exception directly

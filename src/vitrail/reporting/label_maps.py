@@ -33,6 +33,7 @@ from vitrail.reporting.pictures import denormalise, log_picture
 from vitrail.reporting.tables import describe
 from vitrail.training import ImageClassifier
 from vitrail.types import InputSpec, LabelMap, Sample
+from vitrail_runtime.invocation import shown_command
 
 _PANEL, _GAP, _LEGEND, _HEAD, _FOOT = 168, 6, 236, 40, 18  # pixels
 _COLOURS = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
@@ -290,5 +291,5 @@ def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes
     for label, images, share, predicted in agreement.worst(10):
         worst.add_row(describe(classes[label]), str(images), f"{share:.1%}", describe(classes[predicted]))
     recipe = "model=lvvit_s objective=token_labeling augment=lvvit"
-    use = f"python src/train.py data=... {recipe} data.label_maps={store.path}"
+    use = f"{shown_command('train')} data=... {recipe} data.label_maps={store.path}"
     return Group(table, worst, where, Text(f"{'train':<13} {use}", no_wrap=True, overflow="ignore"))

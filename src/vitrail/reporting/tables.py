@@ -1,7 +1,5 @@
 """Summary tables of a training and of the doctor, and readable class names."""
 
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,28 +11,29 @@ from rich.text import Text
 from timm.data import ImageNetInfo
 
 from vitrail.data.label_maps.checks import Finding
+from vitrail_runtime.invocation import shown_command
 
 
 def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     """Return a summary of a training: results, files and suggested next commands."""
     table = Table(title="Training finished", show_header=False, title_style="bold")
-    table.add_row("best top-1", _both(results, "val/top1"))
-    table.add_row("best top-5", _both(results, "val/top5"))
+    for metric, name in (("val/top1", "best top-1"), ("val/top5", "best top-5")):
+        if metric in results:
+            table.add_row(name, _both(results, metric))
     table.add_row("training", f"{results['epochs']} epochs in {results['seconds']:.0f} s")
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s")
     if results.get("skipped_images"):
         table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
-    run, scripts = near(directory), near(Path(sys.argv[0]).resolve().parent)
-    program = f"{_interpreter()} {scripts}"
+    run, train = near(directory), shown_command("train")
     # Plain lines rather than table cells, so that paths and commands can be copied without line breaks.
     lines = [
         ("run directory", run),
         ("checkpoint", f"{run}/checkpoints/best.ckpt"),
         ("config", f"{run}/config.yaml"),
         ("metrics", f"{run}/metrics.csv"),
-        ("evaluate", f"{program}/eval.py ckpt={run}"),
-        ("train longer", f"{program}/train.py resume={run} epochs={2 * results['epochs']}"),
-        ("your images", f"{program}/train.py data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
+        ("evaluate", f"{shown_command('eval')} ckpt={run}"),
+        ("train longer", f"{train} resume={run} epochs={2 * results['epochs']}"),
+        ("your images", f"{train} data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
     ]
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 
@@ -66,11 +65,6 @@ def near(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _interpreter() -> str:
-    """Return the command for this Python interpreter: `python` if that is the same one, otherwise its path."""
-    return "python" if shutil.which("python") == sys.executable else near(Path(sys.executable))
 
 
 def describe(name: str) -> str:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vitrail.checkpoints.shards import cut_like, local
+from vitrail.checkpoints.shards import local, shard_like
 from vitrail.errors import ConfigError
 from vitrail.training.classifier import ImageClassifier, ValidationMetrics
 
@@ -137,7 +137,7 @@ class EMA(L.Callback):
         saved = checkpoint["state_dict"]
         with torch.no_grad():
             for name, ema in self.average.items():
-                local(ema).copy_(local(cut_like(saved[f"model.{name}"], ema)))
+                local(ema).copy_(local(shard_like(saved[f"model.{name}"], ema)))
         if "averaging_state" in checkpoint:
             self.updates = int(checkpoint["averaging_state"]["n_averaged"])
             pl_module.load_state_dict(checkpoint["current_model_state"])

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from vitrail.checkpoints.reading import read_checkpoint
-from vitrail.checkpoints.shards import FOLDER_KEY, cut_like, put_back, rows_of, take_out, write_shard
+from vitrail.checkpoints.shards import FOLDER_KEY, join_shards, rows_of, shard_like, split_shards, write_shard
 from vitrail.errors import ConfigError
 from vitrail.models.heads import bind_forward_outputs, declared_outputs
 from vitrail.training.classifier import ImageClassifier
+from vitrail_runtime.compat import set_data_parallel_size, set_device
 
 _STACKS = ("blocks", "stages", "layers")  # attributes in which timm's backbones keep their blocks
 
@@ -57,7 +58,7 @@ class FSDP(ModelParallelStrategy):
         """
         if not isinstance(self.lightning_module, ImageClassifier):
             raise ConfigError("strategy=fsdp: works for training only; evaluate with trainer=ddp_8gpu.")
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     @property
@@ -108,7 +109,7 @@ class FSDP(ModelParallelStrategy):
             part.to(self.root_device)
         for buffer in module.model.buffers():
             buffer.data = buffer.data.to(self.root_device)
-        module._device = self.root_device
+        set_device(module, self.root_device)
 
     # Checkpoints
 
@@ -137,7 +138,7 @@ class FSDP(ModelParallelStrategy):
         """
         path = Path(self.broadcast(str(filepath)))
         folder = path.with_name(f"{path.name}.shards-{self.broadcast(secrets.token_hex(4))}")
-        whole, parts = take_out(checkpoint)
+        whole, parts = split_shards(checkpoint)
         try:
             write_shard(folder, self.global_rank, parts)
             failed = None
@@ -177,12 +178,12 @@ class FSDP(ModelParallelStrategy):
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         rows = rows_of(self.mesh.get_local_rank(), self.mesh.size())
-        checkpoint = put_back(read_checkpoint(path, values=False), path, rows, self.mesh)
+        checkpoint = join_shards(read_checkpoint(path, values=False), path, rows, self.mesh)
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
         for part in ("state_dict", "current_model_state"):
             if part in checkpoint:
-                checkpoint[part] = {name: cut_like(value, own[name]) for name, value in checkpoint[part].items()}
+                checkpoint[part] = {name: shard_like(value, own[name]) for name, value in checkpoint[part].items()}
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             _cut_moments(optimizer, state)
         return checkpoint
@@ -204,7 +205,7 @@ def _cut_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
     for number, moments in state["state"].items():
         for name, value in moments.items():
             if isinstance(value, Tensor):
-                moments[name] = cut_like(value, parameters[number])
+                moments[name] = shard_like(value, parameters[number])
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -85,11 +85,11 @@ class OptimizerFactory:
         keys = {"lr", "lr_scale", "weight_decay", *self.options}
         settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
 
-        def put_back(loaded: torch.optim.Optimizer) -> None:
+        def restore_settings(loaded: torch.optim.Optimizer) -> None:
             for group, kept in zip(loaded.param_groups, settings, strict=True):
                 group.update(kept)
 
-        base.register_load_state_dict_post_hook(put_back)
+        base.register_load_state_dict_post_hook(restore_settings)
 
     def _groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         exempt = set(getattr(model, "no_weight_decay", set)()) - set(self.decay_also)
