@@ -10,11 +10,16 @@ resolvers.register()  # for tests that compose configs themselves
 torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
 
 
+_STARTERS = ("run", "train", "start", "run_ranks", "start_ranks", "subprocess")
+
+
 def pytest_collection_modifyitems(items):
-    """Put tests of the same finished training in the same xdist worker."""
+    """Put tests of the same finished training in the same xdist worker; mark what `make test-quick` skips."""
     for item in items:
         if "finished" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("finished"))
+        if any(hasattr(item.module, name) for name in _STARTERS):
+            item.add_marker(pytest.mark.process)
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ def _composition(error: BaseException, text: str) -> str:
         near = difflib.get_close_matches(name, names, n=3)
         known = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}."
         return f"{group}={name}: no such file in conf/{group}/; {known}"
+    if match := re.match(r"\w+ raised while resolving interpolation: (.*)", text):  # by one of vitrail's resolvers
+        return match[1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__
     for raised in (error, cause):
@@ -64,13 +66,13 @@ def _hint(wrong: str, known: list[str]) -> str:
 
 
 def _groups() -> list[str]:
-    return [path.name for path in (CONF).iterdir() if path.is_dir()]
+    return [path.name for path in CONF.iterdir() if path.is_dir()]
 
 
 def _keys() -> list[str]:
     """Return all dotted keys in the config files, by a simple parser that is good enough for hints."""
     keys = set()
-    for path in (CONF).rglob("*.yaml"):
+    for path in CONF.rglob("*.yaml"):
         group = path.parent.relative_to(CONF).as_posix().replace("/", ".")
         stack: list[tuple[int, str]] = []
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -101,7 +101,6 @@ def test_summary__without_validation_or_speed(tmp_path):
     assert results == {"epochs": 3, "seconds": 1.0, "images_per_second": 0, "skipped_images": 0, "last": {}}
 
 
-@pytest.mark.xfail(strict=True, reason="training_report reads val/top1, which such a training does not have")
 def test_train__without_validation_ends_with_a_summary(tmp_path):
     result = run("train.py", *QUICK, "trainer.limit_val_batches=0", logs=tmp_path)
     (directory,) = run_directories(tmp_path)

@@ -12,6 +12,8 @@ from vitrail.data import Augmentation
 from vitrail.data.randomness import seeded
 from vitrail.types import InputSpec
 
+pytestmark = pytest.mark.thorough
+
 DRAWS = 20_000
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 import vitrail  # noqa: F401
 from vitrail.models import create_model, forward_heads
 
+pytestmark = pytest.mark.thorough
+
 FAMILIES = [
     "t2t_vit_7",
     "t2t_vit_t_14",

@@ -71,13 +71,19 @@ LARGE = (
 )  # by default only with recipe B, which is the stronger test
 
 
+QUICK = ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "lvvit_t")
+
+
+def marks_of(name, recipe):
+    """Which suites skip a record."""
+    if recipe == "A" and name.startswith(LARGE):
+        return [pytest.mark.slow]
+    return [] if name in QUICK and recipe == "B" else [pytest.mark.thorough]
+
+
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [
-        pytest.param(name, recipe, marks=[pytest.mark.slow] if recipe == "A" and name.startswith(LARGE) else [])
-        for name in RECORDS
-        for recipe in ("A", "B")
-    ],
+    [pytest.param(name, recipe, marks=marks_of(name, recipe)) for name in RECORDS for recipe in ("A", "B")],
 )
 def test_outputs_and_gradients__as_official(name, recipe):
     record = RECORDS[name]

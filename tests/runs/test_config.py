@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from programs import PROJECT
 from vitrail.errors import ConfigError
-from vitrail.runs.config import check_keys, instantiate
+from vitrail.runs.config import check_keys, instantiate, settle_model
+from vitrail.runs.config import compose as compose_program
 from vitrail.runs.directory import find_checkpoint
 
 CONF = PROJECT / "conf"
@@ -126,3 +127,45 @@ def test_find_checkpoint__best_before_last(tmp_path):
         (tmp_path / "checkpoints" / f"{name}.ckpt").touch()
         assert find_checkpoint(str(tmp_path)) == tmp_path / "checkpoints" / f"{name}.ckpt"
     assert find_checkpoint("x.ckpt") == Path.cwd() / "x.ckpt"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_header__command_composes(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    header = text[: text.index("defaults:")].replace("\n#  ", "")
+    command = re.search(r"# Command: python src/train.py ([^\n]*)", header)[1]
+    overrides = [word for word in shlex.split(command.replace("<", "").replace(">", "")) if "=" in word]
+    config = composed(*overrides)
+    assert config.trainer.devices in (1, 8)
+
+
+def test_imagenet__root_and_default_data_come_from_the_environment(monkeypatch):
+    assert composed("data=imagenet").data.root is None
+    monkeypatch.setenv("VITRAIL_IMAGENET", "/disk/imagenet")
+    monkeypatch.setenv("VITRAIL_DATASET", "imagenet")
+    config = composed("model=t2t_vit_24", "trainer=ddp_8gpu")
+    assert (config.data.root, config.data.source.root) == ("/disk/imagenet", "/disk/imagenet")
+    assert config.data.source._target_ == "vitrail.data.sources.ImageNet"
+    assert composed("data=imagenet_real").data.source.root == "/disk/imagenet"
+    assert composed("data=imagenet_r").data.source.root == "/disk/imagenet/imagenet-r"
+    assert composed("data=imagenet", "data.root=/other").data.source.root == "/other"
+    assert composed("data=digits").data.source._target_ == "vitrail.data.sources.Digits"
+
+
+def test_local__settings_of_one_machine_are_on_top(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text("# @package _global_\nepochs: 77\n")
+    assert composed(f"hydra.searchpath=[file://{tmp_path}]").epochs == 77
+    assert composed().epochs == 30
+
+
+def test_model__on_the_command_line_wins_over_an_experiment():
+    for overrides, name in (
+        (["experiment=deit_tiny", "model=vit_nano"], "vit_nano"),
+        (["experiment=deit_tiny", "model=deit"], "deit_small_patch16_224"),
+        (["experiment=deit_tiny"], "deit_tiny_patch16_224"),
+        (["experiment=deit_tiny", "model=t2t_vit", "model.name=t2t_vit_19"], "t2t_vit_19"),
+    ):
+        config = compose_program("train", [*overrides, "paths.run=/tmp/run"])
+        settle_model(config)
+        assert config.model.name == name

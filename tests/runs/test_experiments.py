@@ -18,6 +18,8 @@ from vitrail.runs.loggers import MetricsCSV
 from vitrail.training import ImageClassifier
 from vitrail.types import Batch
 
+pytestmark = pytest.mark.thorough
+
 EXPERIMENTS = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
 RECORDED = json.loads((PROJECT / "tests" / "peers" / "lr_schedules.json").read_text())
 RECIPES = {

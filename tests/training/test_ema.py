@@ -88,7 +88,6 @@ def test_averaged__weights_are_exchanged_and_restored_also_after_an_error():
     assert ema.average["weight"].item() == 2
 
 
-@pytest.mark.xfail(strict=True, reason="weights under two names are exchanged twice")
 def test_averaged__tied_weights_are_restored():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     model[1].weight = model[0].weight

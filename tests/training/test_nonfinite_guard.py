@@ -8,6 +8,8 @@ from assembly import assemble
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.training import NonfiniteGuard
 
+pytestmark = pytest.mark.thorough
+
 POISON = "digits/train/000007"
 
 

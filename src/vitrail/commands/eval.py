@@ -122,6 +122,8 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
             data = given | {key: fed[key] for key in _INPUT if not _is_named(f"data.{key}")}
         else:
             data |= given
+            if "root" in given and "root" in data.get("source", {}):  # a run's config has no interpolation left
+                data["source"]["root"] = given["root"]
     if config.augment is not None:
         given = plain(config.augment)
         augment = given if "_target_" in given else augment | given

@@ -14,7 +14,7 @@ class SpeedMonitor(L.Callback):
     """Callback that logs the training throughput of each epoch.
 
     `speed/images_per_second` counts all devices; its time includes waiting for data, but not validation.
-    `speed/data_wait` is the share of that time, in %, that the first device waited for the data loader.
+    `speed/data_wait` is the share of that time, in %, that a device waited for the data loader, averaged over devices.
     `speed/gpu_memory` is the peak in GiB.
     """
 

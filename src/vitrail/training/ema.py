@@ -96,7 +96,11 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
+        exchanged: set[int] = set()  # a weight under two names is one tensor
         for ema, current in self._pairs(model):
+            if current.numel() and current.data_ptr() in exchanged:
+                continue
+            exchanged.add(current.data_ptr())
             kept = ema.clone()
             ema.copy_(current)
             current.copy_(kept)
