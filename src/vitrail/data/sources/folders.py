@@ -95,7 +95,7 @@ class ImageFolder:
         """
         if split not in self.folders:
             raise ConfigError(
-                "data.source.train_dir: not set, so there is no training data. Set it to the name of the training folder."
+                "data.source.train_dir: not set, so there is no training data. Set it to the training folder's name."
             )
         folder = FolderSplit(self.folders[split], self.classes, self.index)
         if not folder.files.counts.all():
