@@ -17,6 +17,26 @@ from vitrail.training import OptimizerFactory
 RECORDS = recorded("backbones.json")
 PARTS = recorded("backbone_parts.json")
 
+LARGE = (
+    "deit_base",
+    "deit3_base",
+    "t2t_vit_t_24",
+    "lvvit_s_384",
+)  # by default only with recipe B, which is the stronger test
+
+
+QUICK = ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "lvvit_t")
+
+
+def marks_of(name, recipe):
+    """Which suites skip a record."""
+    if recipe == "A" and name.startswith(LARGE):
+        return [pytest.mark.slow]
+    return [] if name in QUICK and recipe == "B" else [pytest.mark.thorough]
+
+
+BACKBONES = pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name, "B")) for name in RECORDS])
+
 
 def build(name):
     return (
@@ -39,7 +59,7 @@ def without_randomness(model):
     return model
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@BACKBONES
 def test_keys_and_cost__as_official(name):
     record, model = RECORDS[name], build(name)
     rows = [f"{official(key)} {list(tensor.shape)}" for key, tensor in model.state_dict().items()]
@@ -53,7 +73,7 @@ def test_keys_and_cost__as_official(name):
     assert len(frozen) + len(trained) == len(model.state_dict())
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@BACKBONES
 def test_weight_decay__same_parameters_as_official(name):
     record, model = RECORDS[name], build(name)
     also = ["dist_token"] if "distilled" in name else []
@@ -61,24 +81,6 @@ def test_weight_decay__same_parameters_as_official(name):
     decayed = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
     ours = [decayed.get(id(tensor)) for tensor in model.state_dict(keep_vars=True).values()]
     assert "".join("-" if flag is None else str(int(flag)) for flag in ours) == record["decay"]
-
-
-LARGE = (
-    "deit_base",
-    "deit3_base",
-    "t2t_vit_t_24",
-    "lvvit_s_384",
-)  # by default only with recipe B, which is the stronger test
-
-
-QUICK = ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "lvvit_t")
-
-
-def marks_of(name, recipe):
-    """Which suites skip a record."""
-    if recipe == "A" and name.startswith(LARGE):
-        return [pytest.mark.slow]
-    return [] if name in QUICK and recipe == "B" else [pytest.mark.thorough]
 
 
 @pytest.mark.parametrize(
