@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from programs import error_of, metrics, run, run_directories, run_ranks, start_ranks, train
 from vitrail.checkpoints.reading import read_checkpoint
-from vitrail.checkpoints.shards import join_shards, rows_of
 
 COMMON = ("epochs=2", "trainer.limit_train_batches=4", "callbacks.model_summary=null", "callbacks.progress=null")
 
@@ -120,23 +119,6 @@ def test_checkpoint__exports_and_evaluates_like_any_other(tmp_path):
     assert result.returncode == 0, result.stderr
     shutil.rmtree(next(file.parent.glob("best.ckpt.shards-*")))
     assert "00000.safetensors is missing" in error_of(run("eval.py", f"ckpt={directory}", logs=tmp_path))
-
-
-def test_rows__cover_each_tensor_once():
-    for world_size in (1, 2, 3, 8):
-        for count in (0, 1, 2, 5, 8, 9, 100):
-            bounds = [rows_of(rank, world_size)(count) for rank in range(world_size)]
-            assert [row for first, end in bounds for row in range(first, end)] == list(range(count))
-            parts = torch.arange(count).tensor_split([end for _, end in bounds[:-1]])
-            theirs = [len(part) for part in torch.arange(count).chunk(world_size)] if count else []
-            assert [len(part) for part in parts if len(part)] == [length for length in theirs if length]
-
-
-def test_shards__must_be_next_to_their_checkpoint(tmp_path):
-    """A malicious checkpoint cannot refer to files elsewhere."""
-    checkpoint = {"shards": {"folder": "../../etc", "count": 1}, "state_dict": {"x": torch.empty(2, device="meta")}}
-    with pytest.raises(ValueError, match=rf"{tmp_path}/etc/00000.safetensors is missing"):
-        join_shards(checkpoint, tmp_path / "last.ckpt")
 
 
 def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):

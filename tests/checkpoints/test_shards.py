@@ -148,3 +148,10 @@ def test_put_back__shards_of_another_checkpoint_are_refused(change, text, tmp_pa
     change(content, tmp_path / "last.ckpt.shards-1")
     with pytest.raises(ConfigError, match=rf"ckpt={tmp_path}/last.ckpt: .*{text}"):
         join_shards(content, tmp_path / "last.ckpt")
+
+
+def test_shards__must_be_next_to_their_checkpoint(tmp_path):
+    """A malicious checkpoint cannot refer to files elsewhere."""
+    checkpoint = {"shards": {"folder": "../../etc", "count": 1}, "state_dict": {"x": torch.empty(2, device="meta")}}
+    with pytest.raises(ValueError, match=rf"{tmp_path}/etc/00000.safetensors is missing"):
+        join_shards(checkpoint, tmp_path / "last.ckpt")

@@ -1,4 +1,4 @@
-"""EMA weights: the decay by hand, checkpoints, and validation beside the raw weights."""
+"""EMA weights: the decay by hand, checkpoints, and validation of both sets of weights."""
 
 import copy
 from types import SimpleNamespace
