@@ -161,6 +161,10 @@ def test_run__uses_its_own_input_size_on_a_folder_with_some_of_its_classes(image
     expected = float(torch.nn.functional.cross_entropy(logits, torch.ones(3, dtype=torch.long)))
     assert results["raw"]["loss"] == pytest.approx(expected, rel=1e-4)
     assert {row["label"] for row in rows_of(evaluated / "images_raw.csv")} == {"pagoda"}
+    # data.root alone moves the folder that the run's config names.
+    moved = [argument.replace("data.root", "+data.root") for argument in arguments if argument != "data=imagefolder"]
+    assert run(*moved, "weights=raw", "among=all", logs=tmp_path).returncode == 0
+    assert results_of(tmp_path)[1] == results
     # Restricted to the only class of the data, every prediction is right.
     run(*arguments, "data.num_workers=0", "weights=raw", logs=tmp_path)
     assert results_of(tmp_path)[1]["raw"] | {"loss": 0.0} == {

@@ -98,6 +98,10 @@ def test_resume__finished_run_continues_with_more_epochs(finished, tmp_path):
     shutil.copytree(finished[0].parents[2], logs)
     (directory,) = run_directories(logs)
     assert "epochs are done" in error_of(run("train.py", f"resume={directory}", logs=logs))
+    before = (directory / "config.yaml").read_bytes()
+    refused = run("train.py", f"resume={directory}", "epochs=3", "data.image_size=64", logs=logs)
+    assert "tensors of another shape (pos_embed)" in error_of(refused)
+    assert (directory / "config.yaml").read_bytes() == before  # a refused resume does not change the run
     result = run("train.py", f"resume={directory}", "epochs=3", logs=logs)
     assert result.returncode == 0, result.stderr
     assert run_directories(logs) == [directory]

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra.errors import HydraException
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from vitrail_runtime.compat import start_checks, target_check
@@ -77,6 +78,21 @@ def check_target(target: str, built: Any = None) -> None:
     is_function = built is not None and not isinstance(built, type)
     if is_function and not names[-1].startswith("vitrail.") and all(root in _ALLOWED for root in below):
         raise HydraException(f"_target_: {target} is a function; from other packages a config may build classes only.")
+
+
+def resolve_target(target: str) -> Any:
+    """Return the object that a `_target_` names; the name is checked before anything is imported.
+
+    Raises:
+        HydraException: the name is not allowed, or there is no such object.
+    """
+    check_target(target)
+    try:
+        found = get_object(target)
+    except (ImportError, ValueError) as error:
+        raise HydraException(f"_target_: {target} cannot be imported ({str(error).splitlines()[0]}).") from error
+    check_target(target, found)
+    return found
 
 
 def check_logging(tree: Any) -> None:

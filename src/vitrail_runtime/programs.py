@@ -110,10 +110,11 @@ def _arranged(arguments: list[str]) -> list[str]:
     overrides: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        if argument == "--allow":
-            allow(next(waiting, ""))
-        elif argument.startswith("--allow="):
-            allow(argument.removeprefix("--allow="))
+        if argument == "--allow" or argument.startswith("--allow="):
+            names = next(waiting, "") if argument == "--allow" else argument.removeprefix("--allow=")
+            if not names or "=" in names or names.startswith("-"):
+                raise ValueError(f"--allow {names}".rstrip() + ": must be followed by the name of a package or module.")
+            allow(names)
         elif argument in _FLAGS_WITH_VALUE:
             flags += [argument, *([value] if (value := next(waiting, None)) is not None else [])]
         else:

@@ -29,6 +29,11 @@ def _stamp() -> str:
     return _agree(stamp) if run_id else stamp
 
 
+def renew() -> None:
+    """Let the next job of this process have a directory of its own."""
+    _stamp.cache_clear()
+
+
 def _agree(stamp: str) -> str:
     """Return the same stamp in all processes of a torchrun without an id: the first one in torchrun's store.
 

@@ -125,3 +125,7 @@ def test_plain_vit__fixed_positions_for_any_size():
         ]
         torch.testing.assert_close(table[y, x], torch.cat(expected))
         assert model(torch.randn(1, 3, 16 * rows, 16 * columns)).shape == (1, 7)
+
+
+def test_patch_size__may_be_one_number():
+    assert create_model("xcit_nano_12_p16_224", 5, 64)(torch.zeros(1, 3, 64, 64)).shape == (1, 5)

@@ -75,6 +75,15 @@ def test_token_head__other_families_of_timm(name, options, size, grid):
     assert forward_heads(model, images).tokens.shape == (2, grid[0] * grid[1], 7)
 
 
+def test_token_grid__leaves_the_weights_of_shared_modules_in_place():
+    model = create_model("coat_lite_tiny", 5, 64, token_head=True).eval()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    assert token_grid(model, (64, 64)) == (2, 2)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert forward_heads(model, torch.randn(1, 3, 64, 64)).tokens.isfinite().all()
+
+
 def test_token_head__depends_only_on_its_position():
     """Each position of a feature map is normalised and classified by `aux_head` separately."""
     torch.manual_seed(0)

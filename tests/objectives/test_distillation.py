@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from vitrail.objectives import CrossEntropy, DistillationLoss
+from vitrail.errors import ConfigError
+from vitrail.objectives import CosubLoss, CrossEntropy, DistillationLoss, TokenLabelingLoss
+from vitrail.objectives.contract import check_losses
 from vitrail.types import Outputs, Targets
 
 torch.manual_seed(0)
@@ -39,3 +41,30 @@ def test_distillation__invalid_arguments(arguments, message):
         DistillationLoss(**arguments)
     with pytest.raises(ValueError, match="needs teacher logits"):
         DistillationLoss()(Outputs(CLS), Targets(LABELS))
+
+
+def test_base__gets_the_outputs_and_targets_that_it_declares():
+    base = TokenLabelingLoss()
+    loss = DistillationLoss(base=base)
+    assert loss.needs == {"teacher_logits", "outputs.tokens", "token_targets"}
+    outputs = Outputs(torch.randn(2, 5), torch.randn(2, 4, 5), torch.randn(2, 5))
+    targets = Targets(torch.tensor([1, 2]), torch.rand(2, 4, 5), teacher_logits=torch.randn(2, 5))
+    assert loss(outputs, targets)["cls_loss"] == base(outputs, targets)["loss"]
+    for wrapper in (DistillationLoss, CosubLoss):
+        assert "token_targets" in wrapper(base=TokenLabelingLoss(token_weight=0)).optional
+        with pytest.raises(ValueError, match=r"objective.base: must use one forward pass"):
+            wrapper(base=CosubLoss())
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (torch.ones(()), "objective: CrossEntropy returns Tensor; it must return a dict with the key loss"),
+        ({"total": torch.ones(())}, "returns a dict of total; it must"),
+        ({"loss": torch.ones(2)}, r"returns shape \(2,\) as loss; it must be a scalar tensor"),
+        ({"loss": torch.ones(()), "part": 1.0}, "returns float as part"),
+    ],
+)
+def test_losses__of_the_wrong_kind(losses, message):
+    with pytest.raises(ConfigError, match=message):
+        check_losses(losses, CrossEntropy())

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from programs import PROJECT
 from vitrail.errors import ConfigError
-from vitrail.runs.config import check_keys, instantiate, settle_model
+from vitrail.runs.config import check_keys, defaults_of, instantiate, restore, settle_model
 from vitrail.runs.config import compose as compose_program
 from vitrail.runs.directory import find_checkpoint
 
@@ -167,3 +167,36 @@ def test_model__on_the_command_line_wins_over_an_experiment():
         config = compose_program("train", [*overrides, "paths.run=/tmp/run"])
         settle_model(config)
         assert config.model.name == name
+
+
+def test_model__without_a_name_ignores_the_name_of_an_experiment(tmp_path):
+    config = compose_program("train", ["experiment=deit_tiny", "model=timm", "paths.run=/tmp/run"])
+    settle_model(config)
+    assert OmegaConf.is_missing(config.model, "name")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "own.yaml").write_text("_target_: theirs.Backbone\nwidth: 8\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    config = compose_program("train", ["experiment=t2t_vit_7", "model=own", search, "paths.run=/tmp/run"])
+    settle_model(config)
+    assert "name" not in config.model
+
+
+def test_compose__each_job_has_its_own_directory():
+    first, second = (compose_program("train").paths.run for _ in range(2))
+    assert first != second
+
+
+def test_restore__null_deletion_and_a_moved_data_folder(tmp_path):
+    saved = {
+        "data": {"root": "/old", "source": {"root": "/old", "train_dir": "/old/train", "val_dir": "/older"}},
+        "mixing": {"_target_": "vitrail.data.MixToken"},
+        "teacher": {"name": "x"},
+        "paths": {"run": str(tmp_path)},
+    }
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(saved))
+    config = compose_program("train", ["mixing=none", "~callbacks.ema", "+data.root=/new", f"paths.run={tmp_path}"])
+    restored = restore(config, defaults_of("train"), tmp_path)
+    assert restored.mixing is None
+    assert restored.teacher == {"name": "x"}
+    assert restored.data.source == {"root": "/new", "train_dir": "/new/train", "val_dir": "/older"}
+    assert restored.data.root == "/new"

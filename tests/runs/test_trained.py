@@ -84,6 +84,18 @@ def test_published__weights_with_a_model(tmp_path):
         vitrail.load_run(tmp_path / "weights.safetensors", model="vit_nano")
 
 
+def test_published__convolutional_network_and_another_class(tmp_path):
+    model = create_model("resnet10t", 7)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    opened = vitrail.load_run(tmp_path / "weights.pth", model={"name": "resnet10t"})
+    assert (opened.name, opened.num_classes) == ("resnet10t", 7)
+    (tmp_path / "own").mkdir()
+    node = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Flatten"}]}
+    torch.save({}, tmp_path / "own" / "weights.pth")
+    with pytest.raises(ConfigError, match=r"model: returns \(2, 150528\) as cls for two images of 224 x 224 pixels"):
+        vitrail.load_run(tmp_path / "own" / "weights.pth", model=node)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

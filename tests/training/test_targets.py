@@ -65,6 +65,52 @@ def test_contracts__mismatch_is_refused_and_names_the_key(model, objective, mixi
         check(model, objective, mixing, provided)
 
 
+class TokenTargets(Objective):
+    """An objective of token targets that leaves the token logits unsaid."""
+
+    needs = "token_targets"
+
+    def forward(self, outputs, targets):
+        return {"loss": outputs.cls.mean()}
+
+
+class Silent(Objective):
+    """A wrapper that does not declare the needs of what it wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = TokenLabelingLoss()
+
+
+class Learned(Objective):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (TokenTargets(), "objective: TokenTargets needs token logits, which VisionTransformer does not have"),
+        (Silent(), "objective: Silent contains TokenLabelingLoss, whose need outputs.tokens it must declare"),
+        (Learned(), "objective: Learned has parameters, and only the backbone's are trained"),
+    ],
+)
+def test_contracts__objectives_of_somebody_else(objective, message):
+    with pytest.raises(ConfigError, match=message):
+        check("vit_nano", objective)
+
+
+def test_contracts__optional_token_targets_without_token_logits():
+    objective = CrossEntropy()
+    objective.optional = frozenset({"token_targets"})
+    check("vit_nano", objective)
+    batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([1, 2]), ["a", "b"])
+    assert TargetBuilder()(batch, objective, 10, None).tokens is None
+    with pytest.raises(ConfigError, match="does not use label maps"):
+        check("vit_nano", objective, None, MAPS)
+
+
 def test_contracts__mixtoken_needs_a_backbone_that_mixes_tokens():
     model = create_model("convnext_atto", 10, token_head=True)
     with pytest.raises(ConfigError, match=r"mixing: MixToken needs a backbone that swaps tokens.*ConvNeXt"):

@@ -209,7 +209,7 @@ def _annotate(
     cropping = "squash" if config["crop"] == "whole" else "center"
     augmentation = Augmentation(crop_pct=1.0, crop_mode=cropping, eval_interpolation=annotator.interpolation)
     transform = augmentation.evaluation(InputSpec(annotator.image_size, annotator.mean, annotator.std))
-    skipped = out / "skipped.txt" if config["data"]["on_corrupt"] == "skip" else None
+    skipped = out / "skipped.txt" if config["data"].get("on_corrupt") == "skip" else None
     dataset = ViewDataset(job.split, transform, None, skipped, fill=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = config["num_workers"]

@@ -16,7 +16,7 @@ from vitrail.errors import ConfigError
 from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
-from vitrail.runs.config import check_choices, check_keys, instantiate, plain
+from vitrail.runs.config import check_choices, check_keys, instantiate, plain, rebase
 from vitrail.runs.directory import RunDirectory
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.trained import TrainedModel, load_run
@@ -110,8 +110,8 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
     spec = trained.input
     fed = {"image_size": list(spec.size), "mean": list(spec.mean), "std": list(spec.std)}
     data = {**trained.config.get("data", {}), **fed}
-    augment = {
-        **trained.config.get("augment", {"_target_": "vitrail.data.Augmentation"}),
+    augment = trained.config.get("augment") or {
+        "_target_": "vitrail.data.Augmentation",
         "eval_interpolation": spec.interpolation,
         "crop_pct": spec.crop_pct,
         "crop_mode": spec.crop_mode,
@@ -121,9 +121,9 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
         if "_target_" in given:
             data = given | {key: fed[key] for key in _INPUT if not _is_named(f"data.{key}")}
         else:
+            if "root" in given:
+                rebase(data, given["root"])
             data |= given
-            if "root" in given and "root" in data.get("source", {}):  # a run's config has no interpolation left
-                data["source"]["root"] = given["root"]
     if config.augment is not None:
         given = plain(config.augment)
         augment = given if "_target_" in given else augment | given

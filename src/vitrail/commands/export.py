@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,10 +57,14 @@ def export(config: DictConfig) -> Path:
     trained = load_run(config.ckpt, config.weights)
     exported = describe_export(trained)
     out = Path(config.out).expanduser() if config.out else _run_directory(trained) / "export" / config.to
-    out.mkdir(parents=True, exist_ok=True)
-    load = _WRITERS[config.to](exported, out)
-    (out / "README.md").write_text(exported.card + _use(config.to, exported.name, out.name), encoding="utf-8")
-    difference = compare(exported, load)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own first, so that an export that is not equal to the network leaves nothing behind.
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        load = _WRITERS[config.to](exported, Path(folder))
+        difference = compare(exported, load)
+        card = exported.card + _use(config.to, exported.name, out.name)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        shutil.copytree(folder, out, dirs_exist_ok=True)
     log.info("%s: logits differ by %.1e of their standard deviation", out, difference)
     return out
 
@@ -119,7 +125,10 @@ def compare(exported: Exported, load: Callable[[], Callable[[Tensor], Tensor]]) 
         expected, found = exported.model(images), load()(images)
     difference = float((expected - found).abs().max() / expected.std())
     if not difference < TOLERANCE:
-        raise ConfigError(f"to: the exported network's logits differ by {difference:.1e} standard deviations.")
+        raise ConfigError(
+            f"to: the exported network's logits differ by {difference:.1e} standard deviations; to=onnx and"
+            " to=torch_export support any network."
+        )
     return difference
 
 
@@ -128,10 +137,24 @@ def _write_config(exported: Exported, out: Path) -> None:
         "architecture": exported.name,
         "num_classes": len(exported.classes),
         "label_names": exported.classes,
-        "model_args": {**exported.arguments, "img_size": list(exported.size)},
+        "model_args": _arguments(exported),
         "pretrained_cfg": {**exported.input, "num_classes": len(exported.classes)},
     }
     (out / "config.json").write_text(json.dumps(description, indent=1))
+
+
+def _arguments(exported: Exported) -> dict[str, Any]:
+    """Return timm's arguments of the network, with the image size if its weights depend on it.
+
+    Raises:
+        ConfigError: timm does not have this network.
+    """
+    if not timm.is_model(exported.name):
+        raise ConfigError(
+            f"model: {exported.name} is not a network of timm; to=onnx and to=torch_export support any network."
+        )
+    fixed = timm.get_pretrained_cfg_value(exported.name, "fixed_input_size")
+    return exported.arguments | ({"img_size": list(exported.size)} if fixed else {})
 
 
 def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:
@@ -140,11 +163,9 @@ def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:
     Raises:
         ConfigError: timm cannot build it with these arguments.
     """
-    size = exported.size if timm.get_pretrained_cfg_value(exported.name, "fixed_input_size") else None
-    more = {} if size is None else {"img_size": size}
     try:
         return timm.create_model(
-            exported.name, num_classes=len(exported.classes), **more, **exported.arguments, **kwargs
+            exported.name, num_classes=len(exported.classes), **_arguments(exported), **kwargs
         ).eval()
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
@@ -168,8 +189,7 @@ def _write_timm(exported: Exported, out: Path) -> Callable[[], nn.Module]:
 
 
 def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
-    fixed = timm.get_pretrained_cfg_value(exported.name, "fixed_input_size")
-    arguments = exported.arguments | ({"img_size": list(exported.size)} if fixed else {})
+    arguments = _arguments(exported)
     more = {"num_classes": len(exported.classes), "label_names": exported.classes, "pretrained_cfg": exported.input}
     # Both formats, as in timm's hub repositories: older versions of timm cannot read safetensors from a folder.
     save_for_hf(exported.model, str(out), model_config=more, model_args=arguments, safe_serialization="both")

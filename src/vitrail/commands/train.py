@@ -51,12 +51,13 @@ def train(config: DictConfig) -> dict[str, Any]:
     check_space(run.checkpoints, module.model, averaged=bool((config.callbacks or {}).get("ema")))
     csv_log = MetricsCSV(run.path / "metrics.csv")
     trainer = build_trainer(config, run, data, csv_log)
-    if is_rank_zero():
+    checkpoint = checkpoint_to_resume(config, run, module.model)
+    if is_rank_zero():  # only now, so that a refused resume does not change the run
         run.record(redacted(plain(config)), redacted(list(HydraConfig.get().overrides.task)))
     _log_settings(config, module, data, trainer, run)
     explain_dead_children(run.path)
     started = time.monotonic()
-    _fit(trainer, module, data, checkpoint_to_resume(config, run, module.model), run)
+    _fit(trainer, module, data, checkpoint, run)
     results = _summarise(csv_log, trainer, time.monotonic() - started, run)
     if trainer.is_global_zero:
         run.write_results(results)

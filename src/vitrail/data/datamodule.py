@@ -1,4 +1,4 @@
-"""The LightningDataModules: a source, its augmentation and its loaders."""
+"""The LightningDataModules: data source, augmentation and loaders."""
 
 import os
 import signal
@@ -23,18 +23,18 @@ _GRACE_SECONDS = 60
 
 
 class ViewDataset(Dataset[Item]):
-    """A split seen through a transform: one `Item` for each draw of the sampler.
+    """Dataset of a split's images after a transform.
 
-    Indexed by a plain number, it gives that image's view in `epoch`, a fresh one in each epoch.
+    The index is a `Draw` of the sampler, or an integer. For an integer, the view of the image is random.
 
     Args:
-        split: where the pictures come from.
-        transform: what becomes of them.
-        seed: of the random draws in `transform`; None for a transform that draws nothing.
-        skipped: file that lists unreadable images, which are then replaced by the next readable one; None stops at
-            the first.
-        fill: replace an unreadable image (training) rather than leave it out of the count (validation).
-        maps: label maps, which follow the view that `transform`, a `ViewedTransform` then, takes.
+        split: images and labels.
+        transform: maps an image to a tensor; a `ViewedTransform` if there are label maps.
+        seed: seed of the transform's random numbers; None for a deterministic transform.
+        skipped: file that lists unreadable images, which are replaced by the next readable image; None stops at the
+            first unreadable image.
+        fill: whether the replacement of an unreadable image counts (training) or is ignored (validation).
+        maps: label maps, cropped and flipped like the image.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class ViewDataset(Dataset[Item]):
         if isinstance(draw, int):
             if not -len(self) <= draw < len(self):
                 raise IndexError(f"image {draw} of {len(self)}.")
-            draw = Draw(draw % len(self), 0, False)
+            # PyTorch's generator, which a loader seeds anew in each worker and epoch, in place of an epoch.
+            epoch = 0 if self.seed is None else int(torch.randint(2**31, ()))
+            draw = Draw(draw % len(self), epoch, False)
         index = draw.sample
         for _ in range(len(self.split)):
             try:
@@ -98,32 +100,32 @@ def collate(items: list[Item]) -> Batch:
 class ImageDataModule(L.LightningDataModule):
     """Training and validation batches of any source.
 
-    The loaders give a `Batch`. In validation every image counts exactly once on any number of processes; samples that
+    The loaders return `Batch`es. In validation every image counts exactly once on any number of processes; samples that
     only fill a batch have the label `IGNORE`.
 
     Args:
         source: the data set.
-        augment: augmentation of training and transform of evaluation.
-        image_size: side of the square that the network sees, or (height, width), in pixels.
-        mean: of the normalisation, for R, G and B in [0, 1].
-        std: of the normalisation.
-        hflip: probability of mirroring a training image, unless `augment` says otherwise.
+        augment: augmentation for training, and transform for evaluation.
+        image_size: side of the network's square input, or (height, width), in pixels.
+        mean: mean for normalisation, for R, G and B in [0, 1].
+        std: standard deviation for normalisation.
+        hflip: probability of a horizontal flip of a training image, unless `augment` sets its own.
         batch_size: images per step on one device.
-        eval_batch_size: images per evaluation step on one device; None takes `batch_size`.
-        num_workers: loader processes per device; None takes the machine's cores over its devices, at most 8.
-        seed: of shuffling and augmentation.
-        repeats: views of each image in an epoch, which sees 1 / repeats of the images (repeated augmentation).
+        eval_batch_size: images per evaluation step on one device; None means `batch_size`.
+        num_workers: loader workers per device; None means CPU cores / devices, at most 8.
+        seed: seed of shuffling and augmentation.
+        repeats: views of each image in an epoch, which contains 1 / repeats of the images (repeated augmentation).
         on_corrupt: `stop` at an image that cannot be read, or `skip` it and list it in `skipped_file`.
-        skipped_file: where `skip` lists them.
-        label_maps: folder of a label-map store, for training with token labels.
-        on_missing_map: `error`, or `ignore`: the tokens of an image without a map all learn its label.
+        skipped_file: file that lists the skipped images.
+        label_maps: folder of a label-map store, for token labelling.
+        on_missing_map: `error`, or `ignore`: all tokens of an image without a map are trained on its label.
         center_square_maps: see `LabelMapJoin`.
-        root: folder of the data, which a config's source refers to as `${data.root}`; not read here.
-        published_size: number of training images and of classes of a published data set, for `plan=true` where its
-            files are not at hand.
+        root: folder of the data, which a config's source refers to as `${data.root}`; not used here.
+        published_size: number of training images and of classes of a published data set, for `plan=true` on a machine
+            without the data.
 
     Raises:
-        ConfigError: a value cannot work; the message names its key.
+        ConfigError: a value is invalid; the message names its key.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def provides(self) -> frozenset[str]:
-        """What targets can be built from beside class labels: `label_maps`."""
+        """What the data provides besides class labels: `label_maps` or nothing."""
         return frozenset() if self.label_maps is None else frozenset({"label_maps"})
 
     def prepare_data(self) -> None:
@@ -209,7 +211,7 @@ class ImageDataModule(L.LightningDataModule):
         return ViewDataset(split, self.augment.viewed(self.input, self.hflip), self.seed, self.skipped_file, maps=maps)
 
     def train_dataloader(self) -> DataLoader[Item]:
-        """Shuffled, augmented, all batches full.
+        """Return a loader of shuffled and augmented images, without incomplete batches.
 
         Raises:
             ConfigError: there are fewer images than one global batch.
@@ -223,7 +225,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(self.train, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Item]:
-        """In order, every image once."""
+        """Return a loader of all images in order."""
         return self._loader(self.val, self._sampler(self.val, shuffle=False), self.eval_batch_size)
 
     def _sampler(self, dataset: ViewDataset, shuffle: bool) -> EpochSampler:

@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of (seed, epoch), on any number of processes."""
+"""Order of the samples: a function of seed and epoch, the same on any number of processes."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,32 +8,32 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """An order for one sample: its index, what its augmentation depends on, whether it only fills a batch."""
+    """One sample to load: its index, what its augmentation depends on, and whether it only fills a batch."""
 
     sample: int
     epoch: int
     padding: bool
-    repeat: int = 0  # which of its views in this epoch
+    repeat: int = 0  # number of the view in this epoch
 
 
 class EpochSampler(Sampler[Draw]):
-    """The draws of one process.
+    """Sampler of the draws of one process.
 
-    Shuffled (training): the order of all processes together is the one that a single process would see; what does not
-    fill a global batch is left out. In order (validation): every sample exactly once over all processes; draws that
-    only make their numbers equal are marked as padding, so that collective calls always pair up.
+    With `shuffle` (training), all processes together follow the order that a single process would; images that do not
+    fill a global batch are omitted. Without it (validation), every image is drawn exactly once over all processes;
+    processes with fewer images get extra draws, marked as padding, so that collective calls always match.
 
     Repeated augmentation (Hoffer et al., arXiv:1901.09335; with DeiT, arXiv:2012.12877): each image of the shuffled
-    order comes several times in a row, in different views, and the epoch ends after as many draws as there are images,
-    so that it sees only 1 / repeats of them. The copies are dealt out to the processes in turn, as published.
+    order comes several times in a row, in different views. The epoch has as many draws as there are images, so it
+    contains only 1 / repeats of them. The copies are distributed over the processes in turn, as published.
 
     Args:
-        length: number of samples.
-        seed: of the shuffle.
-        shuffle: for training.
-        rank: this process.
+        length: number of images.
+        seed: seed of the shuffling.
+        shuffle: whether to shuffle.
+        rank: rank of this process.
         world_size: number of processes.
-        batch_size: samples of one process in a step; only used to leave out the tail when shuffling.
+        batch_size: images of one process in a step; used only to omit the remainder when shuffling.
         repeats: views of each image in an epoch; more than 1 only when shuffling.
     """
 
@@ -50,14 +50,14 @@ class EpochSampler(Sampler[Draw]):
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.epoch = 0
-        self._is_driven = False  # somebody sets the epoch
+        self._is_driven = False  # whether the caller sets the epoch
         self._has_begun = False
-        self._done = (-1, 0)  # an epoch, and how many of its draws came before
+        self._done = (-1, 0)  # epoch, and its number of draws before the start
         together = batch_size * world_size if shuffle else world_size
         self.total = length // together * together if shuffle else -(-length // together) * together
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of `epoch`; Lightning calls it before each epoch. Without it, each pass is a new epoch."""
+        """Use the order of `epoch`; Lightning calls it before each epoch. Without it, each pass is a new epoch."""
         self.epoch, self._is_driven = epoch, True
 
     def resume(self, epoch: int, done: int) -> None:

@@ -79,12 +79,15 @@ def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
         setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
-def _check_patches(name: str, img_size: ImageSize, patch_size: tuple[int, int] | None) -> None:
+def _check_patches(name: str, img_size: ImageSize, patch_size: ImageSize | None) -> None:
     """Refuse image sizes that the patch size does not divide: timm would silently crop the border."""
     sides = height_width(img_size)
     shown = sides[0] if sides[0] == sides[1] else list(sides)
-    if patch_size is not None and any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
-        patch = "x".join(map(str, dict.fromkeys(patch_size)))
+    if patch_size is None:
+        return
+    patches = height_width(patch_size)
+    if any(side % patch for side, patch in zip(sides, patches, strict=True)):
+        patch = "x".join(map(str, dict.fromkeys(patches)))
         raise ConfigError(
             f"data.image_size={shown}: {name} needs a multiple of its patch size {patch}; "
             "change data.image_size or model.patch_size."

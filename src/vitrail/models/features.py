@@ -6,7 +6,8 @@ positions in row-major order.
 Shapes: B images, N positions, D channels, C classes, H x W positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,26 +76,32 @@ def sequence_grid(model: nn.Module, tokens: int, image_size: tuple[int, int]) ->
 
 def feature_shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of `model.forward_features` for one image of (height, width) pixels, without computing it."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {f"model.{name}": torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    image = torch.empty(1, 3, *image_size, device="meta")
-    training = model.training
+    timm_model: Any = model
+    was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            features = torch.func.functional_call(_Features(model), shapes, (image,))
+        with torch.no_grad(), _on_meta(model):
+            features = timm_model.forward_features(torch.empty(1, 3, *image_size, device="meta"))
     finally:
-        model.train(training)
+        model.train(was_training)
     return tuple(features.shape)
 
 
-class _Features(nn.Module):
-    """Module whose forward is `forward_features`, as `functional_call` requires."""
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Give a model tensors without values.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Any = self.model
-        return features.forward_features(images)
+    Unlike `torch.func.functional_call`, this restores modules that appear under several names.
+    """
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._parameters, module._buffers)
+    ]
+    own = [dict(table) for table in tables]
+    for table in tables:
+        for name, tensor in table.items():
+            table[name] = tensor if tensor is None else torch.empty_like(tensor, device="meta")
+    try:
+        yield
+    finally:
+        for table, tensors in zip(tables, own, strict=True):
+            table.update(tensors)

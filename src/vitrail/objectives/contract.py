@@ -13,6 +13,7 @@ Shapes: B images.
 
 from torch import Tensor, nn
 
+from vitrail.errors import ConfigError
 from vitrail.types import Outputs, Targets
 
 TARGET_NEEDS = ("token_targets", "teacher_logits", "teacher_features")
@@ -39,12 +40,50 @@ class Objective(nn.Module):
 
 def needs_of(objective: nn.Module) -> frozenset[str]:
     """Return the needs that an objective declares."""
-    return frozenset(getattr(objective, "needs", ()))
+    return _names(objective, "needs")
 
 
 def uses_of(objective: nn.Module) -> frozenset[str]:
     """Return everything that an objective can use: its needs and its optional inputs."""
-    return needs_of(objective) | frozenset(getattr(objective, "optional", ()))
+    return needs_of(objective) | optional_of(objective)
+
+
+def optional_of(objective: nn.Module) -> frozenset[str]:
+    """Return the optional inputs that an objective declares."""
+    return _names(objective, "optional")
+
+
+def _names(objective: nn.Module, attribute: str) -> frozenset[str]:
+    """Return a declared set of names; a string is one name."""
+    declared = getattr(objective, attribute, ())
+    return frozenset({declared} if isinstance(declared, str) else declared)
+
+
+def outputs_for(objective: nn.Module, outputs: Outputs) -> Outputs:
+    """Return the class logits and those of the other outputs that a wrapped objective uses."""
+    uses = uses_of(objective)
+    return Outputs(
+        outputs.cls,
+        outputs.tokens if "outputs.tokens" in uses else None,
+        outputs.distill if "outputs.distill" in uses else None,
+        outputs.extras,
+    )
+
+
+def check_losses(losses: object, objective: nn.Module) -> None:
+    """Check what an objective returned.
+
+    Raises:
+        ConfigError: it is not a dict of scalar tensors with the key `loss`.
+    """
+    name = type(objective).__name__
+    if not isinstance(losses, dict) or "loss" not in losses:
+        what = f"a dict of {', '.join(map(str, losses))}" if isinstance(losses, dict) else type(losses).__name__
+        raise ConfigError(f"objective: {name} returns {what or 'nothing'}; it must return a dict with the key loss.")
+    for key, value in losses.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"objective: {name} returns {what} as {key}; it must be a scalar tensor.")
 
 
 def passes_of(objective: nn.Module) -> int:

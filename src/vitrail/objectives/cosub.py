@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.objectives.classification import BinaryCrossEntropy
-from vitrail.objectives.contract import Objective, needs_of
+from vitrail.objectives.contract import Objective, needs_of, optional_of, passes_of
 from vitrail.types import Outputs, Targets
 
 
@@ -24,7 +24,7 @@ class CosubLoss(Objective):
         base: loss with the label; None means the sigmoid cross-entropy of DeiT-III, with targets binarised at 0.
 
     Raises:
-        ValueError: the weight is out of range.
+        ValueError: the weight is out of range, or `base` needs several passes.
     """
 
     passes = 2
@@ -35,7 +35,9 @@ class CosubLoss(Objective):
             raise ValueError(f"objective.weight={weight}: must lie in [0, 1].")
         self.weight = weight
         self.base = base or BinaryCrossEntropy(threshold=0.0)
-        self.needs = needs_of(self.base)
+        if passes_of(self.base) > 1:
+            raise ValueError("objective.base: must use one forward pass per image.")
+        self.needs, self.optional = needs_of(self.base), optional_of(self.base)
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Return `loss` and its parts `label_loss` and `cosub_loss`, all scalar.

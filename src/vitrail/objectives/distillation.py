@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.objectives.classification import CrossEntropy
-from vitrail.objectives.contract import Objective, needs_of
+from vitrail.objectives.contract import Objective, needs_of, optional_of, outputs_for, passes_of
 from vitrail.types import Outputs, Targets
 
 
@@ -27,7 +27,7 @@ class DistillationLoss(Objective):
         base: loss of the class token with the label; None means cross-entropy with smoothing 0.1.
 
     Raises:
-        ValueError: the kind is unknown, or a value is out of range.
+        ValueError: the kind is unknown, a value is out of range, or `base` needs several passes.
     """
 
     def __init__(
@@ -47,7 +47,10 @@ class DistillationLoss(Objective):
             raise ValueError(f"objective.tau={tau}: must be positive.")
         self.kind, self.alpha, self.tau, self.per_class = kind, alpha, tau, per_class
         self.base = base or CrossEntropy(smoothing=0.1)
+        if passes_of(self.base) > 1:
+            raise ValueError("objective.base: must use one forward pass per image.")
         self.needs = frozenset({"teacher_logits"}) | needs_of(self.base)
+        self.optional = optional_of(self.base)
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Return the scalar `loss` and its parts `cls_loss` and `distill_loss` from student and teacher logits (B, C).
@@ -57,7 +60,7 @@ class DistillationLoss(Objective):
         """
         if targets.teacher_logits is None:
             raise ValueError("objective: distillation needs teacher logits; set teacher=...")
-        cls_loss = self.base(Outputs(outputs.cls), targets)["loss"]
+        cls_loss = self.base(outputs_for(self.base, outputs), targets)["loss"]
         student = (outputs.cls if outputs.distill is None else outputs.distill).float()
         teacher = targets.teacher_logits.float()
         if self.kind == "hard":

@@ -3,9 +3,9 @@
 import inspect
 import logging
 import os
+from dataclasses import asdict
 from typing import Any
 
-import hydra
 import lightning as L
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
@@ -17,7 +17,7 @@ from vitrail.checkpoints.reading import load_checkpoint
 from vitrail.checkpoints.writing import AtomicCheckpointIO
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.heads import declared_outputs
+from vitrail.models.heads import declared_outputs, forward_heads, token_grid
 from vitrail.models.teacher import Teacher
 from vitrail.objectives.contract import passes_of
 from vitrail.runs.config import instantiate, plain
@@ -27,10 +27,13 @@ from vitrail.runs.resume import ResumePosition
 from vitrail.training import ImageClassifier
 from vitrail.training.targets import check_contracts
 from vitrail.types import InputSpec
-from vitrail_runtime.allowed_targets import guarded
+from vitrail_runtime.allowed_targets import resolve_target
 from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
+
+
+_CHECKED = ("vitrail.models.create_model",)  # targets known to return what they declare
 
 
 def build_data(config: DictConfig) -> ImageDataModule:
@@ -56,14 +59,16 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
         kwargs: arguments that override the config's, if the callable has them (`pretrained`).
 
     Raises:
-        ConfigError: the config's `num_classes` does not fit, or the backbone returns another number of logits.
+        ConfigError: the config's `num_classes` does not fit, or the backbone does not return what it declares.
     """
+    if "_target_" not in node:
+        raise ConfigError("model._target_: not set; set it to a class or function that builds the backbone.")
     asked = node.get("num_classes")
     if asked is not None and asked != num_classes:
         raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
     wanted = {"num_classes": num_classes, "img_size": image_size, **kwargs}
-    with guarded():
-        accepted = inspect.signature(hydra.utils.get_object(str(node["_target_"]))).parameters
+    target = str(node["_target_"])
+    accepted = inspect.signature(resolve_target(target)).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     passed = {
         name: value
@@ -72,24 +77,30 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     }
     model = instantiate(node, "model", **passed)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model._target_={node['_target_']}: returns a {type(model).__name__}, not a torch module.")
-    if "num_classes" not in passed and asked is None:
-        _check_logits(model, num_classes, image_size)
+        raise ConfigError(f"model._target_={target}: returns a {type(model).__name__}, not a torch module.")
+    if target not in _CHECKED:
+        _check_outputs(model, num_classes, image_size)
     return model
 
 
-def _check_logits(model: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
-    """Check the number of logits of a backbone that does not accept `num_classes`."""
+def _check_outputs(model: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
+    """Check that a backbone returns what it declares, by a forward pass of two images."""
     was_training = model.training
     with torch.no_grad():
-        logits = model.eval()(torch.zeros(2, 3, *image_size))
+        outputs = forward_heads(model.eval(), torch.zeros(2, 3, *image_size))
     model.train(was_training)
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ConfigError(
-            f"model: returns {shape} for two images, but must return (2, {num_classes}), because the data has"
-            f" {num_classes} classes."
-        )
+    expected: dict[str, tuple[int, ...]] = {"cls": (2, num_classes)}
+    if "tokens" in declared_outputs(model):
+        rows, columns = token_grid(model, image_size)
+        expected["tokens"] = (2, rows * columns, num_classes)
+    for name, shape in expected.items():
+        found = getattr(outputs, name, None)
+        described = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if described != shape:
+            raise ConfigError(
+                f"model: returns {described} as {name} for two images of {image_size[0]} x {image_size[1]} pixels, but"
+                f" must return {shape}, because the data has {num_classes} classes."
+            )
 
 
 def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str]) -> Teacher | None:
@@ -147,10 +158,13 @@ def check_passes(model: nn.Module, objective: nn.Module) -> None:
 
 
 class _SaveConfig(L.Callback):
-    """Callback that saves config and class names in each checkpoint, so that it is usable without its run directory."""
+    """Callback that saves config, class names and the network's input in each checkpoint.
 
-    def __init__(self, config: dict[str, Any], classes: list[str]) -> None:
-        self.content = {"config": config, "classes": list(classes)}
+    A checkpoint can then be used without its run directory.
+    """
+
+    def __init__(self, config: dict[str, Any], data: ImageDataModule) -> None:
+        self.content = {"config": config, "classes": list(data.classes), "input": asdict(data.input)}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.content)
@@ -160,7 +174,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     """Build Lightning's Trainer with the config's callbacks and loggers."""
     named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
     callbacks = [callback for callback in named.values() if callback is not None]
-    callbacks += [_SaveConfig(redacted(plain(config)), data.classes), ResumePosition()]
+    callbacks += [_SaveConfig(redacted(plain(config)), data), ResumePosition()]
     loggers = [csv_log]
     for name, node in (config.logger or {}).items():
         if node is not None:

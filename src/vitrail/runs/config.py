@@ -32,6 +32,7 @@ def compose(program: str = "train", overrides: Sequence[str] = ()) -> DictConfig
         HydraException: an override is invalid.
     """
     resolvers.register()
+    resolvers.renew()
     with _initialised():
         config = hydra.compose(program, overrides=list(overrides), return_hydra_config=True)
     with open_dict(config):
@@ -55,9 +56,17 @@ def settle_model(config: DictConfig) -> None:
     if not chosen or any(item.lstrip("+").startswith("model.name=") for item in overrides):
         return
     with _initialised():
-        node = hydra.compose("train", overrides=chosen[-1:]).model
-    if node is not None and "name" in node and not OmegaConf.is_missing(node, "name") and "name" in config.model:
+        where = [item for item in HydraConfig.get().overrides.hydra if item.startswith("hydra.searchpath=")]
+        node = hydra.compose("train", overrides=[chosen[-1], *where]).model
+    if node is None or "name" not in config.model:
+        return
+    if OmegaConf.is_missing(node, "name"):
+        config.model.name = "???"
+    elif "name" in node:
         config.model.name = node.name
+    else:  # the experiment's name belongs to another backbone
+        with open_dict(config.model):
+            del config.model["name"]
 
 
 @contextmanager
@@ -154,13 +163,26 @@ def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictCo
     with open_dict(saved):
         named = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
         for key in [*named, *(["strategy"] if "trainer" in named else [])]:  # trainer=... also selects a strategy
-            if OmegaConf.select(config, key) is not None:  # a group replaces the whole saved group
-                value = OmegaConf.select(config, key)
+            value = OmegaConf.select(config, key)
+            if key == "data.root":
+                rebase(saved.data, value)
+            elif value is not None:  # a group replaces the whole saved group
                 OmegaConf.update(saved, key, plain(value) if OmegaConf.is_config(value) else value, merge=False)
+            elif OmegaConf.select(saved, key) is not None:  # set to null, or deleted
+                OmegaConf.update(saved, key, None, merge=False)
         for key, value in now.items():
             if key not in before or before[key] != value:
                 OmegaConf.update(saved, key, value)
     return saved
+
+
+def rebase(data: Any, root: str | None) -> None:
+    """Set the `root` of a saved data config in place, also where its source refers to it: paths are saved resolved."""
+    before, source = data.get("root"), data.get("source") or {}
+    data["root"] = root
+    for key, value in source.items():
+        if value == before or (before and isinstance(value, str) and value.startswith(f"{before}/")):
+            source[key] = root if value == before else f"{root}{value.removeprefix(before)}"
 
 
 def moved(saved: dict[str, Any], run: Path) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def load_run(
     if model is None:
         missing = f"{key}={file}: contains no config, so it was not written by train.py" if file else f"{key}: not set"
         raise ConfigError(f"{missing}; set model=..., for example model=t2t_vit_14.")
-    node = {"_target_": "vitrail.models.create_model", "name": model} if isinstance(model, str) else dict(model)
+    node = {"name": model} if isinstance(model, str) else dict(model)
+    node = {"_target_": "vitrail.models.create_model", **node}
     return _open_published(file, checkpoint, node, weights, image_size, key)
 
 
@@ -153,22 +154,29 @@ def _open_run(
     config, classes = upgraded(checkpoint["config"]), list(checkpoint["classes"])
     sets = tuple(weight_sets(checkpoint))
     chosen = _choose(sets, weights, file)
-    data, augment = config["data"], config["augment"]
-    sides = height_width(image_size or data["image_size"])
-    config["model"] = {**config["model"], "num_classes": None}
-    if "pretrained" in config["model"]:
-        config["model"]["pretrained"] = False
-    model = build_model(config["model"], len(classes), sides)
+    spec = _input_of(checkpoint, config, image_size)
+    config["model"] = _as_trained(config["model"])
+    model = build_model(config["model"], len(classes), spec.size)
     load_checkpoint(model, file or "", ema=chosen == "ema", same_classes=True, key=key)
-    spec = InputSpec(
-        sides,
-        tuple(data["mean"]),
-        tuple(data["std"]),
-        augment["eval_interpolation"],
-        augment["crop_pct"],
-        augment["crop_mode"],
-    )
     return TrainedModel(model.eval(), spec, classes, config, chosen, sets, file)
+
+
+def _as_trained(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model config without the keys that the file of the weights decides."""
+    decided = {"num_classes": None, "pretrained": False}
+    return {key: decided.get(key, value) for key, value in node.items()}
+
+
+def _input_of(checkpoint: dict[str, Any], config: dict[str, Any], image_size: ImageSize | None) -> InputSpec:
+    """Return the input that a run's checkpoint records; checkpoints of vitrail 0.1 record it in their config only."""
+    recorded = checkpoint.get("input")
+    if recorded is None:
+        data, augment = config["data"], config["augment"]
+        recorded = {"size": data["image_size"], "mean": data["mean"], "std": data["std"]}
+        names = {"interpolation": "eval_interpolation", "crop_pct": "crop_pct", "crop_mode": "crop_mode"}
+        recorded |= {name: augment[key] for name, key in names.items() if key in augment}
+    tuples = {"mean": tuple(recorded["mean"]), "std": tuple(recorded["std"])}
+    return InputSpec(**{**recorded, **tuples, "size": height_width(image_size or recorded["size"])})
 
 
 def _open_export(
@@ -208,14 +216,15 @@ def _open_published(
         raise ConfigError(f"{key}: not set; set it to a weights file, or download timm's with model.pretrained=true.")
     name = node.get("name")
     cfg = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
-    fed = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {}, use_test_size=True)
+    known = cfg.to_dict() if cfg else {"input_size": (3, 224, 224)}
+    fed = resolve_data_config(pretrained_cfg=known, use_test_size=True)
     sides = height_width(image_size or fed["input_size"][1:])
     count = node.get("num_classes") or _classes_in(checkpoint, cfg) or (cfg.num_classes if cfg else 1000)
     if file is not None:
-        node["pretrained"] = False
+        node = _as_trained(node)
     sets = ("raw",) if not checkpoint else tuple(weight_sets(checkpoint))
     chosen = _choose(sets, weights, file)
-    model = build_model({**node, "num_classes": None}, count, sides)
+    model = build_model({key: value for key, value in node.items() if key != "num_classes"}, count, sides)
     if file is not None:
         load_checkpoint(model, file, ema=chosen == "ema", same_classes=True, key=key)
     subset = infer_imagenet_subset({"num_classes": count})

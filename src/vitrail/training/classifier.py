@@ -19,7 +19,7 @@ from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.models.heads import declared_outputs, token_grid
-from vitrail.objectives.contract import passes_of
+from vitrail.objectives.contract import check_losses, passes_of
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
 from vitrail.training.targets import TargetBuilder
@@ -140,6 +140,7 @@ class ImageClassifier(L.LightningModule):
         outputs = self.heads(self.model, images, box)
         targets = self.targets(batch, self.objective, self.num_classes, self.token_grid(batch.image))
         losses = self.objective(outputs, targets)
+        check_losses(losses, self.objective)
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             on_step=False,

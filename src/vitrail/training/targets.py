@@ -72,9 +72,8 @@ class TargetBuilder:
         uses = uses_of(objective)
         logits = self._teacher_logits(batch, num_classes) if "teacher_logits" in uses else None
         features = self._teacher_features(batch) if "teacher_features" in uses else None
-        if "token_targets" not in uses:
+        if "token_targets" not in uses or grid is None:
             return Targets(self.class_labels(batch, num_classes), None, logits, features)
-        assert grid is not None, "token targets need a backbone with token logits"
         cls, tokens = self._token_targets(batch, num_classes, grid)
         return Targets(cls, tokens, logits, features)
 
@@ -148,9 +147,13 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
     outputs, has_maps, taught = declared_outputs(model), "label_maps" in provided, provided - {"label_maps"}
     available = {f"outputs.{output}" for output in outputs} | taught
     if has_maps:
-        available |= {"token_targets", "teacher_logits"}
+        available |= {"teacher_logits", *({"token_targets"} if "tokens" in outputs else ())}
     for need in sorted(needs - available):
-        raise ConfigError(_missing(need, name, model, outputs))
+        no_tokens = need == "token_targets" and "tokens" not in outputs
+        raise ConfigError(_missing("outputs.tokens" if no_tokens else need, name, model, outputs))
+    if "tokens" not in outputs:
+        uses -= {"token_targets"}
+    _check_objective(objective)
     if has_maps and not uses & {"token_targets", "teacher_logits"}:
         raise ConfigError(f"data.label_maps: {name} does not use label maps; set objective=token_labeling.")
     if taught and not uses & taught:
@@ -166,6 +169,20 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
         raise ConfigError(
             f"mixing: {mixing.describe()} needs a backbone that swaps tokens after its stem, such as a ViT, and"
             f" {type(model).__name__} does not; set mixing=mixup_cutmix or mixing=none."
+        )
+
+
+def _check_objective(objective: nn.Module) -> None:
+    """Check that an objective declares the needs of the objectives inside it, and has nothing to train."""
+    if not isinstance(objective, nn.Module):
+        return
+    name, uses = type(objective).__name__, uses_of(objective)
+    for part in objective.modules():
+        for need in sorted(needs_of(part) - uses):
+            raise ConfigError(f"objective: {name} contains {type(part).__name__}, whose need {need} it must declare.")
+    if any(parameter.requires_grad for parameter in objective.parameters()):
+        raise ConfigError(
+            f"objective: {name} has parameters, and only the backbone's are trained; move them to the backbone."
         )
 
 
