@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import hydra
 from dotenv import dotenv_values
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from vitrail_runtime import invocation, resolvers
 from vitrail_runtime.allowed_targets import allow, guarded
 from vitrail_runtime.project import CONF, home
+from vitrail_runtime.renames import check_overrides
 from vitrail_runtime.secrets import redacted
 from vitrail_runtime.sentences import sentence
 
@@ -86,6 +88,7 @@ def run_program(name: str) -> None:
         sys.argv = [full[0], *_arranged(full[1 + len(invocation.subcommand) :])]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; `_fail` prints the error
         _check_launcher()
+        check_overrides(sys.argv[1:], name)
         resolvers.register()
         with guarded():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(job)()
@@ -113,7 +116,9 @@ def _arranged(arguments: list[str]) -> list[str]:
         if argument == "--allow" or argument.startswith("--allow="):
             names = next(waiting, "") if argument == "--allow" else argument.removeprefix("--allow=")
             if not names or "=" in names or names.startswith("-"):
-                raise ValueError(f"--allow {names}".rstrip() + ": must be followed by the name of a package or module.")
+                raise HydraException(
+                    f"--allow {names}".rstrip() + ": must be followed by the name of a package or module."
+                )
             allow(names)
         elif argument in _FLAGS_WITH_VALUE:
             flags += [argument, *([value] if (value := next(waiting, None)) is not None else [])]

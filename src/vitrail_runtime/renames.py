@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from hydra.errors import HydraException
+
 _SOURCE_KEYS = ("name", "root", "download", "classes", "train_dir", "val_dir", "index", "images")
 _MIXING_KEYS = ("mixup", "cutmix", "prob", "switch_prob", "mode", "tokens", "alpha", "whole_sides")
 _GUARD_KEYS = ("path", "last", "on_bad", "limit", "factor")
@@ -91,6 +93,20 @@ _SOURCES = {
     "ImageNetRealDataModule": "ImageNetReal",
     "ImageNetVariantDataModule": "ImageNetVariant",
 }
+
+
+def check_overrides(arguments: list[str], program: str) -> None:
+    """Refuse old keys that an override adds or deletes; Hydra refuses the others, and `sentences` names the new key.
+
+    Raises:
+        HydraException: the message names the new key.
+    """
+    current = ("objective.smoothing", *(() if program == "train" else ("ckpt",)))  # these exist elsewhere
+    for argument in arguments:
+        key = argument.partition("=")[0].replace("/", ".")
+        old = key.lstrip("+~")
+        if old != key and old in RENAMED_KEYS and old not in current:
+            raise HydraException(f"{old}: renamed to {RENAMED_KEYS[old]}.")
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,10 @@ def _composition(error: BaseException, text: str) -> str:
             return f"{match[1]}: no such config group{_hint(match[1], _groups())}."
         if match[1] in RENAMED_KEYS:
             return f"{match[1]}: renamed to {RENAMED_KEYS[match[1]]}."
-        return f"{match[1]}: no such config key{_hint(match[1], _keys())}; to add it anyway, write +{match[1]}=..."
+        keys = _keys()
+        if match[1] in keys:  # of a group that is not chosen, as when a run brings its own data
+            return f"{match[1]}: this config does not have it yet; write +{match[1]}=..."
+        return f"{match[1]}: no such config key{_hint(match[1], keys)}; to add it anyway, write +{match[1]}=..."
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, name = match[1].rpartition("/")
         if name in RENAMED_CHOICES.get(group, {}):

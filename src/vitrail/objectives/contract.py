@@ -7,6 +7,8 @@ Known needs:
 - `outputs.<name>`: an output of the backbone, such as `outputs.tokens`, `outputs.distill` or any other
 
 Training does not start if a need is not met; the error names it. `Targets.cls` and `Outputs.cls` are always available.
+An objective has no parameters of its own, because only the backbone's are trained. One that contains another declares
+its needs too.
 
 Shapes: B images.
 """
