@@ -89,7 +89,7 @@ def finished(folder):
 def test_run__can_be_evaluated_and_exported(finished, folder):
     result = run("eval.py", "--allow", "theirs", f"ckpt={finished}", "trainer=cpu", logs=folder)
     assert result.returncode == 0, result.stderr
-    (evaluated,) = run_directories(folder, "eval")
+    evaluated = run_directories(folder, "eval")[-1]
     assert json.loads((evaluated / "results.json").read_text())["raw"]["images"] == 20
     result = run("export.py", "--allow=theirs", f"ckpt={finished}", "to=torch_export", logs=folder)
     assert result.returncode == 0, result.stderr

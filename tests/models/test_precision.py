@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitrail  # noqa: F401
 from vitrail.models import create_model, forward_heads
@@ -99,7 +100,7 @@ def test_compile__one_graph(name, training):
 def test_compile__one_graph_for_all_boxes():
     torch._dynamo.reset()
     model, images = small("lvvit_t"), torch.randn(2, 3, 32, 32)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(forward_heads, fullgraph=True, backend=counter)
     for box in ([0, 0, 1, 1], [0, 1, 2, 2], [1, 1, 1, 1]):
         expected = forward_heads(model, images, torch.tensor(box))
