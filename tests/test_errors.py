@@ -42,6 +42,9 @@ def test_config__unknown_name(arguments, sentence, tmp_path):
         (["data=imagefolder", "data.root=/nowhere/at/all"], "data.root=/nowhere/at/all: no such folder."),
         (["data.batch_size=2000"], "data.batch_size=2000 on 1 devices is more than the 1438 training images."),
         (["trainer=gpu"], "trainer.accelerator=gpu: no GPU is visible here"),
+        (["model=timm"], "model.name: not set; list_models.py lists the names"),
+        (["model=vit"], "model.name: not set; list_models.py"),  # another network in vitrail 0.1
+        (["model=lvvit"], "model.name: not set; list_models.py"),
         (["model=timm", "model.name=resnet51"], "model.name=resnet51: no such backbone; did you mean resnet5"),
         (
             ["model=deit_nano", "data.image_size=18"],

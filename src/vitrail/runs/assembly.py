@@ -63,6 +63,10 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     """
     if "_target_" not in node:
         raise ConfigError("model._target_: not set; set it to a class or function that builds the backbone.")
+    if OmegaConf.is_config(node) and OmegaConf.is_missing(node, "name"):
+        raise ConfigError(
+            "model.name: not set; list_models.py lists the names, and the file in conf/model its family's."
+        )
     asked = node.get("num_classes")
     if asked is not None and asked != num_classes:
         raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
