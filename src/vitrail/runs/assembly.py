@@ -43,7 +43,20 @@ def build_data(config: DictConfig) -> ImageDataModule:
 
 def model_name(node: Any) -> str:
     """Return the name of a model config: timm's name, or the name of the class or function that builds the model."""
+    check_name(node)
     return str(node.get("name") or str(node["_target_"]).rpartition(".")[2])
+
+
+def check_name(node: Any) -> None:
+    """Check that a model config has its name, if it needs one.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if OmegaConf.is_config(node) and OmegaConf.is_missing(node, "name"):
+        raise ConfigError(
+            "model.name: not set; list_models.py lists the names, and the file in conf/model its family's."
+        )
 
 
 def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwargs: Any) -> nn.Module:
@@ -63,10 +76,7 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     """
     if "_target_" not in node:
         raise ConfigError("model._target_: not set; set it to a class or function that builds the backbone.")
-    if OmegaConf.is_config(node) and OmegaConf.is_missing(node, "name"):
-        raise ConfigError(
-            "model.name: not set; list_models.py lists the names, and the file in conf/model its family's."
-        )
+    check_name(node)
     asked = node.get("num_classes")
     if asked is not None and asked != num_classes:
         raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
