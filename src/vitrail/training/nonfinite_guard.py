@@ -83,7 +83,7 @@ class NonfiniteGuard(L.Callback):
         self._batches.append((batch, pl_module.batch_key()))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Add up the loss of the step."""
+        """Add the scalar loss to that of the step."""
         self._loss = self._loss + loss.detach()  # type: ignore[assignment]
 
     def on_before_optimizer_step(  # type: ignore[override]

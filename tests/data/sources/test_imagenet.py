@@ -63,7 +63,9 @@ def test_variant__folders_named_by_synset(tmp_path):
     assert split.labels.tolist() == list(range(200))
     with pytest.raises(ConfigError, match="200 class folders are not the 200 of imagenet-a"):
         ImageNetVariant(str(tmp_path / "r"), "imagenet-a")
-    with pytest.raises(ConfigError, match=r"data.classes=imagenet-b: choose imagenet-1k, imagenet-a or imagenet-r\."):
+    with pytest.raises(
+        ConfigError, match=r"data.source.classes=imagenet-b: choose imagenet-1k, imagenet-a or imagenet-r\."
+    ):
         ImageNetVariant(str(tmp_path / "r"), "imagenet-b")
 
 

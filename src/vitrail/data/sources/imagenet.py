@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from timm.data import ImageNetInfo
 
@@ -30,7 +31,7 @@ def synsets(classes: str) -> list[str]:
     if classes == "imagenet-1k":
         return ImageNetInfo(classes).label_names()
     if classes not in _SUBSETS:
-        raise ConfigError(f"data.classes={classes}: choose imagenet-1k, {' or '.join(_SUBSETS)}.")
+        raise ConfigError(f"data.source.classes={classes}: choose imagenet-1k, {' or '.join(_SUBSETS)}.")
     return _timm_file(_SUBSETS[classes]).split()
 
 
@@ -41,19 +42,17 @@ def _timm_file(name: str) -> str:
 class ImageNet(ImageFolder):
     """ImageNet-1k as an image folder, class folders named by WordNet id (Russakovsky et al., arXiv:1409.0575).
 
+    Args:
+        root: folder that contains `train_dir` and `val_dir`.
+        kwargs: other arguments of `ImageFolder`.
+
     Raises:
         ConfigError: as `ImageFolder`; or the class folders are not the 1000 of ImageNet-1k, so class indices would not
             match the published checkpoints.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        train_dir: str | None = "train",
-        val_dir: str = "val",
-        index: str | Path | None = None,
-    ) -> None:
-        super().__init__(root, train_dir, val_dir, index)
+    def __init__(self, root: str | None, **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
         if problem := _difference(self.classes, synsets("imagenet-1k")):
             raise ConfigError(
                 f"data.root={self.root}: {len(self.classes)} class folders are not the 1000 of ImageNet-1k ({problem});"
@@ -91,7 +90,7 @@ class ImageNetReal(ImageNet):
     """
 
     def __init__(self, root: str | None, val_dir: str = "val") -> None:
-        super().__init__(root, None, val_dir)
+        super().__init__(root, train_dir=None, val_dir=val_dir)
 
     def open(self, split: SplitName) -> RealSplit:
         """Return the validation split.
