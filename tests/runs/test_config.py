@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -73,9 +74,18 @@ def test_every_model__builds_from_its_config(monkeypatch):
 
     for path in (CONF / "model").glob("*.yaml"):
         if path.stem not in ("timm", "_timm"):
+            node = composed(f"model={path.stem}").model
+            if OmegaConf.is_missing(node, "name"):
+                node.name = {"vit": "vit_tiny_patch16_224", "lvvit": "lvvit_t"}[path.stem]
             with torch.device("meta"):
-                node = composed(f"model={path.stem}").model
                 assert instantiate(node, "model", num_classes=3, img_size=224).num_classes == 3
+
+
+@pytest.mark.parametrize("family", ["deit", "deit3", "lvvit", "t2t_vit", "t2t_vit_t", "vit"])
+def test_family__names_in_its_file_exist(family):
+    names = re.findall(r"(\w+) \(\d", (CONF / "model" / f"{family}.yaml").read_text())
+    assert len(names) > 2
+    assert all(timm.is_model(name) for name in names)
 
 
 def test_optimizers_schedules_objectives__build():

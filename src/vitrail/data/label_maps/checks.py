@@ -134,7 +134,7 @@ def check_agreement(agreement: Agreement, classes: Sequence[str]) -> Finding:
 
 
 def check_values(store: LabelMapStore, records: NDArray[np.int64]) -> Finding:
-    """Check that scores are finite, classes in range, and no class occurs twice in a cell; `records` (R,) are indices."""
+    """Check that scores are finite, classes in range and not repeated in a cell; `records` are indices (R,)."""
     for record in map(int, records):
         scores, classes = store[record]
         key = store.key(record)
