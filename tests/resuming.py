@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from assembly import assemble
-from programs import run_directories, start, start_ranks
+from programs import run_directories, run_ranks, start, start_ranks
 
 RANDOM_DRAWS = (
     *("trainer=cpu", "model=deit_nano", "model.drop_path_rate=0.2", "model.drop_rate=0.1", "augment=deit"),
@@ -32,6 +32,13 @@ def new_folder(path):
 def last_checkpoint(directory):
     """Content of last.ckpt: raw and EMA weights, optimiser state, counters."""
     return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def finish_ranks(*options, logs):
+    """Run a training of several processes to its end, and return its last checkpoint."""
+    for result in run_ranks("train.py", *options, logs=logs):
+        assert result.returncode == 0, result.stderr
+    return last_checkpoint(run_directories(logs)[0])
 
 
 def assert_same_state(checkpoint, expected, name=""):

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from assembly import assemble
-from programs import error_of, run, run_directories, run_ranks
+from programs import error_of, run, run_directories
 from resuming import (
     RANDOM_DRAWS,
     child_processes,
     end_with,
+    finish_ranks,
     last_checkpoint,
     new_folder,
     start_endless,
@@ -47,12 +48,7 @@ def test_signal__to_one_of_two_processes_stops_both(image_tree, tmp_path):
     arguments = (*RANDOM_DRAWS, "trainer=ddp_cpu_2", f"data.root={image_tree}", "data.num_workers=1")
     arguments += ("trainer.accumulate_grad_batches=1",)  # 4 optimiser steps per epoch
 
-    def finish(*options, logs):
-        for result in run_ranks("train.py", *options, logs=logs):
-            assert result.returncode == 0, result.stderr
-        return last_checkpoint(run_directories(logs)[0])
-
-    expected = finish(*arguments, logs=new_folder(tmp_path / "whole"))
+    expected = finish_ranks(*arguments, logs=new_folder(tmp_path / "whole"))
     assert expected["global_step"] == 12
     logs = new_folder(tmp_path / "asked")
     processes = start_held(*arguments, logs=logs, step=2, ranks=2, rank=1)
@@ -61,7 +57,7 @@ def test_signal__to_one_of_two_processes_stops_both(image_tree, tmp_path):
     assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2, (logs / "stderr0.txt").read_text()
     (directory,) = run_directories(logs)
     assert last_checkpoint(directory)["global_step"] == 3
-    resumed = finish(f"resume={directory}", logs=logs)
+    resumed = finish_ranks(f"resume={directory}", logs=logs)
     for key, value in resumed["current_model_state"].items():
         torch.testing.assert_close(value, expected["current_model_state"][key], rtol=0, atol=1e-6)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from assembly import assemble
-from programs import metrics, run, run_directories, run_ranks, train
+from programs import metrics, run, run_directories, train
 from resuming import (
     RANDOM_DRAWS,
     assert_same_state,
     end_with,
+    finish_ranks,
     fit,
     last_checkpoint,
     new_folder,
@@ -54,19 +55,14 @@ def test_resume__two_processes_give_the_same_weights(image_tree, tmp_path):
     """SIGKILL to both processes within the second epoch; resumed, the weights agree to 1e-6."""
     arguments = (*RANDOM_DRAWS, "trainer=ddp_cpu_2", f"data.root={image_tree}", "data.num_workers=1")
 
-    def finish(*options, logs):
-        for result in run_ranks("train.py", *options, logs=logs):
-            assert result.returncode == 0, result.stderr
-        return last_checkpoint(run_directories(logs)[0])
-
-    expected = finish(*arguments, logs=new_folder(tmp_path / "whole"))
+    expected = finish_ranks(*arguments, logs=new_folder(tmp_path / "whole"))
     assert expected["global_step"] == 6
     logs = new_folder(tmp_path / "killed")
     for process in start_held(*arguments, logs=logs, step=3, ranks=2):
         end_with(process)
     (directory,) = run_directories(logs)
     assert last_checkpoint(directory)["global_step"] == 3
-    resumed = finish(f"resume={directory}", logs=logs)
+    resumed = finish_ranks(f"resume={directory}", logs=logs)
     for key, value in resumed["current_model_state"].items():
         torch.testing.assert_close(value, expected["current_model_state"][key], rtol=0, atol=1e-6)
 
