@@ -93,6 +93,7 @@ def test_run__can_be_evaluated_and_exported(finished, folder):
     assert json.loads((evaluated / "results.json").read_text())["raw"]["images"] == 20
     result = run("export.py", "--allow=theirs", f"ckpt={finished}", "to=torch_export", logs=folder)
     assert result.returncode == 0, result.stderr
+    assert (finished / "export" / "torch_export").stat().st_mode == finished.stat().st_mode  # others may read it
     refused = run("export.py", "--allow=theirs", f"ckpt={finished}", "to=hub", logs=folder)
     assert "backbone is not a network of timm; to=onnx and to=torch_export" in error_of(refused)
     assert not (finished / "export" / "hub").exists()

@@ -58,12 +58,14 @@ def export(config: DictConfig) -> Path:
     exported = describe_export(trained)
     out = Path(config.out).expanduser() if config.out else _run_directory(trained) / "export" / config.to
     out.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own first, so that an export that is not equal to the network leaves nothing behind.
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        load = _WRITERS[config.to](exported, Path(folder))
+    # First in a temporary folder, so that an export that differs from the network leaves nothing behind.
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        folder = Path(temporary) / out.name  # with the usual permissions, unlike the temporary folder
+        folder.mkdir()
+        load = _WRITERS[config.to](exported, folder)
         difference = compare(exported, load)
         card = exported.card + _use(config.to, exported.name, out.name)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.copytree(folder, out, dirs_exist_ok=True)
     log.info("%s: logits differ by %.1e of their standard deviation", out, difference)
     return out
