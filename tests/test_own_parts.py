@@ -46,7 +46,7 @@ class Split:
 
 def backbone():
     """A function without arguments."""
-    return create_model("resnet10t", num_classes=2)
+    return nn.Sequential(create_model("resnet10t", num_classes=2))
 
 
 class Pair(nn.Module):
@@ -97,6 +97,11 @@ def test_run__can_be_evaluated_and_exported(finished, folder):
     refused = run("export.py", "--allow=theirs", f"ckpt={finished}", "to=hub", logs=folder)
     assert "backbone is not a network of timm; to=onnx and to=torch_export" in error_of(refused)
     assert not (finished / "export" / "hub").exists()
+
+
+def test_run__can_be_a_teacher(finished, folder):
+    options = ("--allow", "theirs", "--config-dir", str(folder / "conf"), *QUICK, "model=deit_nano", "data=own")
+    train(*options, "objective=distillation", "teacher=run", f"teacher.ckpt={finished}", logs=folder)
 
 
 def test_run__records_its_input(finished, folder, monkeypatch):

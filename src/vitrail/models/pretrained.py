@@ -58,7 +58,7 @@ class PretrainedClassifier(nn.Module):
     @property
     def num_classes(self) -> int:
         """Number of classes, C."""
-        return int(self.model.num_classes)  # type: ignore[arg-type]
+        return int(self.model.num_classes) if self.classes is None else len(self.classes)  # type: ignore[arg-type]
 
     def matching(self, classes: Sequence[str]) -> list[int] | None:
         """Return the indices of `classes` among its own, in order; None if no selection is needed or possible."""
