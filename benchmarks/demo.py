@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from figures import add_json, write_figures
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
@@ -161,8 +162,8 @@ def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> 
     sheet.save(path)
 
 
-def report(curves: dict[str, list[list[float]]], what: str) -> None:
-    """Print the final accuracy of each seed with and without `what`, the difference, and its standard deviation."""
+def report(curves: dict[str, list[list[float]]], what: str) -> dict[str, float]:
+    """Print and return the final accuracy of each seed with and without `what`, their difference, mean and spread."""
     table = Table(title="Top-1 of the held-out digits after the last epoch, %")
     for name in (what, *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
         table.add_column(name, justify="right")
@@ -172,6 +173,15 @@ def report(curves: dict[str, list[list[float]]], what: str) -> None:
         cells = [f"{value:.2f}" for value in (*values, statistics.mean(values), statistics.stdev(values))]
         table.add_row(name, *cells)
     console.print(table)
+    return {
+        **{
+            f"{name}_seed_{seed}": value
+            for name, values in final.items()
+            for seed, value in zip(SEEDS, values, strict=True)
+        },
+        **{f"{name}_mean": statistics.mean(values) for name, values in final.items()},
+        **{f"{name}_spread": statistics.stdev(values) for name, values in final.items()},
+    }
 
 
 def build_annotator(out: Path, data: Path, epochs: int) -> Path:
@@ -233,6 +243,7 @@ def main() -> None:
     parser.add_argument("--compare", choices=("labels", "teacher"), default="labels", help="what to compare")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
     parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
+    add_json(parser)
     options = parser.parse_args()
     out: Path = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -252,7 +263,7 @@ def main() -> None:
         kinds = {"with": (*student, *learn), "without": (*student, "objective=cross_entropy")}
         (out / "teacher").mkdir(exist_ok=True)
         curves = compare(out / "teacher", data, kinds, max(3, round(10 * options.scale)), 0.6, options.parallel)
-        report(curves, "teacher")
+        write_figures(options.json, report(curves, "teacher"))
         draw_curves(curves, "teacher", out / "teacher" / "curves.png")
         return
     maps = annotate_digits(out, data, annotator)
@@ -263,7 +274,7 @@ def main() -> None:
     }
     # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
     curves = compare(out, data, kinds, max(3, round(8 * options.scale)), 0.3, options.parallel)
-    report(curves, "token labels")
+    write_figures(options.json, report(curves, "token labels"))
     draw_curves(curves, "token labels", out / "curves.png")
     console.print("[bold]3. Annotate the photographs with EfficientNet-Lite0")
     overlays = annotate_photographs(out, pictures)

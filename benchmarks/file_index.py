@@ -4,7 +4,7 @@
 - A cached list of 14 million files in the 21,841 folders of ImageNet-21k (the folders exist and are checked): the time
   to open it, the time to look up one path, and the private memory of a worker after reading 100,000 random paths.
 
-Command: python benchmarks/file_index.py [--files 1280000]
+Command: python benchmarks/file_index.py [--files 1280000] [--json FILE]
 """
 
 import argparse
@@ -14,8 +14,10 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from figures import add_json, write_figures
 
 from vitrail.data.sources.index import FileIndex
 
@@ -43,7 +45,7 @@ def settle(root: Path) -> None:
         os.utime(entry.path, (then, then))
 
 
-def measure_tree(folder: Path, files: int) -> None:
+def measure_tree(folder: Path, files: int) -> dict[str, float]:
     """Measure listing a real tree, and opening the cached list."""
     classes = [f"n{number:08d}" for number in range(100)]
     for name in classes:
@@ -58,9 +60,10 @@ def measure_tree(folder: Path, files: int) -> None:
     index = FileIndex(folder / "tree", classes, folder / "cache")
     opened = time.perf_counter() - started
     print(f"{len(index):,} files: listed and cached in {listed:.2f} s, opened in {1e3 * opened:.1f} ms")
+    return {"tree_listed_s": listed, "tree_opened_ms": 1e3 * opened}
 
 
-def measure_list(folder: Path) -> None:
+def measure_list(folder: Path) -> dict[str, float]:
     """Measure a list of 14 million files."""
     classes = [f"n{number:08d}" for number in range(FOLDERS)]
     for name in classes:
@@ -75,12 +78,15 @@ def measure_list(folder: Path) -> None:
     index.ends = np.cumsum([len(name) for name in names])
     index._keep(index._folder(folder / "cache"))
     del index, names
-    process = multiprocessing.get_context("spawn").Process(target=_use, args=(folder, classes))
+    context = multiprocessing.get_context("spawn")
+    figures = context.Queue()
+    process = context.Process(target=_use, args=(folder, classes, figures))
     process.start()
     process.join()
+    return figures.get(timeout=10) | figures.get(timeout=10)
 
 
-def _use(folder: Path, classes: list[str]) -> None:
+def _use(folder: Path, classes: list[str], figures: Any) -> None:
     started = time.perf_counter()
     index = FileIndex(folder / "large", classes, folder / "cache")
     opened = time.perf_counter() - started
@@ -89,27 +95,34 @@ def _use(folder: Path, classes: list[str]) -> None:
         f"{len(index):,} files in {len(classes):,} folders: {size / 2**20:.0f} MiB on disk, opened in {opened:.2f} s",
         flush=True,
     )
-    worker = multiprocessing.get_context("fork").Process(target=_read, args=(index,))  # as loader workers are started
+    figures.put({"list_opened_s": opened, "list_mib": size / 2**20})
+    worker = multiprocessing.get_context("fork").Process(
+        target=_read, args=(index, figures)
+    )  # as loader workers are started
     worker.start()
     worker.join()
 
 
-def _read(index: FileIndex) -> None:
+def _read(index: FileIndex, figures: Any) -> None:
     wanted = [random.randrange(len(index)) for _ in range(READS)]
     before, started = own_memory(), time.perf_counter()
     for number in wanted:
         index.path(number)
     each = (time.perf_counter() - started) / READS
-    print(f"a worker: {1e6 * each:.1f} us per path, {(own_memory() - before) / 1024:.1f} MiB private after {READS:,}")
+    private = (own_memory() - before) / 1024
+    print(f"a worker: {1e6 * each:.1f} us per path, {private:.1f} MiB private after {READS:,}")
+    figures.put({"worker_path_us": 1e6 * each, "worker_mib": private})
 
 
 def main() -> None:
     """Measure both and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100_000, help="number of files in the tree")
+    add_json(parser)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure_tree(Path(folder), parser.parse_args().files)
-        measure_list(Path(folder))
+        figures = measure_tree(Path(folder), options.files) | measure_list(Path(folder))
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 
 The stores are synthetic; measurements are interleaved in one process.
 
-Command: python benchmarks/label_maps.py [--rounds 40]
+Command: python benchmarks/label_maps.py [--rounds 40] [--json FILE]
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import add_json, write_figures
 
 from vitrail.data.label_maps import LabelMapStore
 
@@ -51,8 +52,8 @@ def microseconds(read: Callable[[Any], Any], wanted: list[Any]) -> float:
     return (time.perf_counter() - started) / len(wanted) * 1e6
 
 
-def measure_reads(folder: Path, published: Path, rounds: int) -> None:
-    """Print the median time of a read, and the speed-up over the published file."""
+def measure_reads(folder: Path, published: Path, rounds: int) -> dict[str, float]:
+    """Print and return the median microseconds of a read; print the speed-up over the published file."""
     stores = {images: synthetic(folder / str(images), images, 5, (14, 14)) for images in SIZES}
     random.seed(0)
     times: dict[str, list[float]] = {}
@@ -65,13 +66,14 @@ def measure_reads(folder: Path, published: Path, rounds: int) -> None:
         for name, value in found.items() if number else ():
             times.setdefault(name, []).append(value)
     slowest = statistics.median(times["torch.load of a published file"])
-    for name, values in times.items():
-        median = statistics.median(values)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
         print(f"{name:<32} {median:7.1f} us  {slowest / median:5.1f} times faster")
+    return {f"{name} (us)": median for name, median in medians.items()}
 
 
-def measure_import(folder: Path, published: Path, files: int = 10_000) -> None:
-    """Print the number of files imported per second of CPU time."""
+def measure_import(folder: Path, published: Path, files: int = 10_000) -> float:
+    """Print and return the number of files imported per second of CPU time."""
     content = published.read_bytes()
     for index in range(files):
         path = folder / "published" / f"{key_of(index)}.pt"
@@ -79,29 +81,35 @@ def measure_import(folder: Path, published: Path, files: int = 10_000) -> None:
         path.write_bytes(content)
     started = time.process_time()
     LabelMapStore.import_official(folder / "published", folder / "imported")
-    print(f"imported: {files / (time.process_time() - started):,.0f} files per second of CPU time")
+    per_second = files / (time.process_time() - started)
+    print(f"imported: {per_second:,.0f} files per second of CPU time")
+    return per_second
 
 
-def measure_open(folder: Path, images: int = 14_000_000) -> None:
-    """Print the time to open a large store and read one map."""
+def measure_open(folder: Path, images: int = 14_000_000) -> float:
+    """Print and return the milliseconds to open a large store and read one map."""
     synthetic(folder / "large", images, 1, (2, 2))
     started = time.perf_counter()
     LabelMapStore.open(folder / "large")[key_of(7)]
-    print(f"{images:,} images: opened and one map read in {1000 * (time.perf_counter() - started):.1f} ms")
+    milliseconds = 1000 * (time.perf_counter() - started)
+    print(f"{images:,} images: opened and one map read in {milliseconds:.1f} ms")
+    return milliseconds
 
 
 def main() -> None:
     """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="rounds, after one warm-up round")
-    rounds = parser.parse_args().rounds
+    add_json(parser)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scores, classes = torch.randn(5, 14, 14), torch.randint(0, 1000, (5, 14, 14))
         torch.save(torch.stack((scores, classes)).half(), folder / "map.pt")
-        measure_reads(folder, folder / "map.pt", rounds)
-        measure_import(folder, folder / "map.pt")
-        measure_open(folder)
+        figures = measure_reads(folder, folder / "map.pt", options.rounds)
+        figures["imported files per CPU second"] = measure_import(folder, folder / "map.pt")
+        figures["open 14 million (ms)"] = measure_open(folder)
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Both train the same backbone on the same batches, interleaved in one process, so
 alike. The framework runs what `python src/train.py` runs: LightningModule, EMA, gradient check, speed monitor, logging,
 progress bar and metrics in a CSV file. The bare loop runs forward pass, backward pass, AdamW, schedule and EMA.
 
-Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 64]
+Command: python benchmarks/overhead.py [--steps 40] [--rounds 5] [--batch 64] [--json FILE]
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from figures import add_json, write_figures
 from lightning.pytorch.callbacks import RichProgressBar
 from timm.optim import create_optimizer_v2
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one warm-up round")
     parser.add_argument("--batch", type=int, default=64, help="images per step")
+    add_json(parser)
     args = parser.parse_args()
     data, ratios, steps = Fixed(args.steps, args.batch), [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +116,7 @@ def main() -> None:
     )
     print("framework / bare loop:", " ".join(f"{ratio:.3f}" for ratio in ratios))
     print(f"median {statistics.median(ratios):.3f}, minimum {min(ratios):.3f}, maximum {max(ratios):.3f}")
+    write_figures(args.json, {"overhead": statistics.median(ratios), "bare_step_ms": statistics.median(steps)})
 
 
 if __name__ == "__main__":

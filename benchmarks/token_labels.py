@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from figures import add_json, write_figures
 from rich import get_console
 from rich.table import Table
 from torch import Tensor
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, required=True, help="checkout of the official code")
     parser.add_argument("--batch", type=int, default=32, help="images per batch")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each variant")
+    add_json(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = measure(Sides(options.batch, read_official(options.official)), options.rounds)
@@ -142,6 +144,7 @@ def main() -> None:
         "gradient error",
     ):
         table.add_column(column, justify="right")
+    ratios: dict[str, float] = {}
     for name, side in figures.items():
         ratio = statistics.median(own / other for own, other in zip(side.seconds, reference.seconds, strict=True))
         off = float((side.gradient - reference.gradient).abs().max() / reference.gradient.abs().max())
@@ -149,7 +152,9 @@ def main() -> None:
             *(name, f"{1e3 * statistics.median(side.seconds):.0f}", f"{ratio:.3f}", f"{side.megabytes:.0f}"),
             *(f"{side.megabytes / reference.megabytes:.3f}", f"{side.loss:.6f}", f"{off:.1e}"),
         )
+        ratios |= {f"{name}_time": ratio, f"{name}_memory": side.megabytes / reference.megabytes}
     get_console().print(table)
+    write_figures(options.json, ratios)
 
 
 if __name__ == "__main__":
