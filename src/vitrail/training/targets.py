@@ -192,7 +192,7 @@ def _missing(need: str, objective: str, model: nn.Module, outputs: frozenset[str
     if need == "outputs.tokens":
         return (
             f"objective: {objective} needs token logits, which {backbone} does not have; set model.token_head=true or"
-            " choose an LV-ViT."
+            " choose one of lvvit_t to lvvit_l."
         )
     if need.startswith("outputs."):
         return f"objective: {objective} needs {need}; {backbone} has {', '.join(sorted(outputs))}."

@@ -121,7 +121,7 @@ def check_agreement(agreement: Agreement, classes: Sequence[str]) -> Finding:
             "agreement",
             "error",
             f"{text}; {classes[label]} is mostly labelled {classes[predicted]}",
-            "these maps have another class order or belong to other images; annotate this data",
+            "these maps have another class order, belong to other images or come from a poor annotator; annotate again",
         )
     if agreement.top1 < 0.5:
         return Finding(
