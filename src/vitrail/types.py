@@ -41,6 +41,7 @@ class InputSpec:
         interpolation: kernel of the evaluation resize.
         crop_pct: share of the resized image that the evaluation crop covers.
         crop_mode: evaluation crop: `center`, `squash` or `border`.
+        value_range: black and white of images of more than 8 bits; None if there were none.
     """
 
     size: tuple[int, int]
@@ -49,6 +50,7 @@ class InputSpec:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+    value_range: tuple[float, float] | None = None
 
 
 class Sample(NamedTuple):

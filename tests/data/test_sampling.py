@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitrail.data.sampling import EpochSampler
+from vitrail.data.sampling import EpochSampler, sample_of
 
 
 @given(length=st.integers(0, 200), world=st.integers(1, 9))
@@ -60,3 +60,11 @@ def test_repeated__views_of_an_image_are_spread_over_processes():
     assert len(set(images)) == 32
     once = [draw.sample for draw in EpochSampler(100, 5, True, batch_size=24)]
     assert images[::3] == once[:32]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [(10, 4, [0, 3, 6, 9]), (3, 256, [0, 1, 2]), (5, 1, [0]), (0, 8, [])],
+)
+def test_sample__is_evenly_spread(count, size, expected):
+    assert sample_of(count, size).tolist() == expected

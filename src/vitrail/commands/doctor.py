@@ -21,13 +21,16 @@ from vitrail.data.label_maps.checks import (
     check_parts,
     check_values,
     measure_agreement,
-    sample_of,
 )
+from vitrail.data.sampling import sample_of
 from vitrail.data.sources import Split
+from vitrail.data.sources.folders import describe_ignored
 from vitrail.errors import ConfigError, ImageError
 from vitrail.reporting.tables import findings_table
 from vitrail.runs.config import check_keys, instantiate
 from vitrail.runs.logs import set_up_logging
+
+_FLAT = 2.0  # standard deviation of an image that is nearly one colour, in grey levels of 255
 
 
 def examine(config: DictConfig) -> bool:
@@ -55,9 +58,13 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
     yield Finding("folders", "ok", f"{counts} of {data.num_classes} classes")
     yield _balance(splits["train"], data.classes)
     yield _overlap(splits)
+    yield from _ignored(splits)
     shapes: Counter[bool] = Counter()
     for name, split in splits.items():
-        yield _images(name, split, config.sample, shapes)
+        yield from _images(name, split, config.sample, shapes)
+    if (value_range := data.input.value_range) is not None:
+        text = f"images of more than 8 bits: {value_range[0]:g} is black, {value_range[1]:g} is white"
+        yield Finding("value range", "ok", text)
     if data.label_maps is not None:
         yield from _label_maps(data, splits["train"], config, shapes[False] / max(shapes.total(), 1))
 
@@ -83,26 +90,42 @@ def _overlap(splits: dict[str, Split]) -> Finding:
     return Finding("overlap", "ok", "no image name occurs in both train and val")
 
 
-def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Finding:
+def _ignored(splits: dict[str, Split]) -> Iterator[Finding]:
+    """Report files and folders that are not used as images."""
+    for name, split in splits.items():
+        if ignored := getattr(split, "ignored", None):
+            advice = "convert them to a format that Pillow reads if they are images"
+            yield Finding(f"{name} files", "ok", f"ignored: {describe_ignored(ignored)}", advice)
+
+
+def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Iterator[Finding]:
     """Decode a sample of images, and count the square ones in `shapes`."""
 
-    def look(index: int) -> tuple[int, int] | str:
+    def look(index: int) -> tuple[tuple[int, int], float, str] | str:
         try:
-            return split[index].image.size
+            sample = split[index]
         except ImageError as error:
             return str(error)
+        return sample.image.size, float(np.asarray(sample.image, np.float32).std(axis=(0, 1)).max()), sample.key
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(look, map(int, sample_of(len(split), sample))))
     broken = [item for item in found if isinstance(item, str)]
-    sizes = [item for item in found if not isinstance(item, str)]
+    seen = [item for item in found if not isinstance(item, str)]
+    sizes = [size for size, *_ in seen]
     shapes.update(width == height for width, height in sizes)
     if broken:
         text = f"{len(broken)} of {len(found)} sampled images cannot be read: {broken[0]}"
-        return Finding(f"{name} images", "error", text, "remove them, or set data.on_corrupt=skip")
+        yield Finding(f"{name} images", "error", text, "remove them, or set data.on_corrupt=skip")
+        return
     sides = sorted(min(size) for size in sizes)
     text = f"{len(found)} decoded; shorter sides {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}"
-    return Finding(f"{name} images", "ok", text)
+    yield Finding(f"{name} images", "ok", text)
+    if flat := [key for _, spread, key in seen if spread < _FLAT]:
+        text = f"{len(flat)} of {len(found)} sampled images have one colour, or nearly so; the first is {flat[0]}"
+        yield Finding(
+            f"{name} contrast", "warning", text, "look at them; check data.value_range if they have many bits"
+        )
 
 
 def _label_maps(data: ImageDataModule, split: Split, config: DictConfig, oblong: float) -> Iterator[Finding]:

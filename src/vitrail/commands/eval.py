@@ -25,7 +25,12 @@ from vitrail.training.predictions import Predictions, Predictor
 log = logging.getLogger(__name__)
 
 _CHOICES = {"weights": ("both", "raw", "ema"), "among": ("data", "all")}
-_INPUT = ("image_size", "mean", "std")  # keys of `data` that come from the network unless the user sets them
+_INPUT = (
+    "image_size",
+    "mean",
+    "std",
+    "value_range",
+)  # keys of `data` that come from the network unless the user sets them
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -109,6 +114,8 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
     """
     spec = trained.input
     fed = {"image_size": list(spec.size), "mean": list(spec.mean), "std": list(spec.std)}
+    if spec.value_range is not None:
+        fed["value_range"] = list(spec.value_range)
     data = {**trained.config.get("data", {}), **fed}
     augment = trained.config.get("augment") or {
         "_target_": "vitrail.data.Augmentation",
@@ -119,7 +126,7 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
     if config.data is not None:
         given = plain(config.data)
         if "_target_" in given:
-            data = given | {key: fed[key] for key in _INPUT if not _is_named(f"data.{key}")}
+            data = given | {key: fed[key] for key in _INPUT if key in fed and not _is_named(f"data.{key}")}
         else:
             if "root" in given:
                 rebase(data, given["root"])
@@ -129,6 +136,8 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
         augment = given if "_target_" in given else augment | given
     if "train_dir" in data.get("source", {}):
         data["source"]["train_dir"] = None  # training images are not needed
+    if "value_range" in data.get("source", {}):
+        data["source"]["value_range"] = data.get("value_range")
     if "skipped_file" in data:  # must not overwrite the training's file
         data["skipped_file"] = str(Path(HydraConfig.get().runtime.output_dir) / "skipped.txt")
     augmentation = instantiate(OmegaConf.create(augment), "augment")

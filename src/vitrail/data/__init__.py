@@ -2,8 +2,8 @@
 
 from vitrail.data.augment import Augmentation
 from vitrail.data.datamodule import ImageDataModule, ImageFolderDataModule, ImageNetDataModule
+from vitrail.data.images import load_image
 from vitrail.data.mixing import MixToken, MixupCutMix
-from vitrail.data.sources import load_image
 
 __all__ = [
     "Augmentation",

@@ -121,6 +121,7 @@ class ImageDataModule(L.LightningDataModule):
         on_missing_map: `error`, or `ignore`: all tokens of an image without a map are trained on its label.
         center_square_maps: see `LabelMapJoin`.
         root: folder of the data, which a config's source refers to as `${data.root}`; not used here.
+        value_range: as `root`, for `${data.value_range}`; see `ImageFolder`.
         published_size: number of training images and of classes of a published data set, for `plan=true` on a machine
             without the data.
 
@@ -147,6 +148,7 @@ class ImageDataModule(L.LightningDataModule):
         on_missing_map: Literal["error", "ignore"] = "error",
         center_square_maps: Literal["placed", "stretched"] = "placed",
         root: str | None = None,
+        value_range: Sequence[float] | None = None,
         published_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -161,19 +163,25 @@ class ImageDataModule(L.LightningDataModule):
         if image_size is None:
             raise ConfigError("data.image_size: not set; only src/eval.py can take it from a checkpoint.")
         self.source, self.augment, self.hflip, self.seed = source, augment, hflip, seed
-        self.input = InputSpec(
-            height_width(image_size),
-            tuple(mean),
-            tuple(std),
-            augment.eval_interpolation,
-            augment.crop_pct,
-            augment.crop_mode,
-        )
+        self.image_size, self.mean, self.std = height_width(image_size), tuple(mean), tuple(std)
         self.root, self.published_size = root, published_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.repeats = num_workers, repeats
         self.label_maps, self.on_missing_map, self.center_square_maps = label_maps, on_missing_map, center_square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
+
+    @property
+    def input(self) -> InputSpec:
+        """Input of the network; the value range is known once the source has opened a split."""
+        return InputSpec(
+            self.image_size,
+            self.mean,
+            self.std,
+            self.augment.eval_interpolation,
+            self.augment.crop_pct,
+            self.augment.crop_mode,
+            getattr(self.source, "value_range", None),
+        )
 
     @property
     def classes(self) -> list[str]:
@@ -279,13 +287,13 @@ class ImageFolderDataModule(ImageDataModule):
     Args:
         root: folder that holds `train/` and `val/`.
         augment: as in `ImageDataModule`; Inception's crop and a flip by default.
-        kwargs: arguments of `ImageFolder` (`train_dir`, `val_dir`, `index`) and of `ImageDataModule`.
+        kwargs: arguments of `ImageFolder` (`train_dir`, `val_dir`, `index`, `value_range`) and of `ImageDataModule`.
     """
 
     source_type: type[ImageFolder] = ImageFolder
 
     def __init__(self, root: str | None, augment: Augmentation | None = None, **kwargs: Any) -> None:
-        named = {name: kwargs.pop(name) for name in ("train_dir", "val_dir", "index") if name in kwargs}
+        named = {name: kwargs.pop(name) for name in ("train_dir", "val_dir", "index", "value_range") if name in kwargs}
         super().__init__(self.source_type(root, **named), augment or Augmentation(), root=root, **kwargs)
 
 

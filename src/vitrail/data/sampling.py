@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 
@@ -81,3 +83,8 @@ class EpochSampler(Sampler[Draw]):
             padding = position >= self.length
             image, repeat = divmod(position % self.length, self.repeats)
             yield Draw(int(order[image]), self.epoch, padding, repeat)
+
+
+def sample_of(count: int, size: int) -> NDArray[np.int64]:
+    """Return up to `size` of `count` indices (N,), evenly spread and the same in every call."""
+    return np.unique(np.linspace(0, count - 1, min(size, count)).round().astype(np.int64))

@@ -22,9 +22,9 @@ from torch import Tensor
 from vitrail.data import Augmentation, MixToken
 from vitrail.data.datamodule import ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
-from vitrail.data.label_maps.checks import Agreement, sample_of
+from vitrail.data.label_maps.checks import Agreement
 from vitrail.data.mixing import Mixing
-from vitrail.data.sampling import Draw
+from vitrail.data.sampling import Draw, sample_of
 from vitrail.data.sources import Split
 from vitrail.errors import ImageError
 from vitrail.models.heads import token_grid

@@ -178,10 +178,10 @@ class _SaveConfig(L.Callback):
     """
 
     def __init__(self, config: dict[str, Any], data: ImageDataModule) -> None:
-        self.content = {"config": config, "classes": list(data.classes), "input": asdict(data.input)}
+        self.config, self.data = config, data
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self.content)
+        checkpoint.update(config=self.config, classes=list(self.data.classes), input=asdict(self.data.input))
 
 
 def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, csv_log: MetricsCSV) -> L.Trainer:

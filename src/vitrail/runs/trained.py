@@ -176,6 +176,8 @@ def _input_of(checkpoint: dict[str, Any], config: dict[str, Any], image_size: Im
         names = {"interpolation": "eval_interpolation", "crop_pct": "crop_pct", "crop_mode": "crop_mode"}
         recorded |= {name: augment[key] for name, key in names.items() if key in augment}
     tuples = {"mean": tuple(recorded["mean"]), "std": tuple(recorded["std"])}
+    if recorded.get("value_range"):
+        tuples["value_range"] = tuple(recorded["value_range"])
     return InputSpec(**{**recorded, **tuples, "size": height_width(image_size or recorded["size"])})
 
 
@@ -199,6 +201,7 @@ def _open_export(
         fed.get("interpolation", "bicubic"),
         fed.get("crop_pct", 1.0),
         fed.get("crop_mode") or "center",
+        tuple(described["value_range"]) if described.get("value_range") else None,
     )
     return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, ("raw",), file)
 

@@ -14,7 +14,6 @@ from vitrail.data.label_maps.checks import (
     check_parts,
     check_values,
     measure_agreement,
-    sample_of,
 )
 
 
@@ -62,14 +61,6 @@ def test_agreement__worst_classes():
     agreement = Agreement(np.array([0, 0, 1, 1, 1, 2]), np.array([0, 0, 1, 2, 2, 1]), 0.0)
     assert agreement.worst(2) == [(2, 1, 0.0, 1), (1, 3, 1 / 3, 2)]
     assert agreement.worst(9)[2:] == [(0, 2, 1.0, 0)]
-
-
-@pytest.mark.parametrize(
-    ("count", "size", "expected"),
-    [(10, 4, [0, 3, 6, 9]), (3, 256, [0, 1, 2]), (5, 1, [0]), (0, 8, [])],
-)
-def test_sample__is_evenly_spread(count, size, expected):
-    assert sample_of(count, size).tolist() == expected
 
 
 @pytest.mark.parametrize(

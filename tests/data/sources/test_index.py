@@ -46,6 +46,10 @@ CLASSES = ["b", "c", "ä"]
 FILES = ["b/10.JPEG", "b/2.jpg", "b/deep/er/1.webp", "b/ünï.png", "ä/0.gif", "ä/1.gif", "ä/2.gif"]
 
 
+def paths(index):
+    return [index.path(number) for number in range(len(index))]
+
+
 def record_listings(monkeypatch):
     calls, plain = [], FileIndex._list_files
     monkeypatch.setattr(FileIndex, "_list_files", lambda self: (calls.append(self.root), plain(self))[1])
@@ -56,7 +60,7 @@ def test_index__same_with_and_without_cache(tree, tmp_path, monkeypatch):
     calls = record_listings(monkeypatch)
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         index = FileIndex(tree, CLASSES, cache)
-        assert index.paths() == FILES
+        assert paths(index) == FILES
         assert [index.label(number) for number in range(len(index))] == [0, 0, 0, 0, 2, 2, 2] == index.labels.tolist()
         assert len(index) == 7
     assert len(calls) == 2  # once without a cache, once to fill it
@@ -90,7 +94,7 @@ def test_index__rebuilt_after_a_change(tree, tmp_path, change, monkeypatch):
     else:
         next(folder.glob("arrays-*/ends.npy")).write_bytes(b"")
     calls = record_listings(monkeypatch)
-    assert FileIndex(tree, classes, tmp_path / "cache").paths() == expected
+    assert paths(FileIndex(tree, classes, tmp_path / "cache")) == expected
     assert len(calls) == 1
     assert len(list(folder.glob("arrays-*"))) == 1
 
@@ -116,7 +120,7 @@ def test_index__clock_set_back(tree, tmp_path, monkeypatch):
 
 def _list_and_read(tree, cache):
     for _ in range(30):
-        assert FileIndex(tree, CLASSES, cache).paths() == FILES
+        assert paths(FileIndex(tree, CLASSES, cache)) == FILES
 
 
 def test_index__many_processes_list_at_once(tree, tmp_path):
@@ -133,7 +137,7 @@ def test_index__many_processes_list_at_once(tree, tmp_path):
 
 def test_index__cache_not_writable(tree, tmp_path):
     (tmp_path / "cache").touch()
-    assert FileIndex(tree, CLASSES, tmp_path / "cache").paths() == FILES
+    assert paths(FileIndex(tree, CLASSES, tmp_path / "cache")) == FILES
 
 
 def test_index__workers_share_memory(tmp_path):
@@ -178,3 +182,87 @@ def _private_memory():
         elif words[0] == "Private_Dirty:" and not is_file:
             total += int(words[1])
     return total
+
+
+def test_index__hidden_and_system_folders_at_any_depth(tree):
+    for name in (
+        ".ipynb_checkpoints",
+        "@eaDir",
+        "#recycle",
+        "deep/.thumbnails",
+        "deep/Thumbnails",
+        "deep/@eaDir/x.png",
+    ):
+        (tree / "b" / name).mkdir(parents=True)
+        (tree / "b" / name / "9.jpg").touch()
+    index = FileIndex(tree, CLASSES)
+    assert paths(index) == FILES
+    assert index.ignored == {"hidden": 3, "@eaDir/": 2, "#recycle/": 1, "Thumbnails/": 1, ".txt": 1}
+
+
+def test_index__only_regular_files(tree):
+    (tree / "b" / "folder.jpg").mkdir()
+    (tree / "b" / "folder.jpg" / "inside.jpg").touch()
+    (tree / "b" / "gone.jpg").symlink_to("/nowhere/x.jpg")
+    (tree / "b" / "there.jpg").symlink_to("2.jpg")
+    os.mkfifo(tree / "b" / "pipe.jpg")
+    index = FileIndex(tree, CLASSES)
+    assert set(paths(index)) == {*FILES, "b/folder.jpg/inside.jpg", "b/there.jpg"}
+    assert index.ignored == {"broken link": 1, "special file": 1, "hidden": 1, ".txt": 1}
+
+
+def test_index__each_folder_once(tree, tmp_path):
+    """Links upwards, to another class and to the same folder again add nothing; a link to elsewhere does."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "new.jpg").touch()
+    for name, target in {
+        "up": "..",
+        "self": ".",
+        "other": "../ä",
+        "a_deep": "deep",
+        "x": elsewhere,
+        "y": elsewhere,
+    }.items():
+        (tree / "b" / name).symlink_to(target)
+    index = FileIndex(tree, CLASSES)
+    assert paths(index) == sorted([*FILES, "b/x/new.jpg"])
+    assert index.ignored["link to a folder that is listed elsewhere"] == 5
+
+
+def test_index__files_that_differ_in_their_extension_have_their_own_keys(tree):
+    (tree / "b" / "2.png").touch()
+    (tree / "b" / "2-a.png").touch()
+    keys = FileIndex(tree, CLASSES).keys()
+    assert {"b/2.jpg", "b/2.png", "b/2-a", "b/10", "b/deep/er/1"} <= set(keys)
+    assert len(set(keys)) == len(keys)
+
+
+def test_index__name_that_is_not_utf8(tree):
+    Path(os.fsdecode(bytes(tree / "b") + b"/caf\xe9.jpg")).touch()
+    index = FileIndex(tree, CLASSES)
+    number = index.keys().index(r"b/caf\xe9")
+    assert (tree / index.path(number)).is_file()
+
+
+def test_index__counts_what_it_ignores_also_from_the_cache(tree, tmp_path, monkeypatch):
+    (tree / "loose.png").touch()
+    (tree / "b" / "photo.heic").touch()
+    (tree / "b" / "README").touch()
+    settle(tree)
+    calls = record_listings(monkeypatch)
+    expected = {"image outside of the class folders": 1, ".heic": 1, "without extension": 1, ".txt": 1, "hidden": 1}
+    for _ in range(2):
+        assert FileIndex(tree, CLASSES, tmp_path / "cache").ignored == expected
+    assert len(calls) == 1
+
+
+def test_index__another_tree_with_equal_dates(tree, tmp_path):
+    """An archive unpacked in place of another keeps its dates."""
+    settle(tree)
+    dates = {parent: os.stat(parent).st_mtime_ns for parent, *_ in os.walk(tree)}  # noqa: PTH116
+    assert "b/2.jpg" in paths(FileIndex(tree, CLASSES, tmp_path / "cache"))
+    (tree / "b" / "2.jpg").rename(tree / "b" / "3.jpg")
+    for parent, date in dates.items():
+        os.utime(parent, ns=(date, date))
+    assert "b/3.jpg" in paths(FileIndex(tree, CLASSES, tmp_path / "cache"))

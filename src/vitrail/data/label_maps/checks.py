@@ -73,11 +73,6 @@ def measure_agreement(
     return Agreement(labels, pooled, without / max(cells, 1))
 
 
-def sample_of(count: int, size: int) -> NDArray[np.int64]:
-    """Return up to `size` of `count` indices (N,), evenly spread and the same in every call."""
-    return np.unique(np.linspace(0, count - 1, min(size, count)).round().astype(np.int64))
-
-
 def check_names(store: LabelMapStore, classes: Sequence[str]) -> Finding:
     """Compare number, names and order of the classes with the data's."""
     if store.num_classes != len(classes):

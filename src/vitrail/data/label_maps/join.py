@@ -18,9 +18,9 @@ from vitrail.data.label_maps.checks import (
     check_names,
     check_values,
     measure_agreement,
-    sample_of,
 )
 from vitrail.data.label_maps.store import LabelMapStore
+from vitrail.data.sampling import sample_of
 from vitrail.errors import ConfigError
 from vitrail.types import LabelMap, View, Warp
 

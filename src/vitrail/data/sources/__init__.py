@@ -9,7 +9,6 @@ from vitrail.data.sources.arrays import ArraySplit, Digits, TorchvisionDataset
 from vitrail.data.sources.contract import Source, Split, SplitName
 from vitrail.data.sources.folders import FolderSplit, ImageFolder
 from vitrail.data.sources.imagenet import ImageNet, ImageNetReal, ImageNetVariant
-from vitrail.data.sources.images import load_image
 
 __all__ = [
     "ArraySplit",
@@ -23,5 +22,4 @@ __all__ = [
     "Split",
     "SplitName",
     "TorchvisionDataset",
-    "load_image",
 ]

@@ -1,16 +1,23 @@
 """Image folders with one subfolder per class."""
 
-from collections.abc import Iterator
+import logging
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrail.data.images import ValueRange, find_value_range, load_image
+from vitrail.data.sampling import sample_of
 from vitrail.data.sources.contract import SplitName
-from vitrail.data.sources.images import load_image
-from vitrail.data.sources.index import FileIndex, is_image
+from vitrail.data.sources.index import FileIndex, is_hidden, is_image, is_system_folder, readable
 from vitrail.errors import ConfigError
 from vitrail.types import Sample
+
+log = logging.getLogger(__name__)
+
+_SAMPLE = 256  # files that are looked at to find the value range
 
 
 class FolderSplit:
@@ -18,33 +25,54 @@ class FolderSplit:
 
     Args:
         root: folder of the split.
-        classes: names of its class folders.
+        folders: names of its class folders, in the order of the class indices.
         cache: see `FileIndex`.
+        value_range: see `load_image`.
     """
 
-    def __init__(self, root: Path, classes: list[str], cache: Path | None = None) -> None:
-        self.root, self.files = root, FileIndex(root, classes, cache)
+    def __init__(
+        self, root: Path, folders: list[str], cache: Path | None = None, value_range: ValueRange | None = None
+    ) -> None:
+        self.root, self.files, self.value_range = root, FileIndex(root, folders, cache), value_range
+        if self.files.ignored:
+            log.info("%s: ignored %s", root, describe_ignored(self.files.ignored))
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """(N,) classes of all samples."""
         return self.files.labels
 
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Number of files and folders that are not images, by kind."""
+        return self.files.ignored
+
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.files.path(index)
-        return Sample(load_image(self.root / path), self.files.label(index), path.rpartition(".")[0])
+        image = load_image(self.root / self.files.path(index), self.value_range)
+        return Sample(image, self.files.label(index), self.files.key(index))
 
     def keys(self) -> list[str]:
         """Return the keys of all samples, in order: paths without extension."""
-        return [path.rpartition(".")[0] for path in self.files.paths()]
+        return self.files.keys()
 
 
 def class_folders(folder: Path) -> Iterator[str]:
-    """Return the names of the folders in `folder`, without hidden ones."""
-    return (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """Return the names of the folders in `folder`, without hidden ones and those that systems create."""
+    return (
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not is_hidden(entry.name) and not is_system_folder(entry.name)
+    )
+
+
+def describe_ignored(ignored: dict[str, int]) -> str:
+    """Return the counts of ignored files and folders in words, the largest first."""
+    kinds = sorted(ignored.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds[:8])
+    return f"{shown}, and {len(kinds) - 8} other kinds" if len(kinds) > 8 else shown
 
 
 class ImageFolder:
@@ -55,6 +83,8 @@ class ImageFolder:
         train_dir: name of the training folder; None if there is only validation data.
         val_dir: name of the validation folder.
         index: folder that caches the lists of files; None lists the files at every start.
+        value_range: values that are black and white in images of more than 8 bits; None finds them from a sample of
+            the training images (the validation images if there are no others), see `find_value_range`.
 
     Raises:
         ConfigError: a folder is missing or empty, or train and val have different classes. Unnoticed, that mistake
@@ -67,6 +97,7 @@ class ImageFolder:
         train_dir: str | None = "train",
         val_dir: str = "val",
         index: str | Path | None = None,
+        value_range: Sequence[float] | None = None,
     ) -> None:
         if not root:
             raise ConfigError(
@@ -74,18 +105,20 @@ class ImageFolder:
             )
         self.root, self.index = Path(root).expanduser().absolute(), Path(index).expanduser() if index else None
         self.folders = {"val": self.root / val_dir} | ({"train": self.root / train_dir} if train_dir else {})
+        self.value_range = None if value_range is None else _checked_range(value_range)
         if not self.root.is_dir():
             raise ConfigError(
                 f"data.root={self.root}: no such folder. Set data.root to the folder that holds train/ and val/."
             )
-        self.classes = self._find_classes("train" if train_dir else "val")
-        self._check_same_classes(self._find_classes("val"))
+        self.class_folders = self._find_class_folders("train" if train_dir else "val")
+        self._check_same_classes(self._find_class_folders("val"))
+        self.classes = [readable(name) for name in self.class_folders]
 
     def prepare(self) -> None:
         """List the files once, if the lists are cached for the other processes."""
         if self.index:
             for folder in self.folders.values():
-                FileIndex(folder, self.classes, self.index)
+                FileIndex(folder, self.class_folders, self.index)
 
     def open(self, split: SplitName) -> FolderSplit:
         """Return a split, listing its files.
@@ -97,37 +130,82 @@ class ImageFolder:
             raise ConfigError(
                 "data.source.train_dir: not set, so there is no training data. Set it to the training folder's name."
             )
-        folder = FolderSplit(self.folders[split], self.classes, self.index)
+        folder = FolderSplit(self.folders[split], self.class_folders, self.index)
         if not folder.files.counts.all():
             empty = self.classes[int(np.argmin(folder.files.counts))]
             raise ConfigError(
                 f"data.root: class folder {self.folders[split] / empty} contains no image."
                 " Add images, or remove the folder from train and val."
             )
+        if self.value_range is None:
+            self._find_value_range(folder.files if split == "train" or "train" not in self.folders else None)
+        folder.value_range = self.value_range
         return folder
 
-    def _find_classes(self, split: SplitName) -> list[str]:
+    def _find_value_range(self, files: FileIndex | None) -> None:
+        """Find the value range of the training images, `files` if they are listed already."""
+        if files is None:
+            files = FileIndex(self.folders["train"], self.class_folders, self.index)
+        sample = [files.root / files.path(int(index)) for index in sample_of(len(files), _SAMPLE)]
+        self.value_range, count = find_value_range(sample)
+        if self.value_range is not None:
+            log.info(
+                "data.value_range=[%g, %g], found in %d of %d images, which have more than 8 bits",
+                *self.value_range,
+                count,
+                len(sample),
+            )
+
+    def _find_class_folders(self, split: SplitName) -> list[str]:
         folder = self.folders[split]
         if not folder.is_dir():
             raise ConfigError(
                 f"data.root={self.root}: contains no folder {folder.name}/. Create it with one subfolder per class."
             )
-        classes = sorted(class_folders(folder))
-        if not classes:
+        names = sorted(class_folders(folder))
+        if not names:
             flat = any(is_image(path.name) for path in folder.iterdir())
             what = "images but no class folders" if flat else "no class folders"
             raise ConfigError(f"data.root: {folder} contains {what}. Put the images into one folder per class.")
-        return classes
+        looks: dict[str, str] = {}
+        for name in names:
+            if looks.setdefault(_look(name), name) != name:
+                raise ConfigError(
+                    f"data.root: {folder} contains the class folder {_look(name)} twice, in two Unicode forms;"
+                    " join them."
+                )
+        return names
 
     def _check_same_classes(self, val_classes: list[str]) -> None:
-        train, val = set(self.classes), set(val_classes)
+        train, val = set(self.class_folders), set(val_classes)
         if train == val:
             return
+        if both := {_look(name) for name in train - val} & {_look(name) for name in val - train}:
+            raise ConfigError(
+                f"data.root={self.root}: train and val write the class {min(both)} in two Unicode forms, as Macs and"
+                " other systems do; rename one of the folders."
+            )
         only = [
-            f"{len(names)} only in {folder}/ ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            f"{len(names)} only in {folder}/ ({_first(names)})"
             for folder, names in ((self.folders["train"].name, train - val), (self.folders["val"].name, val - train))
             if names
         ]
         raise ConfigError(
             f"data.root={self.root}: train and val have different classes: {' and '.join(only)}. Make them the same."
         )
+
+
+def _first(names: set[str]) -> str:
+    return ", ".join(map(readable, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _look(name: str) -> str:
+    """Return a name in the form that makes names equal which look the same."""
+    return unicodedata.normalize("NFC", readable(name))
+
+
+def _checked_range(value_range: Sequence[float]) -> ValueRange:
+    low, high = value_range
+    if not low < high:
+        raise ConfigError(f"data.value_range=[{low:g}, {high:g}]: the first must be below the second.")
+    return float(low), float(high)

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.data.sources.images import IMAGE_EXTENSIONS
+from vitrail.data.images import image_extensions
 
-_VERSION = 1
+_VERSION = 2
+_ARRAYS = ("names", "ends", "counts", "twins")
 _KEEP_SECONDS = 3600  # arrays younger than this are not deleted: another process may be about to open them
 _SETTLED_SECONDS = 2.0  # timestamps are coarse: a folder changed this shortly before the listing is not trusted
+# Folders of file servers and operating systems: thumbnails, deleted files, forks of other files.
+_SYSTEM_FOLDERS = {
+    "#recycle",
+    "$recycle.bin",
+    "@eadir",
+    "@recently-snapshot",
+    "@recycle",
+    "__macosx",
+    "__pycache__",
+    "_thumbnails",
+    "_thumbs",
+    "lost+found",
+    "system volume information",
+    "thumbnails",
+}
 
 
 class FileIndex:
     """Paths of the image files below `root`, class by class, sorted by name.
 
+    Image files are regular files with an extension that Pillow reads, at any depth. Hidden files and folders, and the
+    folders of thumbnails and deleted files that systems create, are skipped. Each folder is visited once, so links in a
+    circle do no harm.
+
     Args:
         root: folder that contains the class folders.
         classes: names of the class folders, in the order of the class indices.
         cache: folder of cached lists; None lists the files every time.
+
+    Attributes:
+        ignored: number of files and folders that are not in the list, by kind: an extension, or what they are.
+        twins: indices of the files that differ only in their extension from another file in the same folder.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], cache: Path | None = None) -> None:
@@ -55,9 +80,16 @@ class FileIndex:
         name = bytes(self.names[first : int(self.ends[index])]).decode("utf-8", "surrogateescape")
         return f"{self.classes[self.label(index)]}/{name}"
 
-    def paths(self) -> list[str]:
-        """Return the paths of all files, relative to the root."""
-        return [self.path(index) for index in range(len(self))]
+    def key(self, index: int) -> str:
+        """Return the key of a file: its path without extension, or with it if another file differs only in that."""
+        path = self.path(index)
+        place = int(np.searchsorted(self.twins, index))
+        is_twin = place < len(self.twins) and self.twins[place] == index
+        return readable(path if is_twin else path.rpartition(".")[0])
+
+    def keys(self) -> list[str]:
+        """Return the keys of all files, in order."""
+        return [self.key(index) for index in range(len(self))]
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -66,10 +98,18 @@ class FileIndex:
 
     def _list_files(self) -> None:
         self._start_time = time.time()
-        self._folders: dict[str, int] = {}  # folder -> time of its last change
-        names, ends, counts, end = bytearray(), [], [], 0
+        self._folders: dict[str, list[int]] = {}  # folder -> what changes with its content
+        self.ignored: Counter[str] = Counter()
+        images = self._find_images()
+        names, end = bytearray(), 0
+        ends: list[int] = []
+        counts: list[int] = []
+        twins: list[int] = []
         for name in self.classes:
-            found = self._images(name)
+            found = sorted(images[name])
+            stems = Counter(file.rpartition(".")[0] for file in found)
+            if len(stems) < len(found):
+                twins += [len(ends) + number for number, file in enumerate(found) if stems[file.rpartition(".")[0]] > 1]
             for file in found:
                 encoded = os.fsencode(file)
                 names += encoded
@@ -79,19 +119,62 @@ class FileIndex:
         self.names: NDArray[np.uint8] = np.frombuffer(bytes(names), np.uint8)
         self.ends: NDArray[np.int64] = np.array(ends, np.int64)
         self.counts: NDArray[np.int64] = np.array(counts, np.int64)
+        self.twins: NDArray[np.int64] = np.array(twins, np.int64)
 
-    def _images(self, name: str) -> list[str]:
-        """Return the image files below a class folder, at any depth, relative to it."""
-        found: list[str] = []
-        top = self.root / name
-        for parent, _, files in os.walk(top, followlinks=True):  # several times faster than pathlib on ImageNet
-            inside = os.path.relpath(parent, top)
-            prefix = "" if inside == "." else f"{inside}/"
-            self._folders[name if inside == "." else f"{name}/{inside}"] = os.stat(parent).st_mtime_ns  # noqa: PTH116
-            found += [prefix + file for file in files if is_image(file)]
-        return sorted(found)
+    def _find_images(self) -> dict[str, list[str]]:
+        """Return the image files below each class folder, at any depth, relative to it.
 
-    # The cached list: three arrays, and a manifest that describes them.
+        Links to folders come last, so that a folder that is there itself is listed under its own name.
+        """
+        found: dict[str, list[str]] = {name: [] for name in self.classes}
+        links: list[tuple[str, str]] = []
+        above = {parent for name in self.classes for parent in (self.root / name).resolve().parents}
+        visited = {_identity(os.stat(folder)) for folder in above}  # noqa: PTH116
+        self._look_beside_classes()
+        for name in self.classes:
+            self._walk(name, "", found[name], links, visited)
+        while links:
+            name, prefix = min(links)
+            links.remove((name, prefix))
+            self._walk(name, prefix, found[name], links, visited)
+        return found
+
+    def _look_beside_classes(self) -> None:
+        """Count what lies beside the class folders."""
+        classes = set(self.classes)
+        self._folders["."] = _signature(os.stat(self.root))  # noqa: PTH116
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                if entry.name not in classes:
+                    other = "folder that is no class" if entry.is_dir() else "image outside of the class folders"
+                    self.ignored[_reason_to_ignore(entry) or other] += 1
+
+    def _walk(
+        self, name: str, prefix: str, found: list[str], links: list[tuple[str, str]], visited: set[tuple[int, int]]
+    ) -> None:
+        """List the class folder `name`, or the folder `prefix` in it (with a slash at the end); collect `links`."""
+        waiting = [prefix]
+        while waiting:
+            prefix = waiting.pop()
+            folder = self.root / name / prefix
+            status = os.stat(folder)  # noqa: PTH116
+            if prefix and _identity(status) in visited:
+                self.ignored["link to a folder that is listed elsewhere"] += 1
+                continue
+            visited.add(_identity(status))
+            self._folders[f"{name}/{prefix}"] = _signature(status)
+            with os.scandir(folder) as entries:  # several times faster than pathlib on ImageNet
+                for entry in entries:
+                    if reason := _reason_to_ignore(entry):
+                        self.ignored[reason] += 1
+                    elif not entry.is_dir():
+                        found.append(prefix + entry.name)
+                    elif entry.is_symlink():
+                        links.append((name, f"{prefix}{entry.name}/"))
+                    else:
+                        waiting.append(f"{prefix}{entry.name}/")
+
+    # The cached list: arrays, and a manifest that describes them.
 
     def _folder(self, cache: Path) -> Path:
         return cache / hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]
@@ -101,8 +184,9 @@ class FileIndex:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             if any(manifest[key] != value for key, value in self._about().items()) or not self._is_current(manifest):
                 return False
-            names = (folder / manifest["arrays"] / f"{name}.npy" for name in ("names", "ends", "counts"))
-            self.names, self.ends, self.counts = (np.load(file, mmap_mode="r") for file in names)
+            for name in _ARRAYS:
+                setattr(self, name, np.load(folder / manifest["arrays"] / f"{name}.npy", mmap_mode="r"))
+            self.ignored = Counter(manifest["ignored"])
         except (
             OSError,
             EOFError,
@@ -114,26 +198,32 @@ class FileIndex:
         return True
 
     def _about(self) -> dict[str, Any]:
-        return {"version": _VERSION, "root": str(self.root.absolute()), "classes": self.classes}
+        return {
+            "version": _VERSION,
+            "root": str(self.root.absolute()),
+            "classes": self.classes,
+            "extensions": list(image_extensions()),
+        }
 
     def _is_current(self, manifest: dict[str, Any]) -> bool:
         latest = (manifest["began"] - _SETTLED_SECONDS) * 1e9
-        for name, changed in manifest["folders"].items():
-            if os.stat(self.root / name).st_mtime_ns != changed or changed > latest:  # noqa: PTH116
-                return False
-        return True
+        return all(
+            _signature((self.root / name).stat()) == signature and signature[0] <= latest
+            for name, signature in manifest["folders"].items()
+        )
 
     def _keep(self, folder: Path) -> None:
         """Write the arrays to a new folder, because others may be reading the old one, then update the manifest."""
         arrays = f"arrays-{secrets.token_hex(4)}"
         try:
             (folder / arrays).mkdir(parents=True)
-            for name in ("names", "ends", "counts"):
+            for name in _ARRAYS:
                 np.save(folder / arrays / f"{name}.npy", getattr(self, name))
                 setattr(
                     self, name, np.load(folder / arrays / f"{name}.npy", mmap_mode="r")
                 )  # frees the memory of the list
             manifest = {**self._about(), "began": self._start_time, "folders": self._folders, "arrays": arrays}
+            manifest["ignored"] = dict(self.ignored)
             unfinished = folder / f".manifest.{os.getpid()}"
             unfinished.write_text(json.dumps(manifest), encoding="utf-8")
             unfinished.replace(folder / "manifest.json")
@@ -147,4 +237,44 @@ class FileIndex:
 
 def is_image(name: str) -> bool:
     """Return whether a file name is that of a visible image file."""
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+    return name.lower().endswith(image_extensions()) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden by its name."""
+    return name.startswith(".")
+
+
+def is_system_folder(name: str) -> bool:
+    """Return whether a folder is one that file servers and operating systems create."""
+    return name.lower() in _SYSTEM_FOLDERS
+
+
+def readable(name: str) -> str:
+    """Return a file name as text that any file can contain: bytes that are not UTF-8 become backslash escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _extension(name: str) -> str:
+    stem, dot, extension = name.rpartition(".")
+    return f".{readable(extension).lower()}" if dot and stem and len(extension) < 12 else "without extension"
+
+
+def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
+    """Return why a file or folder is not used, for the count in `ignored`; None if it is used."""
+    if is_hidden(entry.name):
+        return "hidden"
+    if entry.is_dir():
+        return f"{entry.name}/" if is_system_folder(entry.name) else None
+    if not entry.is_file():
+        return "broken link" if entry.is_symlink() else "special file"
+    return None if is_image(entry.name) else _extension(entry.name)
+
+
+def _signature(status: os.stat_result) -> list[int]:
+    """Return numbers that change with the list of files in a folder, also if its date was set back."""
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size]
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

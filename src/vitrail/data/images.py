@@ -1,0 +1,190 @@
+"""Decode any image file that Pillow supports to RGB, as an image viewer shows it.
+
+8-bit images need no scaling. Images of more bits (16-bit grey, 32-bit integers, floats) do not say what white is, so a
+data set has one value range for all of them: `find_value_range` finds it, and values outside it are errors.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitrail.errors import ConfigError, ImageError
+
+ValueRange = tuple[float, float]
+"""Values that become black and white in images of more than 8 bits."""
+
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Formats whose pixels Pillow cannot read on its own: it only recognises them, or needs another program.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_FLOAT_WHITES = (1.0, 255.0, 65535.0)
+_INTEGER_WHITES = tuple(2.0**bits - 1 for bits in (8, 10, 12, 14, 16))  # bits of usual sensors
+_WIDE_WHITES = tuple(2.0**bits - 1 for bits in (8, 10, 12, 14, 15, 16, 24, 31))
+_HALF_STEP = 0.5  # of 255: a value that rounds to black or white is not outside
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """Return the extensions (`.jpg`, ...) of all formats that the installed Pillow decodes."""
+    decoded = {
+        extension
+        for extension, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in _NOT_DECODED
+    }
+    return tuple(sorted(decoded))
+
+
+def load_image(path: str | Path, value_range: ValueRange | None = None) -> Image.Image:
+    """Read `path` as an upright 8-bit RGB image.
+
+    The camera's orientation is applied, CMYK and palettes are converted, and transparent areas become white, as in most
+    viewers. Values of more than 8 bits are scaled from `value_range`.
+
+    Args:
+        path: the file.
+        value_range: black and white of images of more than 8 bits; None finds it from this image alone.
+
+    Raises:
+        ImageError: the file is missing, truncated, not an image, or has a value outside `value_range`; the message
+            names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(_upright(image), value_range)
+    except _OutsideError as error:
+        raise ImageError(f"{path}: {error}") from None
+    except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+        raise ImageError(f"{path}: not a readable image ({reason.rstrip('.')}).") from error
+
+
+def find_value_range(paths: Iterable[Path]) -> tuple[ValueRange | None, int]:
+    """Find the value range of a data set from a sample of its files.
+
+    The range starts at 0. It ends at 1, 255 or 65535 for floats, and at the largest value of 8, 10, 12, 14 or 16 bits
+    for integers: the smallest that holds all values of the sample.
+
+    Args:
+        paths: files of the data set; unreadable ones are left to whoever reads them later.
+
+    Returns:
+        The range, and the number of files with more than 8 bits; None and 0 if there are none.
+
+    Raises:
+        ConfigError: there is no such range; the message names a file and `data.value_range`.
+    """
+    found: dict[str, tuple[float, float, Path]] = {}
+    count = 0
+    for path in paths:
+        values = _deep_values(path)
+        if values is None or not np.isfinite(values).all():
+            continue
+        count += 1
+        kind, low, high = values.dtype.kind, float(values.min()), float(values.max())
+        before = found.get(kind, (low, high, path))
+        found[kind] = (min(low, before[0]), max(high, before[1]), path if high >= before[1] else before[2])
+    if not found:
+        return None, 0
+    if len({"f" if kind == "f" else "i" for kind in found}) > 1:
+        files = " and ".join(str(path) for *_, path in found.values())
+        raise ConfigError(
+            f"data.value_range: there are images of integers and of floats ({files}); set it to [low, high]."
+        )
+    low, high = min(item[0] for item in found.values()), max(item[1] for item in found.values())
+    white = _white(low, high, "i" if "i" in found else next(iter(found)))
+    if white is None:
+        path = max(found.values(), key=lambda item: item[1])[2]
+        raise ConfigError(
+            f"data.value_range: values from {low:g} to {high:g} (in {path}, for example) do not say what is black and"
+            " white; set it to [low, high]."
+        )
+    return (0.0, white), count
+
+
+class _OutsideError(Exception):
+    """A value lies outside the value range."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the orientation that the camera recorded; the other EXIF entries, valid or not, do not matter."""
+    orientation: Any = None
+    with suppress(Exception):  # EXIF is written by many programs; Pillow raises many kinds of exceptions for it
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether an image has more than 8 bits per value."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _to_rgb(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
+    if _is_deep(image):
+        image = _to_eight_bits(image, value_range)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
+    """Scale `value_range` to 0 to 255. A transparent value becomes white."""
+    values = np.asarray(image)
+    if value_range is None:
+        value_range = _own_range(values)
+    low, high = value_range
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    outside = ~((scaled >= -_HALF_STEP) & (scaled <= 255 + _HALF_STEP))  # also true for NaN
+    if outside.any():
+        raise _OutsideError(
+            f"has the value {values[outside][0]:g}, outside of data.value_range=[{low:g}, {high:g}]; set the range to"
+            " that of your images, or repair the file."
+        )
+    eight = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        eight[values == transparent] = 255
+    return Image.fromarray(eight)
+
+
+def _own_range(values: NDArray[Any]) -> ValueRange:
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    white = _white(low, high, values.dtype.kind)
+    if white is None:
+        raise _OutsideError(
+            f"values from {low:g} to {high:g} do not say what is black and white; set data.value_range=[low, high]."
+        )
+    return 0.0, white
+
+
+def _white(low: float, high: float, kind: str) -> float | None:
+    """Return the smallest usual white that holds all values: `kind` is numpy's (f float, u unsigned, i signed)."""
+    whites = {"f": _FLOAT_WHITES, "u": _INTEGER_WHITES}.get(kind, _WIDE_WHITES)
+    rounding = _HALF_STEP / 255 if kind == "f" else 0.0
+    return next((white for white in whites if -white * rounding <= low and high <= white * (1 + rounding)), None)
+
+
+def _deep_values(path: Path) -> NDArray[Any] | None:
+    """Return the values of an image of more than 8 bits; None for others, whose pixels are not decoded."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image) if _is_deep(image) else None
+    except Exception:
+        return None
