@@ -77,6 +77,38 @@ def test_hub__loads_in_timm(trained):
         close(model(IMAGES), logits[True])
 
 
+def test_hub__loads_in_transformers_and_timm_without_vitrail(tmp_path):
+    """A network of timm's, in a process that cannot import vitrail."""
+    pytest.importorskip("transformers")
+    options = ("model=timm", "model.name=test_vit", "model.drop_path_rate=0.1", "data.image_size=64")
+    directory = train(*QUICK, *options, logs=tmp_path)
+    assert run("export.py", f"ckpt={directory}", "to=hub", logs=tmp_path).returncode == 0
+    folder = directory / "export" / "hub"
+    code = (
+        "import sys; sys.modules['vitrail'] = None\n"
+        "import timm, torch\n"
+        "from PIL import Image\n"
+        "from transformers import AutoModelForImageClassification, pipeline\n"
+        f"folder = {str(folder)!r}\n"
+        "images = torch.randn(2, 3, 64, 64)\n"
+        "expected = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images)\n"
+        "network = AutoModelForImageClassification.from_pretrained(folder).eval()\n"
+        "torch.testing.assert_close(network(images).logits, expected)\n"
+        "found = pipeline('image-classification', model=folder)(Image.new('RGB', (80, 70)), top_k=10)\n"
+        "assert {item['label'] for item in found} == {str(digit) for digit in range(10)}\n"
+    )
+    there = environment(tmp_path) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=there, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "drop_path_rate" not in (folder / "config.json").read_text()
+    assert "vitrail" not in (folder / "README.md").read_text().partition("```python")[2]
+
+
+def test_card__says_when_vitrail_is_needed(trained):
+    folder, _ = exported(trained, "hub")
+    assert "import vitrail  # registers this network with timm" in (folder / "README.md").read_text()
+
+
 def test_onnx__runs_in_onnx_runtime_with_any_batch_size(trained):
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, logits = exported(trained, "onnx")

@@ -1,10 +1,18 @@
 import argparse
+import bz2
+import gzip
+import json
+import lzma
+import re
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 from peers.recorded import recorded
 from vitrail.errors import ConfigError
@@ -92,7 +100,10 @@ def test_load__resizes_positions_like_the_official_scripts(tmp_path):
         torch.save(weights, tmp_path / "x.pth")
         notes = load_checkpoint(model, tmp_path / "x.pth")
         old = case["old_grid"]
-        assert notes == [f"position embeddings resized from {old}x{old} to {side}x{side} (bicubic, not antialiased)."]
+        assert notes == [
+            f"position embeddings resized from {old}x{old} (assumed: the file records no image size) to {side}x{side}"
+            " (bicubic, not antialiased)."
+        ]
         values = model.pos_embed.detach()
         middle = 1 + side**2 // 2 + side // 3
         for row, name in ((1, "token1"), (middle, "token_mid"), (-1, "token_last")):
@@ -207,3 +218,165 @@ def test_pretrained__official_file_through_timm(name):
     key = "blocks.3.attn.qkv.weight"
     torch.testing.assert_close(model.state_dict()[key], source.state_dict()[key])
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (lambda: {f"_orig_mod.{key}": value for key, value in state(1).items()}, ""),
+        (lambda: {"state_dict": {f"model._orig_mod.{key}": value for key, value in state(1).items()}}, ""),
+        (lambda: {"model": {f"module._orig_mod.{key}": value for key, value in state(1).items()}}, ""),
+        (lambda: {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state(1).items()}, ""),
+        (lambda: {f"net.{key}": value for key, value in state(1).items()}, r"weights found as net\.\*"),
+        (lambda: {"state_dict": {f"net.{key}": value for key, value in state(1).items()}}, r"state_dict\.net\.\*"),
+        (
+            lambda: {f"backbone.{key}": value for key, value in state(1).items()} | {"decoder.weight": torch.zeros(3)},
+            r"weights found as backbone\.\* .*ignored: decoder",
+        ),
+        (lambda: {"weights": {"encoder": {"module": state(1)}}}, r"weights found as weights\.encoder\.\*"),
+        (
+            lambda: {"student": state(2), "teacher": {f"backbone.{k}": v for k, v in state(1).items()}},
+            r"teacher\.backbone",
+        ),
+        (lambda: {"model": state(1), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 3}, ""),
+        (lambda: {"pytorch-lightning_version": "2", "state_dict": {f"net.{k}": v for k, v in state(1).items()}}, "net"),
+    ],
+)
+def test_load__prefixes_found_by_the_names_behind_them(content, note, model, tmp_path):
+    torch.save(content(), tmp_path / "x.pth")
+    notes = load_checkpoint(model, tmp_path / "x.pth")
+    assert first(model) == 1
+    assert len(notes) == bool(note)
+    assert not note or re.search(note, notes[0])
+
+
+def test_load__student_on_request(model, tmp_path):
+    torch.save({"student": state(2), "teacher": state(1)}, tmp_path / "x.pth")
+    load_checkpoint(model, tmp_path / "x.pth", ema=False)
+    assert first(model) == 2
+
+
+def test_load__without_classifier(model, tmp_path):
+    torch.save({key: value for key, value in state(1).items() if not key.startswith("head.")}, tmp_path / "x.pth")
+    before = first(model)
+    assert load_checkpoint(model, tmp_path / "x.pth") == ["no classifier in the checkpoint: head kept untrained."]
+    assert (first(model), model.blocks[0].norm1.weight[0].item()) == (before, 1)
+    with pytest.raises(ConfigError, match="contains no classifier"):
+        load_checkpoint(model, tmp_path / "x.pth", same_classes=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html></html>", "a web page"),
+        (b"", "empty"),
+        (gzip.compress(b"x" * 99), "a gzip archive"),
+        (bz2.compress(b"x" * 99), "a bzip2 archive"),
+        (lzma.compress(b"x" * 99), "an xz archive"),
+        ("zip", "a zip archive"),
+        ("tar", "a tar archive"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_load__files_of_other_kinds_are_named(content, what, name, model, tmp_path):
+    path = tmp_path / name
+    if content == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("weights.txt", "x")
+    elif content == "tar":
+        (tmp_path / "inside").write_bytes(b"x")
+        with tarfile.open(path, "w") as archive:
+            archive.add(tmp_path / "inside", "inside")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^ckpt={path}: is {what}"):
+        load_checkpoint(model, path)
+
+
+def deit(size, **kwargs):
+    return create_model("deit_nano", 4, img_size=size, patch_size=8, **kwargs)
+
+
+def checkpoint_for(network, size):
+    """Return a checkpoint as a run of vitrail writes it, for images of `size`."""
+    weights = {f"model.{key}": value for key, value in network.state_dict().items()}
+    return {"state_dict": weights, "config": {}, "classes": list("abcd"), "input": {"size": size}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((16, 64), (16, 64)), ((16, 64), (32, 32)), ((32, 32), (16, 64)), ((16, 32), (24, 64))]
+)
+def test_positions__from_the_recorded_image_size(old, new, tmp_path):
+    """Tokens of 16 x 64 and of 32 x 32 pixels are equal in number, but lie elsewhere."""
+    source = deit(old)
+    torch.save(checkpoint_for(source, old), tmp_path / "x.ckpt")
+    model = deit(new)
+    notes = load_checkpoint(model, tmp_path / "x.ckpt")
+    grids = [(size[0] // 8, size[1] // 8) for size in (old, new)]
+    expected = resample_abs_pos_embed(
+        source.pos_embed, list(grids[1]), list(grids[0]), num_prefix_tokens=1, antialias=False
+    )
+    torch.testing.assert_close(model.pos_embed, expected)
+    assert notes == (
+        []
+        if old == new
+        else [
+            f"position embeddings resized from {grids[0][0]}x{grids[0][1]} to {grids[1][0]}x{grids[1][1]}"
+            " (bicubic, not antialiased)."
+        ]
+    )
+
+
+def test_positions__from_the_config_beside_the_file(tmp_path):
+    source = deit((16, 64))
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    described = {"architecture": "deit_nano", "pretrained_cfg": {"input_size": [3, 16, 64]}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    model = deit((16, 64))
+    assert load_checkpoint(model, tmp_path / "model.safetensors") == []
+    torch.testing.assert_close(model.pos_embed, source.pos_embed)
+
+
+def test_positions__square_is_assumed_and_said(tmp_path):
+    torch.save(deit((32, 32)).state_dict(), tmp_path / "x.pth")
+    model = deit((16, 64))
+    assert load_checkpoint(model, tmp_path / "x.pth") == [
+        "position embeddings resized from 4x4 (assumed: the file records no image size) to 2x8 (bicubic, not"
+        " antialiased)."
+    ]
+
+
+@pytest.mark.parametrize("names", [("deit_nano_distilled", "deit_nano"), ("deit_nano", "deit_nano_distilled")])
+def test_load__distillation_token_is_named(names, tmp_path):
+    torch.save(create_model(names[0], 4, img_size=32).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=r"(has|lacks) the distillation token that \w+ (lacks|needs)"):
+        load_checkpoint(create_model(names[1], 4, img_size=32), tmp_path / "x.pth")
+
+
+def test_classes__same_names_in_another_order_are_reordered(tmp_path):
+    source = deit((32, 32))
+    torch.save(checkpoint_for(source, (32, 32)), tmp_path / "x.ckpt")
+    model = deit((32, 32))
+    notes = load_checkpoint(model, tmp_path / "x.ckpt", classes=["d", "a", "c", "b"])
+    assert notes == ["the classes are in another order: head reordered."]
+    torch.testing.assert_close(model.head.weight, source.head.weight[[3, 0, 2, 1]])
+
+
+def test_classes__other_names_of_the_same_number(tmp_path):
+    source = deit((32, 32))
+    torch.save(checkpoint_for(source, (32, 32)), tmp_path / "x.ckpt")
+    model = deit((32, 32))
+    before = model.head.weight.detach().clone()
+    notes = load_checkpoint(model, tmp_path / "x.ckpt", classes=["a", "b", "c", "e"])
+    assert notes == ["the data's classes are not the checkpoint's: 1 missing (d), 1 new (e): head not loaded."]
+    torch.testing.assert_close(model.head.weight.detach(), before)
+
+
+def test_classes__unknown_names_are_kept_and_said(tmp_path):
+    source = deit((32, 32))
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    model = deit((32, 32))
+    notes = load_checkpoint(model, tmp_path / "x.pth", classes=list("abcd"))
+    assert notes == ["class names are not recorded: head kept, taken to be for the data's classes in their order."]
+    torch.testing.assert_close(model.head.weight, source.head.weight)

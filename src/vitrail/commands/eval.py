@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 from torch import nn
 
-from vitrail.checkpoints.reading import load_checkpoint
+from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
 from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
@@ -76,12 +76,15 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 
 def _class_names(trained: TrainedModel, data: ImageDataModule) -> list[str]:
-    """Return the network's class names; the data's if none were recorded and the number of classes is the same."""
-    recorded, count = trained.classes, trained.num_classes
-    if recorded is not None and (trained.is_run or set(data.classes) <= set(recorded)):
-        return recorded
-    if count != data.num_classes:
-        raise ConfigError(f"ckpt={trained.path}: has {count} classes, but the data has {data.num_classes}.")
+    """Return the network's class names; the data's if they are not recorded and the number of classes is the same."""
+    known = trained.classes
+    if known is not None and (trained.classes_recorded or set(data.classes) <= set(known)):
+        return known
+    if trained.num_classes != data.num_classes:
+        raise ConfigError(
+            f"ckpt={trained.path}: has {trained.num_classes} classes, but the data has {data.num_classes}."
+        )
+    log.info("%s records no class names: they are taken to be the data's, in the same order", trained.path)
     return data.classes
 
 

@@ -26,6 +26,13 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest allowed difference between the logits of a run's network and of its export, in standard deviations."""
 
+# Keys of a model config that programs which load the export do not need: vitrail's own, and those of training.
+_NOT_EXPORTED = {
+    *("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path"),
+    *("drop_path_rate", "drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"),
+    *("drop_block_rate", "weight_init", "fix_init", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"),
+}
+
 
 class Exported(NamedTuple):
     """A network to export, and what is needed to use it."""
@@ -43,6 +50,8 @@ class Exported(NamedTuple):
     """Class names in the order of the logits."""
     card: str
     """Model card, in Markdown."""
+    more: dict[str, Any]
+    """Further entries of config.json, for vitrail only."""
 
 
 def export(config: DictConfig) -> Path:
@@ -80,7 +89,7 @@ def _run_directory(trained: TrainedModel) -> Path:
 def describe_export(trained: TrainedModel) -> Exported:
     """Collect the metadata of a trained network for the exported files."""
     node, spec = trained.config["model"], trained.input
-    not_exported = ("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path")
+    more = {} if spec.value_range is None else {"value_range": list(spec.value_range)}
     fed = {
         "input_size": [3, *spec.size],
         "mean": list(spec.mean),
@@ -89,9 +98,10 @@ def describe_export(trained: TrainedModel) -> Exported:
         "crop_pct": spec.crop_pct,
         "crop_mode": spec.crop_mode,
     }
-    arguments = {key: value for key, value in node.items() if key not in not_exported and value is not None}
+    arguments = {key: value for key, value in node.items() if key not in _NOT_EXPORTED and value is not None}
     classes = trained.classes or [str(number) for number in range(trained.num_classes)]
-    return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, _card(trained, classes, fed))
+    card = _card(trained, classes, fed)
+    return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, card, more)
 
 
 def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str:
@@ -141,6 +151,7 @@ def _write_config(exported: Exported, out: Path) -> None:
         "label_names": exported.classes,
         "model_args": _arguments(exported),
         "pretrained_cfg": {**exported.input, "num_classes": len(exported.classes)},
+        **exported.more,
     }
     (out / "config.json").write_text(json.dumps(description, indent=1))
 
@@ -193,8 +204,14 @@ def _write_timm(exported: Exported, out: Path) -> Callable[[], nn.Module]:
 def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
     arguments = _arguments(exported)
     more = {"num_classes": len(exported.classes), "label_names": exported.classes, "pretrained_cfg": exported.input}
+    more |= exported.more
     # Both formats, as in timm's hub repositories: older versions of timm cannot read safetensors from a folder.
     save_for_hf(exported.model, str(out), model_config=more, model_args=arguments, safe_serialization="both")
+    # timm repeats the number of classes among the arguments, which transformers refuses.
+    path = out / "config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(described, indent=2), encoding="utf-8")
 
     def load() -> nn.Module:
         try:
@@ -264,6 +281,10 @@ _USES = {
 def _use(to: str, name: str, folder: str) -> str:
     """Return Python code, in Markdown, that loads the export."""
     code = _USES[to].format(name=name, folder=folder)
-    library = {"onnx": "import onnxruntime", "torch_export": "import torch"}.get(to, "import timm, vitrail")
+    own = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vitrail")
+    timm_needs = (
+        "import timm\nimport vitrail  # registers this network with timm: pip install vitrail" if own else "import timm"
+    )
+    library = {"onnx": "import onnxruntime", "torch_export": "import torch"}.get(to, timm_needs)
     more = "\narguments = {...}  # num_classes and model_args of config.json" if "**arguments" in code else ""
     return f"\n```python\n{library}{more}\n{code}\n```\n"

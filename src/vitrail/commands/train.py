@@ -25,7 +25,7 @@ from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.preemption import Stopped, explain_dead_children, lost_process
-from vitrail.runs.reproduction import comparison, recorded_config
+from vitrail.runs.reproduction import comparison, recorded_config, require_recorded_classes
 from vitrail.runs.resume import checkpoint_to_resume, continue_restarted
 from vitrail.training import ImageClassifier
 from vitrail_runtime.secrets import redacted
@@ -47,11 +47,13 @@ def train(config: DictConfig) -> dict[str, Any]:
     config = _final_config(config, run)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config)
+    if config.get("reproduce"):
+        require_recorded_classes(config.reproduce, data.classes)
     module = build_module(config, data)
     check_space(run.checkpoints, module.model, averaged=bool((config.callbacks or {}).get("ema")))
     csv_log = MetricsCSV(run.path / "metrics.csv")
     trainer = build_trainer(config, run, data, csv_log)
-    checkpoint = checkpoint_to_resume(config, run, module.model)
+    checkpoint = checkpoint_to_resume(config, run, module.model, data.classes)
     if is_rank_zero():  # only now, so that a refused resume does not change the run
         run.record(redacted(plain(config)), redacted(list(HydraConfig.get().overrides.task)))
     _log_settings(config, module, data, trainer, run)

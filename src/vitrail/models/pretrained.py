@@ -9,7 +9,7 @@ Shapes: B images, C classes, H x W positions of the feature map.
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from vitrail.checkpoints.reading import backbone_weights, load_checkpoint, read_checkpoint
+from vitrail.checkpoints.fitting import load_checkpoint
+from vitrail.checkpoints.reading import Origin, backbone_weights, origin_of, read_checkpoint, read_config
 from vitrail.errors import ConfigError
 from vitrail.models.factory import create_model
 from vitrail.models.features import classify_places
@@ -109,15 +110,16 @@ def timm_classifier(
     Args:
         name: timm's name, with its tag (`convnext_base.fb_in22k_ft_in1k`).
         pretrained: download timm's weights.
-        weights: checkpoint file to load instead.
+        weights: checkpoint file to load instead. A `config.json` beside it gives image size and normalisation.
         package: installed Python package with the weights to load instead; its tensors are in the model's order.
         num_classes: number of classes in `weights`; None means timm's number for that model.
         image_size: side in pixels, or (height, width); None means the model's published size.
         mean: mean of the normalisation; None means the model's.
         std: standard deviation of the normalisation; None means the model's.
         interpolation: kernel of the resize; None means the model's.
-        classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`). None means
-            ImageNet's names for published weights, and no names for `weights`.
+        classes: names of the classes, or one of timm's lists of them (`imagenet-1k`, `imagenet-22k`), or `data`: the
+            data's classes in the data's order. None means ImageNet's names for published weights, and for `weights`
+            those that the file, or the `config.json` beside it, records.
         key: config key of the classifier, for error messages.
         kwargs: timm's other arguments, such as `output_stride`.
 
@@ -129,7 +131,8 @@ def timm_classifier(
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
         raise ConfigError(f"{key}.name={name}: this backbone has no pretrained configuration in timm; choose another.")
-    sides = height_width(cfg.input_size[1:] if image_size is None else image_size)
+    origin, fed = _recorded(weights, f"{key}.weights")
+    sides = height_width(image_size or origin.size or cfg.input_size[1:])
     use_local_weights = weights is not None or package is not None
     try:
         model = create_model(
@@ -143,22 +146,34 @@ def timm_classifier(
     if package is not None:
         model.load_state_dict(_packaged_weights(package, model, key))
     elif weights is not None:
-        load_checkpoint(model, weights, key=f"{key}.weights")
         _same_classes(weights, model, key)
+        load_checkpoint(model, weights, key=f"{key}.weights", same_classes=True)
     elif not pretrained:
         raise ConfigError(f"{key}.pretrained=false: the {key} has no trained weights; set {key}.weights=<file>.")
     return PretrainedClassifier(
         model,
         name,
         sides,
-        mean or cfg.mean,
-        std or cfg.std,
-        interpolation or cfg.interpolation,
-        _class_names(infer_imagenet_subset(cfg) if classes is None and weights is None else classes, model, key),
+        mean or fed.get("mean") or cfg.mean,
+        std or fed.get("std") or cfg.std,
+        interpolation or fed.get("interpolation") or cfg.interpolation,
+        _class_names(classes or (infer_imagenet_subset(cfg) if weights is None else origin.classes), model, key),
+    )
+
+
+def _recorded(weights: str | None, key: str) -> tuple[Origin, Mapping[str, Any]]:
+    """Return what a weights file records, and the input settings in the `config.json` beside it."""
+    if weights is None or weights.endswith(".npz"):
+        return Origin(), {}
+    described = read_config(Path(weights).with_name("config.json")) or {}
+    return origin_of(read_checkpoint(weights, values=False, key=key), Path(weights)), described.get(
+        "pretrained_cfg", {}
     )
 
 
 def _class_names(classes: str | Sequence[str] | None, model: nn.Module, key: str) -> Sequence[str] | None:
+    if classes == "data":
+        return None
     try:
         names = ImageNetInfo(classes).label_names() if isinstance(classes, str) else classes
     except AssertionError as error:
@@ -178,7 +193,8 @@ def _same_classes(weights: str, model: nn.Module, key: str) -> None:
     head = model.get_classifier()  # type: ignore[operator]
     head = head[0] if isinstance(head, tuple) else head
     classifier = next(name for name, module in model.named_modules() if module is head)
-    found = backbone_weights(read_checkpoint(weights)).get(f"{classifier}.weight")
+    own = model.state_dict().keys()
+    found = backbone_weights(read_checkpoint(weights, key=f"{key}.weights"), names=own).get(f"{classifier}.weight")
     if found is not None and len(found) != count:
         raise ConfigError(f"{key}.weights={weights}: {len(found)} classes; set {key}.num_classes={len(found)}.")
 

@@ -6,7 +6,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
 
-from vitrail.checkpoints.reading import checkpoint_filter
+from vitrail.checkpoints.fitting import checkpoint_filter
 
 Backbone = TypeVar("Backbone", bound=VisionTransformer)
 

@@ -42,12 +42,19 @@ class Teacher(nn.Module):
         self.model = classifier.model.requires_grad_(False).eval()
         self.name, self.image_size = classifier.name, classifier.image_size
         self.interpolation = classifier.interpolation
-        self.chosen = classifier.matching(classes)
-        if self.chosen is None and classifier.num_classes != len(classes):
+        unknown = [name for name in classes if classifier.classes is not None and name not in classifier.classes]
+        if classifier.num_classes != len(classes) and (unknown or classifier.classes is None):
             raise ConfigError(
                 f"teacher: {self.name} has {classifier.num_classes} classes, the data has {len(classes)};"
                 " use a teacher that was trained on the data's classes."
             )
+        if unknown:
+            raise ConfigError(
+                f"teacher: {len(unknown)} of the data's {len(classes)} classes are not among those of {self.name}"
+                f" ({unknown[0]}, for example); use a teacher that was trained on the data's classes, or set"
+                " teacher.classes=data if they only have other names there, in the same order."
+            )
+        self.chosen = classifier.matching(classes)
         own_mean, own_std = torch.tensor(classifier.mean), torch.tensor(classifier.std)
         student_mean, student_std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
         # (x * student_std + student_mean - own_mean) / own_std

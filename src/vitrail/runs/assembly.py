@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from vitrail.checkpoints.reading import load_checkpoint
+from vitrail.checkpoints.fitting import fit_weights, load_checkpoint, load_weights
+from vitrail.checkpoints.reading import Origin
 from vitrail.checkpoints.writing import AtomicCheckpointIO
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
@@ -21,7 +24,7 @@ from vitrail.models.heads import declared_outputs, forward_heads, token_grid
 from vitrail.models.teacher import Teacher
 from vitrail.objectives.contract import passes_of
 from vitrail.runs.config import instantiate, plain
-from vitrail.runs.directory import RunDirectory, find_checkpoint
+from vitrail.runs.directory import RunDirectory, find_weights_file
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.resume import ResumePosition
 from vitrail.training import ImageClassifier
@@ -117,6 +120,22 @@ def _check_outputs(model: nn.Module, num_classes: int, image_size: tuple[int, in
             )
 
 
+def fit_pretrained_classes(model: nn.Module, classes: Sequence[str]) -> None:
+    """Reorder or replace the classifier of timm's pretrained weights that was trained for other classes, and say so."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    subset = infer_imagenet_subset(cfg)
+    names = ImageNetInfo(subset).label_names() if subset else None
+    if names is None or len(names) != len(classes) or names == list(classes):
+        return  # timm replaces the classifier itself if the number of classes differs
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    initial: Any = model
+    initial.reset_classifier(len(classes))
+    fitted, notes = fit_weights(weights, model, "model.pretrained", origin=Origin(names), classes=classes)
+    load_weights(model, fitted, "model.pretrained")
+    for note in notes:
+        log.info("model.pretrained=true: %s", note)
+
+
 def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str]) -> Teacher | None:
     """Build the distillation teacher; None if the config has none."""
     node = config.get("teacher")
@@ -140,7 +159,10 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     if config.init_from is not None and not config.resume:
         # A new token classifier may start untrained.
         allowed = ["aux_head.*"] if "tokens" in declared_outputs(model) else []
-        load_checkpoint(model, find_checkpoint(config.init_from, "init_from"), allow=allowed, key="init_from")
+        file, _ = find_weights_file(config.init_from, "init_from")
+        load_checkpoint(model, file, allow=allowed, key="init_from", classes=data.classes)
+    elif config.model.get("pretrained"):
+        fit_pretrained_classes(model, data.classes)
     module = ImageClassifier(
         model,
         objective,

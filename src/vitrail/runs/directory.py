@@ -15,6 +15,7 @@ from typing import IO, Any
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
+from vitrail.checkpoints.reading import EXPORTED_NAMES, read_config
 from vitrail.errors import ConfigError
 from vitrail_runtime.project import checkout
 
@@ -129,6 +130,34 @@ def find_checkpoint(ckpt: str, key: str = "ckpt") -> Path:
         if candidate.is_file():
             return candidate
     raise ConfigError(f"{key}={ckpt}: neither a checkpoint nor a run directory with one.")
+
+
+def find_weights_file(path: str | Path, key: str = "ckpt") -> tuple[Path, dict[str, Any] | None]:
+    """Return the weights file that `path` refers to, and the `config.json` beside it if it is an export.
+
+    Args:
+        path: run directory, exported folder, or file.
+        key: config key of `path`, for error messages.
+
+    Raises:
+        ConfigError: a folder contains no weights.
+    """
+    folder = Path(path).expanduser().absolute()
+    described = read_config(folder / "config.json")
+    if folder.is_dir() and described is not None:
+        found = [folder / name for name in EXPORTED_NAMES if (folder / name).is_file()] or sorted(folder.glob("*.pth"))
+        if not found:
+            raise ConfigError(
+                f"{key}={path}: this export contains no PyTorch weights; export again with to=safetensors, for example."
+            )
+        return found[0], described
+    if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{key}={path}: its config.json is not one that timm or export.py writes, with an architecture."
+        )
+    file = find_checkpoint(str(path), key)
+    is_export = file.name in EXPORTED_NAMES or file.suffix == ".pth"
+    return file, read_config(file.with_name("config.json")) if is_export else None
 
 
 def is_rank_zero() -> bool:

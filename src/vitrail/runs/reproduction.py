@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from vitrail.checkpoints.classes import require_same
+from vitrail.checkpoints.reading import origin_of, read_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.runs.config import moved, plain, restore
-from vitrail.runs.directory import versions
+from vitrail.runs.directory import RunDirectory, versions
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,19 @@ def recorded_config(config: DictConfig, defaults: DictConfig, run: Path) -> Dict
     for change in changes(OmegaConf.to_container(OmegaConf.load(source / "versions.yaml")), versions()):
         log.warning("changed since that run: %s", change)
     return OmegaConf.create({**moved(saved, run), "resume": None, "reproduce": str(source)})
+
+
+def require_recorded_classes(reproduce: str, classes: Sequence[str]) -> None:
+    """Require that the run to reproduce was trained for the classes of today's data.
+
+    Raises:
+        ConfigError: names or order differ.
+    """
+    run = RunDirectory(Path(reproduce))
+    files = [file for file in (run.last, run.best) if file.is_file()]
+    if files:
+        recorded = origin_of(read_checkpoint(files[0], values=False, key="reproduce"), files[0]).classes
+        require_same(recorded, classes, f"reproduce={reproduce}", "undo the change of the class folders")
 
 
 def changes(before: Any, now: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Resume a training: find its config, its checkpoint and the next batch."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from vitrail.checkpoints.reading import backbone_weights, check_weights, read_checkpoint
+from vitrail.checkpoints.classes import require_same
+from vitrail.checkpoints.fitting import check_weights
+from vitrail.checkpoints.reading import backbone_weights, origin_of, read_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.runs.config import plain
 from vitrail.runs.directory import RunDirectory
@@ -46,11 +49,19 @@ def continue_restarted(config: DictConfig, run: RunDirectory) -> DictConfig:
     return config
 
 
-def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module) -> Path | None:
+def checkpoint_to_resume(
+    config: DictConfig, run: RunDirectory, model: nn.Module, classes: Sequence[str]
+) -> Path | None:
     """Return the last checkpoint of the run to resume; None to start from the beginning.
 
+    Args:
+        config: config of the training.
+        run: its directory.
+        model: its backbone.
+        classes: class names of the data.
+
     Raises:
-        ConfigError: the run is finished, or its checkpoint does not fit `model`.
+        ConfigError: the run is finished, or its checkpoint does not fit `model` or the data's classes.
     """
     if not config.resume:
         return None
@@ -58,7 +69,10 @@ def checkpoint_to_resume(config: DictConfig, run: RunDirectory, model: nn.Module
         log.warning("resume=%s: no checkpoint yet; starting from the beginning.", config.resume)
         return None
     checkpoint = read_checkpoint(run.last, values=False)
-    check_weights(model, backbone_weights(checkpoint, ema=False), source=f"resume={run.last}")
+    weights = backbone_weights(checkpoint, ema=False, names=model.state_dict().keys())
+    check_weights(model, weights, source=f"resume={run.last}")
+    advice = "undo the change of the class folders, or start a new training with init_from"
+    require_same(origin_of(checkpoint, run.last).classes, classes, f"resume={config.resume}", advice)
     epochs = epochs_in_checkpoint(checkpoint)
     if epochs >= config.trainer.max_epochs:
         raise ConfigError(

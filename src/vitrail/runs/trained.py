@@ -1,29 +1,27 @@
 """Open any trained network: a run, an exported folder, or a weights file together with a model config."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from omegaconf import OmegaConf
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
-from vitrail.checkpoints.reading import backbone_weights, load_checkpoint, read_checkpoint, weight_sets
+from vitrail.checkpoints.fitting import load_checkpoint
+from vitrail.checkpoints.reading import backbone_weights, read_checkpoint, weight_sets
 from vitrail.errors import ConfigError
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import plain
-from vitrail.runs.directory import find_checkpoint
+from vitrail.runs.directory import find_weights_file
 from vitrail.types import ImageSize, InputSpec, height_width
 from vitrail_runtime.renames import upgraded
 
 log = logging.getLogger(__name__)
-
-_EXPORTED = ("model.safetensors", "pytorch_model.bin")  # timm's file names for the hub
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class TrainedModel:
         weights: which weights are loaded: `raw` or `ema`.
         weight_sets: which weights the file contains.
         path: file of the weights; None for weights that timm downloaded.
+        classes_recorded: whether `classes` come with the weights; ImageNet's are assumed for others by their number.
     """
 
     model: nn.Module
@@ -47,6 +46,7 @@ class TrainedModel:
     weights: str
     weight_sets: tuple[str, ...]
     path: Path | None = field(default=None)
+    classes_recorded: bool = True
 
     @property
     def name(self) -> str:
@@ -86,13 +86,13 @@ def load_run(
     """
     if weights not in ("best", "ema", "raw"):
         raise ConfigError(f"weights={weights}: choose best, ema or raw.")
-    file, described = _locate(path, key)
+    file, described = (None, None) if path is None else find_weights_file(path, key)
     if described is not None:
-        _refuse_model(model, file, "config.json")
+        _refuse_model(model, described["architecture"], file, "config.json")
         return _open_export(file, described, weights, image_size, key)
     checkpoint = {} if file is None or file.suffix == ".npz" else read_checkpoint(file, values=False, key=key)
     if "config" in checkpoint and "classes" in checkpoint:
-        _refuse_model(model, file, "the checkpoint")
+        _refuse_model(model, model_name(upgraded(checkpoint["config"])["model"]), file, "the checkpoint")
         return _open_run(file, checkpoint, weights, image_size, key)
     if model is None:
         missing = f"{key}={file}: contains no config, so it was not written by train.py" if file else f"{key}: not set"
@@ -102,37 +102,11 @@ def load_run(
     return _open_published(file, checkpoint, node, weights, image_size, key)
 
 
-def _locate(path: str | Path | None, key: str) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the weights file, and the content of the `config.json` next to it if it is an export."""
-    if path is None:
-        return None, None
-    folder = Path(path).expanduser().absolute()
-    if folder.is_dir() and (folder / "config.json").is_file():
-        found = [folder / name for name in _EXPORTED if (folder / name).is_file()] or sorted(folder.glob("*.pth"))
-        if not found:
-            raise ConfigError(
-                f"{key}={path}: this export contains no PyTorch weights; export again with to=safetensors, for example."
-            )
-        return found[0], _read_config(folder / "config.json", key)
-    file = find_checkpoint(str(path), key)
-    sibling = file.with_name("config.json")
-    is_export = file.name in _EXPORTED or file.suffix == ".pth"
-    return file, _read_config(sibling, key) if is_export and sibling.is_file() else None
-
-
-def _read_config(path: Path, key: str) -> dict[str, Any]:
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(described, dict) or "architecture" not in described:
-            raise ValueError("it has no architecture")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path}: not a config.json written by timm or export.py ({error}).") from error
-    return described
-
-
-def _refuse_model(model: Any, file: Path | None, where: str) -> None:
-    if model is not None:
-        raise ConfigError(f"model: {file} already comes with a model config (in {where}); omit model=...")
+def _refuse_model(model: str | Mapping[str, Any] | None, own: str, file: Path | None, where: str) -> None:
+    """Refuse a model config from the command line that is not the one that comes with the weights."""
+    given = model if model is None or isinstance(model, str) else model_name(model)
+    if given not in (None, own):
+        raise ConfigError(f"model: {file} comes with its own model config ({own}, in {where}); omit model=...")
 
 
 def _choose(sets: tuple[str, ...], weights: str, file: Path | None) -> str:
@@ -235,21 +209,22 @@ def _open_published(
     spec = InputSpec(
         sides, tuple(fed["mean"]), tuple(fed["std"]), fed["interpolation"], fed["crop_pct"], fed["crop_mode"]
     )
-    return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, sets, file)
+    return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, sets, file, classes_recorded=False)
 
 
 def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
     """Return the number of classes of the classifier in a checkpoint; None if it has no classifier by timm's name."""
     classifier = getattr(cfg, "classifier", None) or "head"
     name = classifier if isinstance(classifier, str) else classifier[0]
-    weight = backbone_weights(checkpoint).get(f"{name}.weight") if checkpoint else None
-    return None if weight is None else len(weight)
+    weights = backbone_weights(checkpoint, names=(f"{name}.weight", f"{name}.bias")) if checkpoint else {}
+    return len(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None
 
 
 def run_classifier(
     ckpt: str,
     weights: str = "best",
     image_size: ImageSize | None = None,
+    classes: Literal["data"] | None = None,
     key: str = "annotator",
     **kwargs: Any,
 ) -> PretrainedClassifier:
@@ -259,6 +234,7 @@ def run_classifier(
         ckpt: run directory, checkpoint, or exported folder.
         weights: `ema`, `raw` or `best`, as in `load_run`.
         image_size: pixels, or (height, width); None for the run's size.
+        classes: `data`: its classes are the data's, in the same order, whatever their names.
         key: config key of the network, for error messages.
         kwargs: model arguments that override the run's (`output_stride`).
 
@@ -273,4 +249,5 @@ def run_classifier(
     else:
         model = opened.model
     spec = opened.input
-    return PretrainedClassifier(model, opened.name, spec.size, spec.mean, spec.std, spec.interpolation, opened.classes)
+    names = None if classes == "data" else opened.classes
+    return PretrainedClassifier(model, opened.name, spec.size, spec.mean, spec.std, spec.interpolation, names)
