@@ -76,7 +76,13 @@ def test_finetuning__classifier_of_other_classes_is_not_loaded(exported, finishe
 
 def test_teacher__of_other_classes_is_refused(finished):
     directory, _, logs, renamed = finished
-    taught = ("objective=distillation", "teacher=run", f"teacher.ckpt={directory}", "model=vit", "model.name=deit_nano_distilled")
+    taught = (
+        "objective=distillation",
+        "teacher=run",
+        f"teacher.ckpt={directory}",
+        "model=vit",
+        "model.name=deit_nano_distilled",
+    )
     small = tuple(item for item in SMALL if not item.startswith("model"))
     message = error_of(run("train.py", *QUICK, *small, *taught, f"data.root={renamed}", logs=logs))
     assert "teacher: 1 of the data's 3 classes are not among those of vit_nano (zebra" in message

@@ -5,6 +5,18 @@ class ConfigError(ValueError):
     """An invalid setting. The message starts with the config key or its value."""
 
 
+class ArgumentError(ConfigError):
+    """An argument of the wrong type or outside its range; whoever knows its config key adds it."""
+
+    def __init__(self, name: str, value: object, problem: str, key: str = "") -> None:
+        super().__init__(f"{f'{key}.' if key else ''}{name}={value}: {problem}.")
+        self.name, self.value, self.problem = name, value, problem
+
+    def below(self, key: str) -> "ArgumentError":
+        """Return the error with the key of the config that the argument is part of."""
+        return ArgumentError(self.name, self.value, self.problem, key)
+
+
 class ImageError(ValueError):
     """An unreadable image file. The message names the file."""
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from numbers import Integral
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from vitrail.checking import Length, PositiveInt, check_value
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageSize = int | Sequence[int]
+ImageSize = PositiveInt | Annotated[Sequence[PositiveInt], Length(2)]
 """Image size in a config: the side of a square, or (height, width), in pixels."""
 
 IGNORE = -1
@@ -26,8 +29,13 @@ TOKEN_WEIGHT = 0.5
 
 
 def height_width(size: ImageSize) -> tuple[int, int]:
-    """Return an image size as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """Return an image size as (height, width).
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    check_value("image_size", size, ImageSize)
+    return (int(size), int(size)) if isinstance(size, (int, Integral)) else (int(size[0]), int(size[1]))
 
 
 @dataclass(frozen=True)

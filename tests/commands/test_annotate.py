@@ -92,9 +92,9 @@ def test_annotate__unreadable_images(imagenet_tree, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("top_k=0", "top_k=0: must lie between 1 and the 2 classes"),
+        ("top_k=0", "top_k=0: must be an integer of at least 1"),
         ("top_k=3", "top_k=3: must lie between 1 and the 2 classes"),
-        ("grid=[4]", r"grid=\[4\]: give rows and columns"),
+        ("grid=[4]", r"grid=\[4\]: must be a list of 2 integers"),
         ("split=test", "split=test: choose train, val"),
         ("crop=none", "crop=none: choose whole, official"),
         ("precision=fp8", "precision=fp8: choose fp32, bf16, fp16"),

@@ -81,9 +81,9 @@ def test_corrupt_image__stop_or_skip(image_tree, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"on_corrupt": "ignore"}, "data.on_corrupt=ignore"),
+        ({"on_corrupt": "ignore"}, "on_corrupt=ignore: must be one of stop, skip"),
         ({"on_corrupt": "skip"}, "data.skipped_file"),
-        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"batch_size": 0}, "batch_size=0: must be an integer of at least 1"),
     ],
 )
 def test_datamodule__invalid_arguments(arguments, message):
@@ -121,7 +121,7 @@ def test_mixing__different_draws_for_each_rank_and_step():
 def test_mixing__invalid_arguments():
     with pytest.raises(ConfigError, match=r"mixing: mixup and cutmix are both 0"):
         MixupCutMix(0, 0)
-    with pytest.raises(ConfigError, match=r"mixing.mode=pairs"):
+    with pytest.raises(ConfigError, match=r"mode=pairs: must be one of batch"):
         MixupCutMix(mode="pairs")
 
 

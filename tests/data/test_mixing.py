@@ -99,5 +99,5 @@ def test_mixtoken__mixes_only_the_class_target():
 
 
 def test_mixing__unknown_choice():
-    with pytest.raises(ConfigError, match=r"mixing.tokens=pixels: must be position or published"):
+    with pytest.raises(ConfigError, match=r"tokens=pixels: must be one of position, published"):
         MixupCutMix(tokens="pixels")

@@ -223,7 +223,7 @@ def test_mixtoken__box_depends_only_on_key_and_share_matches_box():
         assert 0 <= left <= right <= 20
         assert share == pytest.approx(1 - (bottom - top) * (right - left) / 280)
     assert len({tuple(box.tolist()) for box, _ in boxes}) > 30
-    with pytest.raises(ConfigError, match=r"mixing.alpha=0"):
+    with pytest.raises(ConfigError, match=r"alpha=0: must be a number above 0"):
         MixToken(alpha=0)
 
 

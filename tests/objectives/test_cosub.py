@@ -45,7 +45,7 @@ def test_loss__class_indices_other_base_and_two_heads():
              for head in (logits, distill) for a, b in (head.chunk(2), head.chunk(2)[::-1])]  # fmt: skip
     torch.testing.assert_close(losses["cosub_loss"], torch.stack(other).mean())
     torch.testing.assert_close(losses["loss"], 0.8 * losses["label_loss"] + 0.2 * losses["cosub_loss"])
-    with pytest.raises(ValueError, match=r"objective.weight=2: must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"weight=2: must be a number of at least 0 and at most 1"):
         CosubLoss(weight=2)
 
 

@@ -31,9 +31,9 @@ def test_no_distillation_token__class_token_learns_both():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "warm"}, "objective.kind=warm: choose hard or soft."),
-        ({"alpha": 1.5}, r"objective.alpha=1.5: must lie in \[0, 1\]"),
-        ({"tau": 0}, "objective.tau=0: must be positive."),
+        ({"kind": "warm"}, "kind=warm: must be one of hard, soft."),
+        ({"alpha": 1.5}, r"alpha=1.5: must be a number of at least 0 and at most 1"),
+        ({"tau": 0}, "tau=0: must be a number above 0."),
     ],
 )
 def test_distillation__invalid_arguments(arguments, message):

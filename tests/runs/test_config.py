@@ -128,7 +128,10 @@ def test_check_keys__names_the_unknown_key():
     ("node", "message"),
     [
         ({"_target_": "vitrail.objectives.CrossEntropy", "smooth": 1}, r"^objective: no such key 'smooth'\.$"),
-        ({"_target_": "vitrail.objectives.CrossEntropy", "smoothing": 2}, r"^objective.smoothing=2: must lie in"),
+        (
+            {"_target_": "vitrail.objectives.CrossEntropy", "smoothing": 2},
+            r"^objective.smoothing=2: must be a number of at least 0 and below 1",
+        ),
         ({"_target_": "vitrail.objectives.Nothing"}, r"^objective: .*Nothing"),
     ],
 )

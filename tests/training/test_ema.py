@@ -199,5 +199,5 @@ def test_ema__averages_float_buffers_and_copies_counters(tmp_path):
 
 
 def test_ema__invalid_decay_is_refused():
-    with pytest.raises(ConfigError, match=r"callbacks.ema.decay=1.0"):
+    with pytest.raises(ConfigError, match=r"decay=1.0: must be"):
         EMA(decay=1.0)

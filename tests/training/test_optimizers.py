@@ -58,7 +58,7 @@ def test_name__any_optimiser_of_timm(name):
 
 
 def test_options__invalid_ones_are_refused():
-    with pytest.raises(ConfigError, match=r"optimizer.lr_scaling=quadratic: must be one of linear, sqrt, none"):
+    with pytest.raises(ConfigError, match=r"lr_scaling=quadratic: must be one of none, linear, sqrt"):
         OptimizerFactory(lr_scaling="quadratic")
     with pytest.raises(ConfigError, match=r"optimizer.name=adamm"):
         OptimizerFactory(name="adamm").build(torch.nn.Linear(2, 2), 512)

@@ -204,7 +204,7 @@ def test_ground_truth__as_in_the_official_code_and_as_in_its_comment(mode, share
 
 
 def test_target_builder__invalid_options_are_refused():
-    with pytest.raises(ConfigError, match=r"targets.ground_truth=maybe: choose none, published, intended"):
+    with pytest.raises(ConfigError, match=r"ground_truth=maybe: must be one of none, published, intended"):
         TargetBuilder(ground_truth="maybe")
-    with pytest.raises(ConfigError, match=r"targets.smoothing=1: must lie in"):
+    with pytest.raises(ConfigError, match=r"smoothing=1: must be a number"):
         TargetBuilder(smoothing=1)

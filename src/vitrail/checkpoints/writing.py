@@ -6,7 +6,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from vitrail.checking import Range, checked
 from vitrail.checkpoints.reading import read_checkpoint
 from vitrail.checkpoints.shards import FOLDER_KEY
 from vitrail.errors import ConfigError
@@ -151,6 +152,7 @@ def check_space(folder: Path, model: nn.Module, averaged: bool) -> None:
         )
 
 
+@checked
 class BestCheckpoints(ModelCheckpoint):
     """Callback that keeps the best checkpoints; `best.ckpt` is always the best of all.
 
@@ -166,7 +168,12 @@ class BestCheckpoints(ModelCheckpoint):
     """
 
     def __init__(
-        self, dirpath: str | Path, monitor: str, mode: str = "max", save_top_k: int = 1, **options: Any
+        self,
+        dirpath: str | Path,
+        monitor: str,
+        mode: Literal["max", "min"] = "max",
+        save_top_k: Annotated[int, Range(ge=-1)] = 1,
+        **options: Any,
     ) -> None:
         super().__init__(
             dirpath,

@@ -112,8 +112,6 @@ class Job(NamedTuple):
         grid = self.config["grid"]
         if grid is None:
             return None
-        if not isinstance(grid, list) or len(grid) != 2 or min(grid) < 1:
-            raise ConfigError(f"grid={grid}: give rows and columns, such as [14,14].")
         return grid[0], grid[1]
 
     @torch.inference_mode()
@@ -207,7 +205,8 @@ def _annotate(
     """Write the maps of some records batch by batch, and yield the size of each batch."""
     annotator, config = job.annotator, job.config
     cropping = "squash" if config["crop"] == "whole" else "center"
-    augmentation = Augmentation(crop_pct=1.0, crop_mode=cropping, eval_interpolation=annotator.interpolation)
+    options: dict[str, Any] = {"crop_mode": cropping, "eval_interpolation": annotator.interpolation}
+    augmentation = Augmentation(crop_pct=1.0, **options)
     transform = augmentation.evaluation(InputSpec(annotator.image_size, annotator.mean, annotator.std))
     skipped = out / "skipped.txt" if config["data"].get("on_corrupt") == "skip" else None
     dataset = ViewDataset(job.split, transform, None, skipped, fill=False)

@@ -4,10 +4,11 @@ Shapes: H x W pixels.
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -16,12 +17,23 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch import Tensor
 from torchvision import transforms
 
-from vitrail.errors import ConfigError
+from vitrail.checking import Length, NonNegative, Positive, PositiveInt, Share, checked
+from vitrail.errors import ArgumentError, ConfigError
 from vitrail.types import Box, InputSpec, View, Warp
 
 Transform = Callable[[Image.Image], Tensor]
 
 
+# timm ignores parts of a policy that it does not know, so that a misspelt one would be another policy.
+_NUMBER = r"\d+(?:\.\d+)?"
+_POLICY = re.compile(
+    rf"rand(?:-(?:m|n|mmax|inc)\d+|-(?:p|mstd){_NUMBER}|-t(?:weights|3aw?)?)*"
+    rf"|(?:original|originalr|v0|v0r)(?:-mstd{_NUMBER})?|3a(?:-mstd{_NUMBER})?"
+    rf"|augmix(?:-(?:m|w|d|b)\d+|-(?:a|mstd){_NUMBER})*"
+)
+
+
+@checked
 @dataclass(frozen=True)
 class Augmentation:
     """Arguments of timm's `create_transform`; see conf/augment for the published values.
@@ -48,23 +60,35 @@ class Augmentation:
         enabled: False uses the evaluation transform for training.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float | None = None
-    vflip: float = 0.0
-    interpolation: str = "bicubic"
+    scale: Annotated[Sequence[Positive], Length(2)] = (0.08, 1.0)
+    ratio: Annotated[Sequence[Positive], Length(2)] = (3 / 4, 4 / 3)
+    hflip: Share | None = None
+    vflip: Share = 0.0
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random"] = "bicubic"
     auto_augment: str | None = None
-    color_jitter: float = 0.0
-    erase_prob: float = 0.0
-    erase_mode: str = "pixel"
-    erase_count: int = 1
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-    eval_interpolation: str = "bicubic"
+    color_jitter: NonNegative = 0.0
+    erase_prob: Share = 0.0
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    erase_count: PositiveInt = 1
+    crop_pct: Positive = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    eval_interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] = "bicubic"
     crop_last: bool = False
-    shift: float | None = None
+    shift: Share | None = None
     warp_label_maps: bool = True
     enabled: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ArgumentError(name, f"[{low:g}, {high:g}]", "the first must not be above the second")
+        if self.auto_augment and not _POLICY.fullmatch(self.auto_augment):
+            raise ArgumentError(
+                "auto_augment",
+                self.auto_augment,
+                "not a policy of timm, such as rand-m9-mstd0.5-inc1, original-mstd0.5, augmix-m5-w4-d2, or 3a",
+            )
 
     def training(self, spec: InputSpec, hflip: float) -> Transform:
         """Return the training transform from an RGB image to (3, H, W); `hflip` is used if `self.hflip` is None."""

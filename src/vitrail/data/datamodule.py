@@ -5,12 +5,13 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from vitrail.checking import RGB, Length, NonNegativeInt, Positive, PositiveInt, Share, checked
 from vitrail.data.augment import Augmentation, Transform, ViewedTransform
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.randomness import seeded
@@ -97,6 +98,7 @@ def collate(items: list[Item]) -> Batch:
     return Batch(default_collate(list(images)), torch.tensor(labels), list(keys), label_map)
 
 
+@checked
 class ImageDataModule(L.LightningDataModule):
     """Training and validation batches of any source.
 
@@ -134,30 +136,24 @@ class ImageDataModule(L.LightningDataModule):
         source: Source,
         augment: Augmentation,
         image_size: ImageSize | None = 224,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
-        hflip: float = 0.5,
-        batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        seed: int = 0,
-        repeats: int = 1,
+        mean: RGB = (0.485, 0.456, 0.406),
+        std: Annotated[Sequence[Positive], Length(3)] = (0.229, 0.224, 0.225),
+        hflip: Share = 0.5,
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt | None = None,
+        num_workers: NonNegativeInt | None = None,
+        seed: NonNegativeInt = 0,
+        repeats: PositiveInt = 1,
         on_corrupt: Literal["stop", "skip"] = "stop",
         skipped_file: str | Path | None = None,
         label_maps: str | Path | None = None,
         on_missing_map: Literal["error", "ignore"] = "error",
         center_square_maps: Literal["placed", "stretched"] = "placed",
         root: str | None = None,
-        value_range: Sequence[float] | None = None,
+        value_range: Annotated[Sequence[float], Length(2)] | None = None,
         published_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if on_corrupt not in ("stop", "skip"):
-            raise ConfigError(f"data.on_corrupt={on_corrupt}: must be stop or skip.")
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size={batch_size}: must be at least 1.")
-        if repeats < 1:
-            raise ConfigError(f"data.repeats={repeats}: must be at least 1.")
         if on_corrupt == "skip" and skipped_file is None:
             raise ConfigError("data.skipped_file: not set, but data.on_corrupt=skip has to list what it skips.")
         if image_size is None:

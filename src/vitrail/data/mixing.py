@@ -8,7 +8,7 @@ Shapes: B images, H x W pixels, N patch tokens, C classes.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
 
+from vitrail.checking import NonNegative, Positive, Share, checked
 from vitrail.data.randomness import seeded
 from vitrail.errors import ConfigError
 from vitrail.types import Mix, SparseTokens
@@ -104,6 +105,7 @@ class PixelMix:
         return F.adaptive_avg_pool2d(pixels[:, None], grid).flatten(1)
 
 
+@checked
 class MixupCutMix:
     """Mixup and CutMix of a batch's pixels, with timm's draws from a seeded generator.
 
@@ -124,19 +126,15 @@ class MixupCutMix:
 
     def __init__(
         self,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        mode: str = "batch",
-        tokens: str = "position",
+        mixup: NonNegative = 0.8,
+        cutmix: NonNegative = 1.0,
+        prob: Share = 1.0,
+        switch_prob: Share = 0.5,
+        mode: Literal["batch", "pair", "elem"] = "batch",
+        tokens: Literal["position", "published"] = "position",
     ) -> None:
         if mixup <= 0 and cutmix <= 0:
             raise ConfigError("mixing: mixup and cutmix are both 0; set mixing=none instead.")
-        if mode not in ("batch", "pair", "elem"):
-            raise ConfigError(f"mixing.mode={mode}: must be batch, pair or elem.")
-        if tokens not in ("position", "published"):
-            raise ConfigError(f"mixing.tokens={tokens}: must be position or published.")
         self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
         self.mode, self.uniform_tokens = mode, tokens == "published"
 
@@ -215,6 +213,7 @@ class TokenMix:
         return targets
 
 
+@checked
 class MixToken:
     """MixToken: draws the box of tokens that image i of a batch swaps with image B - 1 - i.
 
@@ -230,9 +229,7 @@ class MixToken:
 
     needs = frozenset({"token_targets", "mixes_tokens"})
 
-    def __init__(self, alpha: float = 1.0, whole_sides: bool = False) -> None:
-        if alpha <= 0:
-            raise ConfigError(f"mixing.alpha={alpha}: must be positive; mixing=none turns MixToken off.")
+    def __init__(self, alpha: Positive = 1.0, whole_sides: bool = False) -> None:
         self.alpha, self.whole_sides = alpha, whole_sides
 
     def for_batch(self, image_shape: torch.Size, grid: tuple[int, int] | None, key: Key) -> TokenMix:

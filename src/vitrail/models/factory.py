@@ -7,18 +7,25 @@ import timm
 from timm.layers import DropPath
 from torch import nn
 
+from vitrail.checking import NonNegativeInt, PositiveInt, Rate, checked
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head
 from vitrail.models.tokens_to_token import TokensToToken
 from vitrail.types import ImageSize, height_width
 
 
+@checked
 def create_model(
     name: str,
-    num_classes: int,
+    num_classes: NonNegativeInt,
     img_size: ImageSize | None = None,
     token_head: bool = False,
     constant_drop_path: bool = False,
+    drop_path_rate: Rate | None = None,
+    drop_rate: Rate | None = None,
+    patch_size: ImageSize | None = None,
+    in_chans: PositiveInt | None = None,
+    pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build the backbone that timm or vitrail registers as `name`.
@@ -30,7 +37,12 @@ def create_model(
             (ViTs); convolutional networks do not accept it.
         token_head: add a classifier of patch tokens, as token labelling needs; works for any ViT.
         constant_drop_path: use `drop_path_rate` in every block, as DeiT-III does, instead of a linear ramp from 0.
-        kwargs: timm's other arguments (`drop_path_rate`, `patch_size`, ...); None means timm's default.
+        drop_path_rate: probability of dropping the last block (stochastic depth); None means timm's default.
+        drop_rate: dropout of the classifier's input; None means timm's default.
+        patch_size: side of the patches in pixels; None means the backbone's.
+        in_chans: channels of the images; None means 3.
+        pretrained: download timm's weights.
+        kwargs: timm's other arguments; None means timm's default.
 
     Raises:
         ConfigError: the name is unknown, or the backbone does not accept one of the arguments.
@@ -46,6 +58,11 @@ def create_model(
             name,
             num_classes=num_classes,
             img_size=sides,
+            drop_path_rate=drop_path_rate,
+            drop_rate=drop_rate,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            pretrained=pretrained,
             **kwargs,
         )
     except (TypeError, ValueError, AssertionError) as error:
@@ -56,7 +73,7 @@ def create_model(
     ):  # that one pads and accepts any size
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
     if constant_drop_path:
-        _make_drop_path_constant(model, kwargs.get("drop_path_rate") or 0.0)
+        _make_drop_path_constant(model, drop_path_rate or 0.0)
     return add_token_head(model) if token_head else model
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from vitrail.checking import RGB, PositiveInt, checked
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import Origin, backbone_weights, origin_of, read_checkpoint, read_config
 from vitrail.errors import ConfigError
@@ -91,15 +92,16 @@ class PretrainedClassifier(nn.Module):
         return digest.hexdigest()
 
 
+@checked
 def timm_classifier(
     name: str,
     pretrained: bool = True,
     weights: str | None = None,
     package: str | None = None,
-    num_classes: int | None = None,
+    num_classes: PositiveInt | None = None,
     image_size: ImageSize | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
     interpolation: str | None = None,
     classes: str | Sequence[str] | None = None,
     key: str = "annotator",

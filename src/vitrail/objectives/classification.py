@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.checking import Rate, Share, checked
 from vitrail.objectives.contract import Objective
 from vitrail.types import Outputs, Targets
 
@@ -28,6 +29,7 @@ def _pairs(outputs: Outputs, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+@checked
 class CrossEntropy(Objective):
     """Softmax cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567), mean over the batch.
 
@@ -35,10 +37,8 @@ class CrossEntropy(Objective):
         smoothing: probability mass spread evenly over all classes, in [0, 1).
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
+    def __init__(self, smoothing: Rate = 0.0) -> None:
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
         self.smoothing = smoothing
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -48,6 +48,7 @@ class CrossEntropy(Objective):
         return {"loss": torch.stack(losses).mean()}
 
 
+@checked
 class BinaryCrossEntropy(Objective):
     """Sigmoid cross-entropy, one binary problem per class, as in "ResNet strikes back" (arXiv:2110.00476) and DeiT-III.
 
@@ -58,10 +59,8 @@ class BinaryCrossEntropy(Objective):
         sum_classes: sum over the classes (big_vision) instead of taking the mean (timm, DeiT-III).
     """
 
-    def __init__(self, smoothing: float = 0.0, threshold: float | None = None, sum_classes: bool = False) -> None:
+    def __init__(self, smoothing: Rate = 0.0, threshold: Share | None = None, sum_classes: bool = False) -> None:
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"objective.smoothing={smoothing}: must lie in [0, 1).")
         if threshold == 0 and smoothing > 0:
             raise ValueError(
                 f"objective.smoothing={smoothing} with objective.threshold=0 sets the target of every class to 1;"

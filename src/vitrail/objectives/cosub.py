@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.checking import Share, checked
 from vitrail.objectives.classification import BinaryCrossEntropy
 from vitrail.objectives.contract import Objective, needs_of, optional_of, passes_of
 from vitrail.types import Outputs, Targets
 
 
+@checked
 class CosubLoss(Objective):
     """Loss of two passes per image with different blocks dropped; each pass learns from the label and the other pass.
 
@@ -29,10 +31,8 @@ class CosubLoss(Objective):
 
     passes = 2
 
-    def __init__(self, weight: float = 0.5, base: nn.Module | None = None) -> None:
+    def __init__(self, weight: Share = 0.5, base: nn.Module | None = None) -> None:
         super().__init__()
-        if not 0 <= weight <= 1:
-            raise ValueError(f"objective.weight={weight}: must lie in [0, 1].")
         self.weight = weight
         self.base = base or BinaryCrossEntropy(threshold=0.0)
         if passes_of(self.base) > 1:

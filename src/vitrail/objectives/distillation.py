@@ -3,14 +3,18 @@
 Shapes: B images, C classes.
 """
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.checking import Positive, Share, checked
 from vitrail.objectives.classification import CrossEntropy
 from vitrail.objectives.contract import Objective, needs_of, optional_of, outputs_for, passes_of
 from vitrail.types import Outputs, Targets
 
 
+@checked
 class DistillationLoss(Objective):
     """(1 - alpha) * loss of the class token with the label + alpha * loss of the distillation token with the teacher.
 
@@ -32,19 +36,13 @@ class DistillationLoss(Objective):
 
     def __init__(
         self,
-        kind: str = "hard",
-        alpha: float = 0.5,
-        tau: float = 1.0,
+        kind: Literal["hard", "soft"] = "hard",
+        alpha: Share = 0.5,
+        tau: Positive = 1.0,
         per_class: bool = True,
         base: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if kind not in ("hard", "soft"):
-            raise ValueError(f"objective.kind={kind}: choose hard or soft.")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"objective.alpha={alpha}: must lie in [0, 1].")
-        if tau <= 0:
-            raise ValueError(f"objective.tau={tau}: must be positive.")
         self.kind, self.alpha, self.tau, self.per_class = kind, alpha, tau, per_class
         self.base = base or CrossEntropy(smoothing=0.1)
         if passes_of(self.base) > 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vitrail.checking import NonNegative, checked
 from vitrail.objectives.contract import Objective
 from vitrail.types import Outputs, SparseTokens, Targets
 
@@ -51,6 +52,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
+@checked
 class TokenLabelingLoss(Objective):
     """cls_weight * loss of the class token + token_weight * mean loss of the patch tokens.
 
@@ -63,7 +65,7 @@ class TokenLabelingLoss(Objective):
         cls_weight: weight of the class token.
     """
 
-    def __init__(self, token_weight: float = 1.0, cls_weight: float = 1.0) -> None:
+    def __init__(self, token_weight: NonNegative = 1.0, cls_weight: NonNegative = 1.0) -> None:
         super().__init__()
         self.token_weight, self.cls_weight = token_weight, cls_weight
         self.needs = frozenset({"outputs.tokens", "token_targets"} if token_weight else {"outputs.tokens"})

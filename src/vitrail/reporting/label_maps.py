@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from vitrail.checking import PositiveInt, checked
 from vitrail.data import Augmentation, MixToken
 from vitrail.data.datamodule import ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
@@ -41,6 +42,7 @@ _OTHERS = (128, 128, 128)
 _TITLES = ("image", "label map", "network input", "token targets", "after MixToken")
 
 
+@checked
 class LabelMapPicture(L.Callback):
     """Callback that draws some training images with their label maps; loggers get the picture too.
 
@@ -51,7 +53,7 @@ class LabelMapPicture(L.Callback):
         count: maximum number of images in the picture.
     """
 
-    def __init__(self, path: str | Path, count: int = 8) -> None:
+    def __init__(self, path: str | Path, count: PositiveInt = 8) -> None:
         self.path, self.count = Path(path), count
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]

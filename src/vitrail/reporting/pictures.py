@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vitrail.checking import PositiveInt, checked
 from vitrail.training import TargetBuilder
 from vitrail.types import Batch
 
@@ -24,6 +25,7 @@ _TILE = 144  # pixels
 _CAPTION = 30
 
 
+@checked
 class FirstBatchPicture(L.Callback):
     """Callback that saves the first training batch, augmented and mixed, with its labels, as a picture.
 
@@ -34,7 +36,7 @@ class FirstBatchPicture(L.Callback):
         count: maximum number of images in the picture.
     """
 
-    def __init__(self, path: str | Path, count: int = 24) -> None:
+    def __init__(self, path: str | Path, count: PositiveInt = 24) -> None:
         self.path, self.count = Path(path), count
 
     def on_train_batch_start(
@@ -62,7 +64,7 @@ def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
 
 
 def batch_grid(
-    batch: Batch, classes: list[str], mean: tuple[float, ...], std: tuple[float, ...], count: int = 24
+    batch: Batch, classes: list[str], mean: tuple[float, ...], std: tuple[float, ...], count: PositiveInt = 24
 ) -> Image.Image:
     """Draw up to `count` images of a batch in a grid, each with its label or, if mixed, its two most likely labels.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -12,7 +12,9 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from vitrail.errors import ConfigError
+from vitrail.checking import Length, NonNegativeInt, PositiveInt, check_arguments, check_value
+from vitrail.errors import ArgumentError, ConfigError
+from vitrail.types import ImageSize
 from vitrail_runtime import resolvers
 from vitrail_runtime.allowed_targets import guarded
 from vitrail_runtime.project import CONF
@@ -80,15 +82,59 @@ def _initialised() -> Iterator[None]:
 
 
 def check_keys(config: DictConfig, program: str) -> None:
-    """Check that all top-level keys are known; deeper keys are checked by the constructors that they are passed to.
+    """Check top-level keys and their values; deeper keys are checked by the constructors that they are passed to.
 
     Raises:
-        ConfigError: there is an unknown key; the message names the first one.
+        ConfigError: there is an unknown key or a value of another type; the message names the first one.
     """
     primary: Any = OmegaConf.load(CONF / f"{program}.yaml")
     groups = [key.split()[-1].lstrip("/") for item in primary.defaults if OmegaConf.is_dict(item) for key in item]
     if unknown := [str(key) for key in config if key not in {*primary, *groups}]:
         raise ConfigError(f"{unknown[0]}: no such config key; nothing reads it.")
+    for key, hint in _VALUES[program].items():
+        if not OmegaConf.is_missing(config, key):
+            value = config[key]
+            check_value(key, plain(value) if OmegaConf.is_config(value) else value, hint)
+
+
+_OPTIONAL = str | None
+_VALUES: dict[str, dict[str, Any]] = {
+    "train": {
+        "seed": NonNegativeInt,
+        "epochs": PositiveInt,
+        "init_from": _OPTIONAL,
+        "plan": bool,
+        "resume": _OPTIONAL,
+        "reproduce": _OPTIONAL,
+        "compile": _OPTIONAL,
+        "grad_checkpointing": bool,
+    },
+    "eval": {"seed": NonNegativeInt, "ckpt": _OPTIONAL},
+    "annotate": {
+        "seed": NonNegativeInt,
+        "top_k": PositiveInt,
+        "grid": Annotated[Sequence[PositiveInt], Length(2)] | None,
+        "flip": bool,
+        "batch_size": PositiveInt,
+        "processes": PositiveInt | None,
+        "num_workers": NonNegativeInt | None,
+        "preview": NonNegativeInt,
+    },
+    "doctor": {"seed": NonNegativeInt, "sample": PositiveInt, "checksums": bool},
+    "export": {"ckpt": str, "out": _OPTIONAL},
+    "benchmark": {
+        "batch_size": PositiveInt,
+        "image_size": ImageSize | None,
+        "num_classes": PositiveInt,
+        "compile": _OPTIONAL,
+        "threads": PositiveInt | None,
+        "rounds": PositiveInt,
+        "steps": PositiveInt,
+        "csv": _OPTIONAL,
+    },
+    "list_models": {"image_size": ImageSize | None, "num_classes": NonNegativeInt, "depth": NonNegativeInt},
+}
+"""Types of the top-level keys of each program; those of the groups are the arguments of their constructors."""
 
 
 def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:
@@ -114,16 +160,22 @@ def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
         with guarded():
             # Not called here with `kwargs`: Hydra would convert dataclasses among them to configs.
             build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
+            if str(build.func.__module__).startswith("lightning."):
+                check_arguments(build.func, (), build.keywords)
     except InstantiationException as error:
         cause = error.__cause__
+        full_key = _full_key(str(error))
+        where = full_key if full_key.startswith(key) else f"{key}.{full_key}" if full_key else key
+        if isinstance(cause, ArgumentError):
+            raise cause.below(where) from error
         if isinstance(cause, ConfigError):
             raise cause from error
-        full_key = _full_key(str(error))
-        where = key if not full_key or full_key == key else f"{key}.{full_key}"
         reason = str(cause) if cause is not None and str(cause) else str(error).splitlines()[0]
         raise ConfigError(_sentence(where, reason)) from error
     try:
         return build(**kwargs)
+    except ArgumentError as error:
+        raise error.below(key) from error
     except ConfigError:
         raise
     except (TypeError, ValueError, MisconfigurationException) as error:

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from vitrail.checking import checked
 from vitrail.errors import ConfigError
 from vitrail.runs.directory import is_rank_zero
 from vitrail_runtime.secrets import redacted_arguments
@@ -145,6 +146,7 @@ def tolerant(logger: Any) -> Any:
     return logger
 
 
+@checked
 def wandb(
     run_dir: str, project: str | None = None, entity: str | None = None, finish_timeout: float = 300, **kwargs: Any
 ) -> WandbLogger:
@@ -235,6 +237,7 @@ def _has_netrc_entry(host: str) -> bool:
         return False
 
 
+@checked
 def tensorboard(run_dir: str, **kwargs: Any) -> TensorBoardLogger:
     """Create a logger of TensorBoard event files in the run directory.
 
@@ -247,6 +250,7 @@ def tensorboard(run_dir: str, **kwargs: Any) -> TensorBoardLogger:
         raise ConfigError("logger=tensorboard: not installed; run pip install 'vitrail[tracking]'.") from error
 
 
+@checked
 def mlflow(run_dir: str, experiment: str, tracking_uri: str, **kwargs: Any) -> MLFlowLogger:
     """Create a logger for an MLflow server or database; the run id is saved in `mlflow_id.txt` for resuming.
 

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from vitrail.checking import NonNegative, checked
 from vitrail.errors import TrainingError
 from vitrail_runtime.compat import is_accumulating, is_last_batch
 
@@ -39,6 +40,7 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
         return 0 if is_child or restarts else 128 + self.signum
 
 
+@checked
 class Preemption(Checkpoint):
     """Callback that writes a checkpoint after every epoch, at intervals within an epoch, and on a stop signal.
 
@@ -56,7 +58,7 @@ class Preemption(Checkpoint):
 
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, path: str | Path, minutes: float | None = 15, stop: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, minutes: NonNegative | None = 15, stop: str | Path | None = None) -> None:
         self.path, self.minutes, self.stop = Path(path), minutes, Path(stop) if stop else None
         self._asked = 0
         self._before: Mapping[int, Any] = {}

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
+from vitrail.checking import checked
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import backbone_weights, read_checkpoint, weight_sets
 from vitrail.errors import ConfigError
@@ -220,6 +221,7 @@ def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
     return len(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None
 
 
+@checked
 def run_classifier(
     ckpt: str,
     weights: str = "best",

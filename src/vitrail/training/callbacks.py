@@ -7,9 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 
+from vitrail.checking import checked
+
 log = logging.getLogger(__name__)
 
 
+@checked
 class SpeedMonitor(L.Callback):
     """Callback that logs the training throughput of each epoch.
 
@@ -52,6 +55,7 @@ class SpeedMonitor(L.Callback):
         pl_module.log_dict({f"speed/{name}": value for name, value in figures.items()}, sync_dist=True, batch_size=1)
 
 
+@checked
 class EpochReport(L.Callback):
     """Callback that writes one line per epoch to the terminal and the run's log file."""
 

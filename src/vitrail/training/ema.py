@@ -8,11 +8,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from vitrail.checking import Rate, checked
 from vitrail.checkpoints.shards import local, shard_like
-from vitrail.errors import ConfigError
 from vitrail.training.classifier import ImageClassifier, ValidationMetrics
 
 
+@checked
 class EMA(L.Callback):
     """Callback that keeps EMA weights and BatchNorm statistics, and validates EMA and raw weights on the same batches.
 
@@ -33,9 +34,7 @@ class EMA(L.Callback):
         device: device of the EMA weights; None keeps them on the model's device, `cpu` saves GPU memory.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True, device: str | None = None) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.ema.decay={decay}: must lie in [0, 1).")
+    def __init__(self, decay: Rate = 0.9999, warmup: bool = True, device: str | None = None) -> None:
         self.decay, self.warmup, self.device = decay, warmup, device
         self.average: dict[str, Tensor] = {}
         """EMA weights by their name in the backbone's state dict; empty until the training starts."""

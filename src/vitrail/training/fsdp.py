@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
+from vitrail.checking import checked
 from vitrail.checkpoints.reading import read_checkpoint
 from vitrail.checkpoints.shards import FOLDER_KEY, join_shards, rows_of, shard_like, split_shards, write_shard
 from vitrail.errors import ConfigError
@@ -29,6 +30,7 @@ from vitrail_runtime.compat import set_data_parallel_size, set_device
 _STACKS = ("blocks", "stages", "layers")  # attributes in which timm's backbones keep their blocks
 
 
+@checked
 class FSDP(ModelParallelStrategy):
     """Strategy that applies PyTorch's `fully_shard` (FSDP2; Zhao et al., arXiv:2304.11277) to every block.
 

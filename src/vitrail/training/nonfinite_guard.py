@@ -3,15 +3,16 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from vitrail.checking import PositiveInt, Range, checked
 from vitrail.checkpoints.shards import gathered, local
 from vitrail.data.randomness import reseed
-from vitrail.errors import ConfigError, TrainingError
+from vitrail.errors import TrainingError
 from vitrail.models import forward_heads
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
@@ -21,6 +22,7 @@ from vitrail.types import Batch
 log = logging.getLogger(__name__)
 
 
+@checked
 class NonfiniteGuard(L.Callback):
     """Callback that checks the loss and the gradient norm of every optimiser step, on all processes.
 
@@ -47,13 +49,9 @@ class NonfiniteGuard(L.Callback):
         path: str | Path,
         last: str | Path,
         on_bad: Literal["stop", "skip", "rollback"] = "stop",
-        limit: int = 3,
-        factor: float = 0.5,
+        limit: PositiveInt = 3,
+        factor: Annotated[float, Range(gt=0, le=1)] = 0.5,
     ) -> None:
-        if on_bad not in ("stop", "skip", "rollback"):
-            raise ConfigError(f"callbacks.nonfinite_guard.on_bad={on_bad}: choose stop, skip or rollback.")
-        if not 0 < factor <= 1:
-            raise ConfigError(f"callbacks.nonfinite_guard.factor={factor}: must lie in (0, 1].")
         self.path, self.last, self.on_bad, self.limit, self.factor = Path(path), Path(last), on_bad, limit, factor
         self.in_a_row, self.skipped, self.returns, self.lr_scale = 0, 0, 0, 1.0
         self._batches: list[tuple[Any, tuple[int, ...]]] = []  # of the coming step, each with its random key

@@ -1,17 +1,19 @@
 """Optimisers of the recipes: timm's by name, with the learning rate scaled to the effective batch size."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from vitrail.checking import NonNegative, PositiveInt, Range, checked
 from vitrail.errors import ConfigError
 
 _LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch ratio
 
 
+@checked
 class OptimizerFactory:
     """Factory that builds an optimiser once the effective batch size is known.
 
@@ -28,25 +30,20 @@ class OptimizerFactory:
         backbone_lr_scale: factor of the learning rate of all parameters but the classifiers', for fine-tuning.
         decay_also: names of parameters that get weight decay although the model exempts them.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
-
-    Raises:
-        ConfigError: unknown scaling rule.
     """
 
     def __init__(
         self,
         name: str = "adamw",
-        lr: float = 5e-4,
-        weight_decay: float = 0.05,
-        lr_scaling: str = "linear",
-        lr_reference_batch: int = 512,
-        layer_decay: float | None = None,
-        backbone_lr_scale: float = 1.0,
+        lr: NonNegative = 5e-4,
+        weight_decay: NonNegative = 0.05,
+        lr_scaling: Literal["none", "linear", "sqrt"] = "linear",
+        lr_reference_batch: PositiveInt = 512,
+        layer_decay: Annotated[float, Range(gt=0, le=1)] | None = None,
+        backbone_lr_scale: NonNegative = 1.0,
         decay_also: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        if lr_scaling not in _LR_RULES:
-            raise ConfigError(f"optimizer.lr_scaling={lr_scaling}: must be one of {', '.join(_LR_RULES)}.")
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
         self.layer_decay, self.backbone_lr_scale, self.decay_also = layer_decay, backbone_lr_scale, tuple(decay_also)

@@ -6,11 +6,13 @@ from dataclasses import InitVar, dataclass
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from vitrail.checking import NonNegative, NonNegativeInt, checked
 from vitrail.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True)
 class CosineSchedule:
     """Learning rate schedule: linear warm-up, cosine, cooldown.
@@ -34,10 +36,10 @@ class CosineSchedule:
         ConfigError: `epoch_lag` and `per_step` are both set; no recipe combines them.
     """
 
-    warmup_epochs: float = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    cooldown_epochs: int = 0
+    warmup_epochs: NonNegative = 5
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+    cooldown_epochs: NonNegativeInt = 0
     per_step: bool = False
     warmup_prefix: bool = False
     epoch_lag: bool = False

@@ -7,21 +7,21 @@ and nothing else.
 Shapes: B images, C classes, N patch tokens, D features.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.checking import Rate, checked
 from vitrail.data.label_maps import pooled_scores, sparse_token_targets
 from vitrail.errors import ConfigError
 from vitrail.models.heads import declared_outputs
 from vitrail.objectives.contract import TARGET_NEEDS, needs_of, uses_of
 from vitrail.types import Batch, LabelMap, SparseTokens, Targets
 
-_GROUND_TRUTH = ("none", "published", "intended")
 
-
+@checked
 class TargetBuilder:
     """Builder of the `Targets` of a batch on the training device.
 
@@ -41,15 +41,11 @@ class TargetBuilder:
 
     def __init__(
         self,
-        smoothing: float = 0.1,
+        smoothing: Rate = 0.1,
         transpose_crops: bool = False,
-        ground_truth: str = "none",
+        ground_truth: Literal["none", "published", "intended"] = "none",
         teacher: nn.Module | None = None,
     ) -> None:
-        if not 0 <= smoothing < 1:
-            raise ConfigError(f"targets.smoothing={smoothing}: must lie in [0, 1).")
-        if ground_truth not in _GROUND_TRUTH:
-            raise ConfigError(f"targets.ground_truth={ground_truth}: choose {', '.join(_GROUND_TRUTH)}.")
         self.smoothing, self.transpose_crops, self.ground_truth = smoothing, transpose_crops, ground_truth
         self.teacher = teacher
 

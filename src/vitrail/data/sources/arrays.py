@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitrail.checking import checked
 from vitrail.data.sources.contract import SplitName
 from vitrail.errors import ConfigError
 from vitrail.types import Sample
@@ -58,6 +59,7 @@ class Digits:
         return ArraySplit(f"digits/{split}", images, rows[:, 64].astype(np.int64))
 
 
+@checked
 class TorchvisionDataset:
     """Source of a torchvision data set that has a `train` flag and arrays in memory.
 

@@ -4,10 +4,12 @@ import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrail.checking import Length, checked
 from vitrail.data.images import ValueRange, find_value_range, load_image
 from vitrail.data.sampling import sample_of
 from vitrail.data.sources.contract import SplitName
@@ -75,6 +77,7 @@ def describe_ignored(ignored: dict[str, int]) -> str:
     return f"{shown}, and {len(kinds) - 8} other kinds" if len(kinds) > 8 else shown
 
 
+@checked
 class ImageFolder:
     """Source of a `train/` and `val/` tree of class folders.
 
@@ -97,7 +100,7 @@ class ImageFolder:
         train_dir: str | None = "train",
         val_dir: str = "val",
         index: str | Path | None = None,
-        value_range: Sequence[float] | None = None,
+        value_range: Annotated[Sequence[float], Length(2)] | None = None,
     ) -> None:
         if not root:
             raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
+from vitrail.checking import PositiveInt, checked
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.folders import FolderSplit, ImageFolder, class_folders
 from vitrail.errors import ConfigError
@@ -39,6 +40,7 @@ def _timm_file(name: str) -> str:
     return importlib.resources.files("timm.data").joinpath("_info", name).read_text(encoding="utf-8")
 
 
+@checked
 class ImageNet(ImageFolder):
     """ImageNet-1k as an image folder, class folders named by WordNet id (Russakovsky et al., arXiv:1409.0575).
 
@@ -82,6 +84,7 @@ class RealSplit(FolderSplit):
             self.label_sets.append(tuple(reassessed[int(match[1]) - 1]))
 
 
+@checked
 class ImageNetReal(ImageNet):
     """Source of ImageNet's validation images with ReaL labels; `root` and `val_dir` as in `ImageNet`.
 
@@ -102,6 +105,7 @@ class ImageNetReal(ImageNet):
         return RealSplit(self.folders[split], self.classes)
 
 
+@checked
 class ImageNetVariant:
     """Source of one folder of class folders, as in the archives of ImageNetV2, -A, -R and -Sketch; evaluation only.
 
@@ -116,7 +120,7 @@ class ImageNetVariant:
         ConfigError: the folder is missing, or contains other class folders.
     """
 
-    def __init__(self, root: str | None, classes: str = "imagenet-1k", images: int | None = None) -> None:
+    def __init__(self, root: str | None, classes: str = "imagenet-1k", images: PositiveInt | None = None) -> None:
         if not root:
             raise ConfigError("data.root: not set. Set it to the folder that holds the class folders: data.root=/path.")
         self.root, self.images = Path(root).expanduser().absolute(), images
