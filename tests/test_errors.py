@@ -1,9 +1,16 @@
 """Invalid input gives a one-line error that names the key or the file, exit status 1 and no traceback."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+
 import pytest
 from PIL import Image
 
-from programs import QUICK, error_of, run, run_directories, train
+from programs import PROJECT, QUICK, environment, error_of, run, run_directories, train
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,15 @@ from programs import QUICK, error_of, run, run_directories, train
         (["data.label_maps=maps"], "data.label_maps: this config does not have it yet; write +data.label_maps=..."),
         (["model=deit_tiny"], "model=deit_tiny: renamed; write model=deit model.name=deit_tiny_patch16_224."),
         (["optimizer.lr=[1"], "optimizer.lr"),
+        (["data.root=/a=b"], """data.root=/a=b: has characters with a meaning in Hydra; write "data.root='/a=b'"."""),
+        (["data.root=/(1)"], """write "data.root='/(1)'"."""),
+        (["data.root=/x{y}"], """write "data.root='/x{y}'"."""),
+        (["data.root=/#1"], """write "data.root='/#1'"."""),
+        (["optimizer.lr=1e-3,5e-4"], "optimizer.lr=1e-3,5e-4: a comma separates values; to sweep over them add -m"),
+        (["+experiment=fashion_mnist"], "experiment: this config has it already; write experiment=..."),
+        (["-m", "hydra/launcher=joblib"], "hydra/launcher=joblib: not available; choose launcher= one of local, ray"),
+        (["-m", "hydra/sweeper=ax"], "hydra/sweeper=ax: not available; choose sweep= one of grid, lr_wd"),
+        (["--lr=0.1"], "--lr=0.1: no such option; keys have no dashes: optimizer.lr=0.1."),
     ],
 )
 def test_config__unknown_name(arguments, sentence, tmp_path):
@@ -52,6 +68,25 @@ def test_config__unknown_name(arguments, sentence, tmp_path):
         ),
         (["optimizer.name=adamm"], "optimizer.name=adamm"),
         (["resume=/nowhere"], "resume=/nowhere: not a run directory"),
+        (["data.image_size=32x32"], "data.image_size=32x32: must be an integer of at least 1 or a list of 2 integers"),
+        (["data.image_size='64'"], "data.image_size=64: must be an integer"),
+        (["data.image_size=[3,64,64]"], "data.image_size=[3, 64, 64]: must be"),
+        (["schedule.warmup_epochs=-3"], "schedule.warmup_epochs=-3: must be a number of at least 0."),
+        (["augment.auto_augment=rand-foo"], "augment.auto_augment=rand-foo: not a policy of timm"),
+        (["seed=-1"], "seed=-1: must be an integer of at least 0."),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number of at least 0."),
+        (["model.drop_path_rate=2"], "model.drop_path_rate=2: must be a number of at least 0 and below 1"),
+        (["callbacks.ema.decay=x"], "callbacks.ema.decay=x: must be a number"),
+        (["trainer.accumulate_grad_batches=x"], "trainer.accumulate_grad_batches=x: must be an integer."),
+        (["+model.in_chans=1"], "model.in_chans=1: images are given as RGB"),
+        (["trainer.limit_val_batches=0.0001"], "trainer: You requested to check 0.0001 of the `val_dataloader`"),
+        (
+            [
+                "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",
+                "+callbacks.swa.swa_lrs=0.01",
+            ],
+            "callbacks.swa: StochasticWeightAveraging replaces the schedule",
+        ),
         (
             ["data=fashion_mnist", "data.source.download=false"],
             "FashionMNIST is missing and data.source.download=false.",
@@ -138,3 +173,74 @@ def test_resume__checkpoint_of_another_architecture(tmp_path):
     sentence = error_of(result)
     assert "checkpoints/last.ckpt does not fit" in sentence
     assert "cls_token" in sentence
+
+
+def test_resume__file_instead_of_directory(tmp_path):
+    directory = train(*QUICK, logs=tmp_path)
+    message = error_of(run("train.py", f"resume={directory}/checkpoints/last.ckpt", logs=tmp_path))
+    assert f"is a file; set it to the run directory: resume={directory}." in message
+
+
+def test_folders__class_in_two_unicode_forms(image_tree, tmp_path):
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        (image_tree / split / "pagoda").rename(image_tree / split / unicodedata.normalize(form, "café"))
+    assert "train and val write the class café in two Unicode forms" in folder_error(image_tree, tmp_path)
+
+
+def test_pretrained_weights__without_a_network(tmp_path):
+    """A server that cannot be reached is given up at once, instead of after several attempts."""
+    options = ("model=timm", "model.name=resnet10t.c3_in1k", "model.pretrained=true")
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    message = error_of(run("train.py", *QUICK, *options, logs=tmp_path, timeout=40, fresh=True, **unreachable))
+    assert "model.name=resnet10t.c3_in1k: its pretrained weights could not be downloaded and are not in" in message
+
+
+@pytest.mark.parametrize(
+    "names", [("[bold] a", "b [red]", "c [b]"), ("US$ 5", '100% "x", y', "a=b"), ("кошка", "🐈", "é")]
+)
+def test_class_names__are_shown_as_they_are(names, image_tree, tmp_path):
+    for split in ("train", "val"):
+        for number, name in enumerate(names):
+            shutil.copytree(image_tree / split / ("flower" if number else "pagoda"), image_tree / split / name)
+    checked = run("doctor.py", "data=imagefolder", f"data.root={image_tree}", logs=tmp_path, COLUMNS="200")
+    assert checked.returncode == 0, checked.stderr
+    assert "3 images of" in checked.stdout or "8 images of" in checked.stdout
+    assert any(f"images of {name}" in checked.stdout for name in (*names, "flower"))
+    options = ("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4")
+    directory = train(*QUICK, *options, "data.num_workers=0", logs=tmp_path)
+    shown = run("eval.py", f"ckpt={directory}", logs=tmp_path, COLUMNS="200")
+    assert shown.returncode == 0, shown.stderr
+    assert all(name in shown.stdout for name in names)
+    assert run("export.py", f"ckpt={directory}", "to=hub", logs=tmp_path).returncode == 0
+
+
+def test_class_names__that_are_not_utf8(image_tree, tmp_path):
+    """Folders from an old file system: every file that contains their names can be written."""
+    for split in ("train", "val"):
+        (image_tree / split / "pagoda").rename(os.fsdecode(bytes(image_tree / split) + b"/chat_\xe9t\xe9"))
+    options = ("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4")
+    directory = train(*QUICK, *options, "data.num_workers=0", logs=tmp_path)
+    evaluated = run("eval.py", f"ckpt={directory}", logs=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert r"chat_\xe9t\xe9" in evaluated.stdout
+    exported = run("export.py", f"ckpt={directory}", "to=hub", logs=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert r"chat_\xe9t\xe9" in json.loads((directory / "export/hub/config.json").read_text())["label_names"]
+
+
+def test_shared_memory__too_small(image_tree, tmp_path):
+    """Containers give 64 MB; here a mount of 1 MB in a name space of its own."""
+    if subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    program = [sys.executable, str(PROJECT / "src/train.py"), "data=imagefolder", f"data.root={image_tree}", *QUICK]
+    program += ["model=vit_nano", "data.image_size=224", "data.batch_size=4", "data.num_workers=2"]
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, "bash", *program],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "--shm-size=8g), or set data.num_workers=0" in error_of(done)

@@ -91,7 +91,7 @@ def check_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: M
         bound = signature.bind_partial(*args, **kwargs).arguments
     except TypeError:
         return
-    hints = _hints(function)
+    hints = _hints(vars(function).get("__init__", function) if isinstance(function, type) else function)
     for name, value in bound.items():
         kind = signature.parameters[name].kind
         values = value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}

@@ -3,11 +3,15 @@
 Each composes conf/<config_name>.yaml from the command line and hands it to one function of `vitrail.commands`.
 """
 
+import codecs
+import getpass
 import importlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +25,7 @@ from vitrail_runtime.allowed_targets import allow, guarded
 from vitrail_runtime.project import CONF, home
 from vitrail_runtime.renames import check_overrides
 from vitrail_runtime.secrets import redacted
-from vitrail_runtime.sentences import sentence
+from vitrail_runtime.sentences import full_key, sentence
 
 log = logging.getLogger("vitrail")
 
@@ -83,8 +87,10 @@ def run_program(name: str) -> None:
             sys.exit(1)
         return None
 
-    _load_dotenv(home() / ".env")
     try:
+        _check_folder()
+        _provide_home()
+        _load_dotenv(home() / ".env")
         sys.argv = [full[0], *_arranged(full[1 + len(invocation.subcommand) :])]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; `_fail` prints the error
         _check_launcher()
@@ -100,6 +106,10 @@ def run_program(name: str) -> None:
         _fail(error)
 
 
+_HYDRA_FLAGS = {
+    *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"),
+    *("--info", "-i", "--package", "-p", "--shell-completion", "-sc"),
+}
 _FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 
@@ -122,11 +132,23 @@ def _arranged(arguments: list[str]) -> list[str]:
             allow(names)
         elif argument in _FLAGS_WITH_VALUE:
             flags += [argument, *([value] if (value := next(waiting, None)) is not None else [])]
+        elif argument.startswith("-") and "=" in argument and argument.partition("=")[0] not in _HYDRA_FLAGS:
+            key, _, value = argument.lstrip("-").partition("=")
+            raise HydraException(f"{argument}: no such option; keys have no dashes: {full_key(key)}={value}.")
         else:
             (overrides if "=" in argument and not argument.startswith("-") else flags).append(argument)
     if os.environ.get("VITRAIL_TARGETS"):
         sys.path.append(str(Path.cwd()))
     return [*flags, *overrides]
+
+
+def _check_folder() -> None:
+    """Exit with an error if the working directory has been removed; Python and Hydra fail in many places then."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        print("error: the current folder no longer exists; change to another one.", file=sys.stderr)
+        sys.exit(1)
 
 
 def _check_launcher() -> None:
@@ -157,6 +179,38 @@ def _load_dotenv(path: Path) -> None:
     """Put the variables of a `.env` file into the environment; set ones win, empty values are skipped."""
     if not path.is_file():
         return
-    for name, value in dotenv_values(path, encoding="utf-8-sig").items():
+    for name, value in dotenv_values(stream=StringIO(_decoded(path.read_bytes()))).items():
         if value:
             os.environ.setdefault(name, value)
+
+
+def _decoded(content: bytes) -> str:
+    """Decode a text file that any editor may have written: with a mark of its encoding, UTF-8, or Western European."""
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if content.startswith(mark):
+            return content.decode(encoding)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
+
+
+def _provide_home() -> None:
+    """Set HOME and USER for a user that the system does not know, as in containers run with a foreign user id.
+
+    Python and PyTorch look for the home folder and the user name, and raise errors if there are none.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"vitrail-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.environ["HOME"] = str(folder)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())

@@ -51,6 +51,9 @@ def _run_dir(logs: str, task: str, resume: str | None) -> str:
     if not resume:
         return str(Path(logs) / task / "runs" / _stamp())
     directory = Path(resume).expanduser().absolute()
+    if directory.is_file():
+        run = directory.parent.parent if directory.parent.name == "checkpoints" else directory.parent
+        raise ValueError(f"resume={resume}: is a file; set it to the run directory: resume={run}.")
     if not (directory / "config.yaml").is_file():
         raise ValueError(f"resume={resume}: not a run directory (no config.yaml).")
     return str(directory)

@@ -2,18 +2,27 @@
 
 import difflib
 import re
+import shlex
 
 from hydra.errors import HydraException
 
 from vitrail_runtime.project import CONF
 from vitrail_runtime.renames import RENAMED_CHOICES, RENAMED_KEYS
 
-_OURS = ("ConfigError", "ImageError", "TrainingError")  # errors whose message is written for the user
+_OURS = ("ArgumentError", "ConfigError", "ImageError", "TrainingError")  # errors whose message is written for the user
+
+
+SHARED_MEMORY = (
+    "data.num_workers: the loader workers have no shared memory left (/dev/shm is full); give the container more"
+    " (docker run --shm-size=8g), or set data.num_workers=0."
+)
 
 
 def sentence(error: BaseException) -> str:
     """Return the message of an exception for the user: unchanged for vitrail's errors, otherwise one line."""
     text = str(error).strip()
+    if ("shared memory" in text or "/dev/shm" in text) and "No space left" in text:
+        return SHARED_MEMORY
     if "Original Traceback (most recent call last)" in text:  # raised in a data loader worker, with its traceback
         last = text.splitlines()[-1]
         name, _, message = last.partition(": ")
@@ -25,13 +34,23 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or type(error).__name__}: {error.strerror or text}"
     first = text.splitlines()[0] if text else ""
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, about the trainer's settings
+        return f"trainer: {first}"
     return f"{type(error).__name__}: {first} (debug=default shows where)"
 
 
 def _composition(error: BaseException, text: str) -> str:
     """Shorten Hydra's and OmegaConf's messages to the requested name and the available ones."""
     if (override := getattr(error, "override", None)) is not None:
-        return f"{override}: cannot be read as key=value ({text.splitlines()[0]})."
+        return _unreadable(str(override), text.splitlines()[0])
+    if match := re.search(r"Ambiguous value for argument '(.+?)=(.*)'", text):
+        key, value = match[1], match[2]
+        return (
+            f"{key}={value}: a comma separates values; to sweep over them add -m, for a list write {key}=[{value}], for"
+            f" text {_quoted(key, value)}."
+        )
+    if match := re.search(r"Multiple values for ([\w/]+)\. To override", text):
+        return f"{match[1]}: this config has it already; write {match[1]}=... without a plus sign."
     if match := re.search(r"Could not override '([^']+)'", text):
         if match[1] == "hydra/launcher":
             return "hydra/launcher: use launcher=... instead."
@@ -47,6 +66,10 @@ def _composition(error: BaseException, text: str) -> str:
         group, _, name = match[1].rpartition("/")
         if name in RENAMED_CHOICES.get(group, {}):
             return f"{group}={name}: renamed; write {RENAMED_CHOICES[group][name]}."
+        if group.startswith("hydra/"):
+            ours = {"hydra/launcher": "launcher", "hydra/sweeper": "sweep"}.get(group)
+            known = ", ".join(sorted(path.stem for path in (CONF / ours).glob("*.yaml"))) if ours else ""
+            return f"{group}={name}: not available{f'; choose {ours}= one of {known}' if ours else ''}."
         names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
         near = difflib.get_close_matches(name, names, n=3)
         known = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}."
@@ -63,9 +86,28 @@ def _composition(error: BaseException, text: str) -> str:
     return " ".join(line for line in lines if "HYDRA_FULL_ERROR" not in line) or type(error).__name__
 
 
+def _unreadable(override: str, reason: str) -> str:
+    """Return the message for an override that Hydra's grammar does not accept: mostly a value that needs quotes."""
+    key, found, value = override.partition("=")
+    if found and re.fullmatch(r"[+~]*[\w./@]+", key) and value[:1] not in ("'", '"', "[", "{"):
+        return f"{override}: has characters with a meaning in Hydra; write {_quoted(key, value)}."
+    return f"{override}: cannot be read as key=value ({reason})."
+
+
+def _quoted(key: str, value: str) -> str:
+    """Return an override with its value quoted for Hydra, and all of it for the shell."""
+    return shlex.quote(f'{key}="{value}"') if "'" in value else f"\"{key}='{value}'\""
+
+
 def _hint(wrong: str, known: list[str]) -> str:
     near = difflib.get_close_matches(wrong, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def full_key(name: str) -> str:
+    """Return the dotted key of the configs that ends with `name`; `name` itself if there is none, or several."""
+    found = [key for key in _keys() if key == name or key.endswith(f".{name}")]
+    return found[0] if len(found) == 1 or name in found else min(found, key=len, default=name)
 
 
 def _groups() -> list[str]:

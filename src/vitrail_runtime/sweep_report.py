@@ -29,7 +29,8 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table, draw `sweep.png`, and exit with 1 if a job failed."""
         from rich.console import Console
-        from rich.table import Table
+
+        from vitrail_runtime.tables import PlainTable
 
         directory = Path(config.hydra.sweep.dir)
         record = directory / "jobs.json"
@@ -44,7 +45,7 @@ class SweepTable(Callback):
                 job["results"] = _best_so_far(Path(job["directory"]), metric, largest)
         sign, worst = (-1 if largest else 1), float("-inf" if largest else "inf")
         differing = varied(jobs)
-        table = Table(title=f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}")
+        table = PlainTable(title=f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}")
         columns = list(dict.fromkeys((metric, "val/top1", "val/top1_ema")))
         for name in ("job", *differing, *columns, "seconds", "status"):
             table.add_column(name, overflow="fold")
@@ -148,10 +149,12 @@ def _best_so_far(directory: Path, metric: str, largest: bool) -> dict[str, float
     return {metric: max(values) if largest else min(values)} if values else None
 
 
-def _status(status: int | str) -> str:
+def _status(status: int | str) -> Any:
+    from rich.text import Text
+
     if status == 0:
         return "done"
-    return "ended early" if status == "pruned" else f"[red]failed ({status})"
+    return "ended early" if status == "pruned" else Text(f"failed ({status})", "red")
 
 
 def _short(value: str) -> str:

@@ -1,5 +1,6 @@
 """Programs before heavy packages are imported: help, error messages, `.env`."""
 
+import os
 import subprocess
 import sys
 
@@ -72,8 +73,6 @@ def test_dotenv__does_not_override_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("VITRAIL_C", raising=False)
     (tmp_path / ".env").write_text('VITRAIL_A=file\nexport VITRAIL_B="two words"\n# VITRAIL_C=x\nVITRAIL_C=\n')
     _load_dotenv(tmp_path / ".env")
-    import os
-
     assert os.environ["VITRAIL_A"] == "environment"
     assert os.environ["VITRAIL_B"] == "two words"
     assert "VITRAIL_C" not in os.environ
@@ -90,3 +89,46 @@ def test_env_example__documents_every_variable():
     documented = set(re.findall(r"^([A-Z_]+)=", (PROJECT / ".env.example").read_text(), re.M))
     assert read <= documented
     assert documented <= read
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "VITRAIL_X=café # a comment\r\n".encode("utf-8-sig"),
+        "VITRAIL_X=café\n".encode(),
+        "VITRAIL_X=café\r\n".encode("utf-16"),
+        "VITRAIL_X='café'\n".encode("latin-1"),
+    ],
+    ids=["utf-8 with BOM", "utf-8", "utf-16", "latin-1"],
+)
+def test_dotenv__encodings_of_editors(content, tmp_path, monkeypatch):
+    monkeypatch.delenv("VITRAIL_X", raising=False)
+    (tmp_path / ".env").write_bytes(content)
+    _load_dotenv(tmp_path / ".env")
+    assert os.environ["VITRAIL_X"] == "café"
+    monkeypatch.delenv("VITRAIL_X")
+
+
+def test_user_without_a_home__as_in_a_container(tmp_path):
+    """The user id is not in the system's list of users, and HOME is not set."""
+    if subprocess.run(["unshare", "-U", "--map-user=54321", "true"], check=False).returncode:
+        pytest.skip("needs user name spaces")
+    code = (
+        "import sys; sys.path.insert(0, 'src')\n"
+        "from vitrail_runtime.programs import _provide_home; _provide_home()\n"
+        "import getpass, pathlib; print(getpass.getuser(), pathlib.Path.home(), pathlib.Path('~/x').expanduser())\n"
+    )
+    gone = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    there = {key: value for key, value in os.environ.items() if key not in gone} | {"TMPDIR": str(tmp_path)}
+    tmp_path.chmod(0o777)
+    command = ["unshare", "-U", "--map-user=54321", "--map-group=54321", sys.executable, "-c", code]
+    done = subprocess.run(command, env=there, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["54321", f"{tmp_path}/vitrail-54321", f"{tmp_path}/vitrail-54321/x"], done.stderr
+
+
+def test_folder_that_was_removed__is_said(tmp_path):
+    (tmp_path / "gone").mkdir()
+    script = f'cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec "$@"'
+    command = ["bash", "-c", script, "bash", sys.executable, str(PROJECT / "src/train.py")]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: the current folder no longer exists; change to another one.\n")

@@ -1,7 +1,6 @@
 """Evaluate a trained network on its validation images or on other images."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,7 @@ from vitrail.errors import ConfigError
 from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
-from vitrail.runs.config import check_choices, check_keys, instantiate, plain, rebase
+from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.trained import TrainedModel, load_run
@@ -55,7 +54,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         config.trainer, "trainer", strategy=instantiate(config.strategy, "strategy"), logger=False
     )
     evaluations: dict[str, Evaluation] = {}
-    run = RunDirectory(HydraConfig.get().runtime.output_dir)
+    run = RunDirectory(output_directory())
     title = f"{trained.name}, {near(trained.path) if trained.path else 'published weights'}"
     for name in chosen_sets:
         if trained.path is not None:
@@ -142,7 +141,7 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
     if "value_range" in data.get("source", {}):
         data["source"]["value_range"] = data.get("value_range")
     if "skipped_file" in data:  # must not overwrite the training's file
-        data["skipped_file"] = str(Path(HydraConfig.get().runtime.output_dir) / "skipped.txt")
+        data["skipped_file"] = str(output_directory() / "skipped.txt")
     augmentation = instantiate(OmegaConf.create(augment), "augment")
     return instantiate(OmegaConf.create(data), "data", augment=augmentation)
 

@@ -20,7 +20,7 @@ from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
 from vitrail.reporting import training_report
 from vitrail.runs.assembly import build_data, build_module, build_trainer, check_devices, given_processes, model_name
-from vitrail.runs.config import check_keys, defaults_of, plain, restore, settle_model
+from vitrail.runs.config import check_keys, defaults_of, output_directory, plain, restore, settle_model
 from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.logs import set_up_logging
@@ -42,7 +42,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting is invalid; raised before the training starts, if possible.
     """
-    run = RunDirectory(HydraConfig.get().runtime.output_dir)
+    run = RunDirectory(output_directory())
     set_up_logging()
     config = _final_config(config, run)
     L.seed_everything(config.seed, workers=True, verbose=False)

@@ -1,8 +1,12 @@
 """Build a backbone by its timm name."""
 
 import difflib
+import os
+import socket
 from typing import Any
+from urllib.parse import urlparse
 
+import huggingface_hub
 import timm
 from timm.layers import DropPath
 from torch import nn
@@ -53,6 +57,8 @@ def create_model(
         raise ConfigError(f"model.name={name}: no such backbone{hint}")
     fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
     sides = height_width(img_size) if fixed_size and img_size is not None else None
+    if pretrained:
+        skip_hopeless_downloads()
     try:
         model = timm.create_model(
             name,
@@ -65,6 +71,12 @@ def create_model(
             pretrained=pretrained,
             **kwargs,
         )
+    except OSError as error:  # also the errors of the Hugging Face Hub and of requests
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model.name={name}: its pretrained weights could not be downloaded and are not in the cache"
+            f" ({reason.rstrip('.')}); connect to the network once, or load a file with init_from=..."
+        ) from error
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"model.name={name}: {str(error) or type(error).__name__}") from error
     patch = getattr(model, "patch_embed", None)
@@ -94,6 +106,18 @@ def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
         )
     for block, name in names:
         setattr(block, name, DropPath(rate) if rate else nn.Identity())
+
+
+def skip_hopeless_downloads(timeout: float = 3.0) -> None:
+    """Let the Hugging Face Hub use its cache only if its server cannot be reached, which otherwise takes a minute."""
+    server = urlparse(os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT)
+    if {"HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"} & os.environ.keys():
+        return  # the proxy may reach it
+    try:
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname or "", port), timeout).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _check_patches(name: str, img_size: ImageSize, patch_size: ImageSize | None) -> None:

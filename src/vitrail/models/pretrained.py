@@ -140,9 +140,12 @@ def timm_classifier(
         model = create_model(
             name, num_classes or cfg.num_classes, sides, pretrained=pretrained and not use_local_weights, **kwargs
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ConfigError) as error:
+        cause = error.__cause__ if isinstance(error, ConfigError) else error
+        if cause is None or isinstance(cause, (TypeError, ValueError, AssertionError)):
+            raise
         raise ConfigError(
-            f"{key}.name={name}: its weights could not be downloaded ({str(error).splitlines()[0]});"
+            f"{key}.name={name}: its weights could not be downloaded ({str(cause).splitlines()[0]});"
             f" set {key}.weights to a local file of them."
         ) from error
     if package is not None:

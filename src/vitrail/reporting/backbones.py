@@ -15,6 +15,7 @@ from rich.tree import Tree
 from torch import nn
 
 from vitrail.models.cost import Cost
+from vitrail_runtime.tables import PlainTable
 
 _PUBLISHED = Path(__file__).with_name("published.csv")  # a link to results/published.csv in a checkout
 
@@ -69,7 +70,7 @@ def released_weights(name: str) -> list[str]:
 
 def backbone_table(rows: Sequence[BackboneRow]) -> Table:
     """Return a table with one row per backbone, narrow enough for 80 columns."""
-    table = Table(
+    table = PlainTable(
         title="Backbones: model=timm model.name=<name>, or model=<family>",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -133,7 +134,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]], peak: float, ratios: Sequence
     """
     first = rows[0]
     title = f"{first['mode']}, batch {first['batch_size']}, {first['image']}, {first['precision']}, {first['device']}"
-    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = PlainTable(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("model", "ms", "images/s", "peak MB", "G MACs", "of peak"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Group
-from rich.table import Table
 from torchmetrics.functional.classification import binary_calibration_error
 
 from vitrail.reporting.tables import describe
 from vitrail.training.predictions import Predictions
+from vitrail_runtime.tables import PlainTable
 
 BINS = 15  # bins of the calibration error, as in Guo et al., arXiv:1706.04599
 
@@ -125,7 +125,7 @@ class Evaluation:
 
 def evaluation_report(evaluations: Mapping[str, Evaluation], names: Sequence[str], what: str) -> Group:
     """Return tables with the scores of each set of weights, and with the worst classes of the last set."""
-    table = Table(title=what, title_style="bold")
+    table = PlainTable(title=what, title_style="bold")
     for name in ("weights", "images", "loss", "top-1 %", "top-5 %", "calibration error %"):
         table.add_column(name, justify="left" if name == "weights" else "right")
     for weights, evaluation in evaluations.items():
@@ -133,7 +133,7 @@ def evaluation_report(evaluations: Mapping[str, Evaluation], names: Sequence[str
         shares = (evaluation.top1, evaluation.top5, evaluation.calibration_error)
         table.add_row(weights, f"{len(evaluation.correct)}", loss, *(f"{100 * share:.2f}" for share in shares))
     last = list(evaluations)[-1]
-    worst = Table(title=f"Worst classes, {last} weights", title_style="bold")
+    worst = PlainTable(title=f"Worst classes, {last} weights", title_style="bold")
     for name in ("class", "images", "top-1 %", "predicted instead"):
         worst.add_column(name, justify="right" if name in ("images", "top-1 %") else "left", overflow="fold")
     for score in evaluations[last].worst(10):

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from vitrail.reporting.tables import describe
 from vitrail.training import ImageClassifier
 from vitrail.types import InputSpec, LabelMap, Sample
 from vitrail_runtime.invocation import shown_command
+from vitrail_runtime.tables import PlainTable
 
 _PANEL, _GAP, _LEGEND, _HEAD, _FOOT = 168, 6, 236, 40, 18  # pixels
 _COLOURS = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
@@ -277,7 +277,7 @@ def _legend(
 
 def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes: Sequence[str]) -> Group:
     """Return a summary of label maps: contents, agreement with the labels, and the command to train with them."""
-    table = Table(title=f"Label maps of {len(store):,} images", show_header=False, title_style="bold")
+    table = PlainTable(title=f"Label maps of {len(store):,} images", show_header=False, title_style="bold")
     table.add_row("annotator", str(store.about.get("annotator")))
     table.add_row("cells", f"{store.grid[0]} x {store.grid[1]}, {store.about.get('coverage')}")
     table.add_row("stored", f"top {store.top_k} of {store.num_classes} classes")
@@ -287,7 +287,7 @@ def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes
         return Group(table, where)
     table.add_row("pooled top-1", f"{agreement.top1:.2%} predict the true class")
     table.add_row("cells", f"{agreement.cells_without:.2%} lack the true class")
-    worst = Table(title="Classes with the lowest agreement", title_style="bold")
+    worst = PlainTable(title="Classes with the lowest agreement", title_style="bold")
     for name in ("class", "images", "agree", "mostly predicted"):
         worst.add_column(name, justify="left" if name in ("class", "mostly predicted") else "right")
     for label, images, share, predicted in agreement.worst(10):

@@ -4,10 +4,10 @@ import math
 from typing import NamedTuple
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from vitrail.models.cost import Cost
+from vitrail_runtime.tables import PlainTable
 
 PEAK, UTILISATION = 312e12, 0.3
 """Assumptions for the hours: an A100's bf16 operations per second, and the share that a training reaches."""
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
 def plan_table(plan: Plan) -> Group:
     """Return the plan as a table, followed by the keys that still have to be set."""
-    table = Table(title=f"Plan of {plan.name}", show_header=False, title_style="bold")
+    table = PlainTable(title=f"Plan of {plan.name}", show_header=False, title_style="bold")
     sides = " x ".join(map(str, plan.image_size))
     tokens = "" if plan.cost.tokens is None else f", {plan.cost.tokens} tokens"
     table.add_row("model", f"{plan.cost.parameters / 1e6:.1f} M parameters, {plan.cost.macs / 1e9:.2f} G MACs{tokens}")

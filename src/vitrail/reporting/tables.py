@@ -12,11 +12,12 @@ from timm.data import ImageNetInfo
 
 from vitrail.data.label_maps.checks import Finding
 from vitrail_runtime.invocation import shown_command
+from vitrail_runtime.tables import PlainTable
 
 
 def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     """Return a summary of a training: results, files and suggested next commands."""
-    table = Table(title="Training finished", show_header=False, title_style="bold")
+    table = PlainTable(title="Training finished", show_header=False, title_style="bold")
     for metric, name in (("val/top1", "best top-1"), ("val/top5", "best top-5")):
         if metric in results:
             table.add_row(name, _both(results, metric))
@@ -41,14 +42,14 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
 def findings_table(findings: Sequence[Finding]) -> Table:
     """Return a table of the doctor's findings and advice."""
     wrong = sum(finding.level == "error" for finding in findings)
-    table = Table(
+    table = PlainTable(
         title=f"{wrong} problem{'s' * (wrong > 1)} found" if wrong else "No problems found", title_style="bold"
     )
     for name in ("check", "", "found", "what to do"):
         table.add_column(name, overflow="fold")
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
-        table.add_row(finding.check, f"[{colours[finding.level]}]{finding.level}", finding.text, finding.advice)
+        table.add_row(finding.check, Text(finding.level, colours[finding.level]), finding.text, finding.advice)
     return table
 
 

@@ -9,6 +9,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Checkpoint,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +44,15 @@ from vitrail_runtime.secrets import redacted
 log = logging.getLogger(__name__)
 
 
+_SWITCHES = {
+    "enable_progress_bar": ProgressBar,
+    "enable_model_summary": ModelSummary,
+    "enable_checkpointing": Checkpoint,
+}
+_UNSUPPORTED = {
+    StochasticWeightAveraging: "replaces the schedule by one that does not fit timm's; use callbacks.ema",
+    BackboneFinetuning: "needs a module with the attribute `backbone`; use optimizer.backbone_lr_scale",
+}
 _CHECKED = ("vitrail.models.create_model",)  # targets known to return what they declare
 
 
@@ -83,6 +100,8 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     asked = node.get("num_classes")
     if asked is not None and asked != num_classes:
         raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
+    if node.get("in_chans") not in (None, 3):
+        raise ConfigError(f"model.in_chans={node['in_chans']}: images are given as RGB, grey ones too; omit it.")
     wanted = {"num_classes": num_classes, "img_size": image_size, **kwargs}
     target = str(node["_target_"])
     accepted = inspect.signature(resolve_target(target)).parameters
@@ -209,6 +228,7 @@ class _SaveConfig(L.Callback):
 def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, csv_log: MetricsCSV) -> L.Trainer:
     """Build Lightning's Trainer with the config's callbacks and loggers."""
     named = {name: instantiate(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()}
+    _check_callbacks(named, config.trainer, run)
     callbacks = [callback for callback in named.values() if callback is not None]
     callbacks += [_SaveConfig(redacted(plain(config)), data), ResumePosition()]
     loggers = [csv_log]
@@ -228,6 +248,24 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
         if not (config.resume and isinstance(logger, MLFlowLogger)):  # MLflow refuses a run whose parameters change
             logger.log_hyperparams(redacted(plain(config)))
     return trainer
+
+
+def _check_callbacks(named: dict[str, L.Callback | None], trainer: DictConfig, run: RunDirectory) -> None:
+    """Remove callbacks that the trainer's switches turn off, and give checkpoints of further ones their own folder.
+
+    Raises:
+        ConfigError: a callback cannot work with vitrail's modules and schedules.
+    """
+    for switch, kind in _SWITCHES.items():
+        if trainer.get(switch) is False:
+            for name in [name for name, callback in named.items() if isinstance(callback, kind)]:
+                del named[name]
+    for name, callback in named.items():
+        for kind, reason in _UNSUPPORTED.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"callbacks.{name}: {kind.__name__} {reason}.")
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(run.checkpoints / name)
 
 
 def slurm_environment(trainer: DictConfig) -> list[SLURMEnvironment]:

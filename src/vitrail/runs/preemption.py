@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from vitrail.checking import NonNegative, checked
 from vitrail.errors import TrainingError
 from vitrail_runtime.compat import is_accumulating, is_last_batch
+from vitrail_runtime.sentences import SHARED_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,8 @@ def lost_process(error: RuntimeError, run: Path) -> TrainingError | None:
     text, advice = str(error), f"resume={run} continues from the last checkpoint"
     if isinstance(error, TrainingError):
         return None
+    if "DataLoader worker (pid" in text and "Bus error" in text:
+        return TrainingError(SHARED_MEMORY)
     if "DataLoader worker (pid" in text:  # the worker was killed; an exception raised in it reads differently
         return TrainingError(
             "data.num_workers: a data loader worker was killed, possibly for lack of memory. Lower data.num_workers or"

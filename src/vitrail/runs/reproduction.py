@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from vitrail.checkpoints.classes import require_same
@@ -17,6 +16,7 @@ from vitrail.checkpoints.reading import origin_of, read_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.runs.config import moved, plain, restore
 from vitrail.runs.directory import RunDirectory, versions
+from vitrail_runtime.tables import PlainTable
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def comparison(source: Path, again: Path) -> tuple[Group, bool]:
     """Compare the metrics of two trainings: a table of the largest differences, and whether there are none."""
     first, second = (_rows(folder / "metrics.csv") for folder in (source, again))
     names = sorted({name for row in first for name in row if not name.startswith(_IGNORED)})
-    table = Table(title=f"Compared with {source.name}", title_style="bold")
+    table = PlainTable(title=f"Compared with {source.name}", title_style="bold")
     for column in ("metric", "then", "now", "largest difference"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     same = len(first) == len(second)

@@ -90,19 +90,28 @@ class ResumePosition(L.Callback):
 
     def __init__(self) -> None:
         self.images_per_batch: int | None = None
+        self.training_images: int | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the number of images per batch over all processes."""
         checkpoint["images_per_batch"] = _images_per_batch(trainer)
+        checkpoint["training_images"] = _training_images(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the number of images per batch."""
         self.images_per_batch = checkpoint.get("images_per_batch")
+        self.training_images = checkpoint.get("training_images")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the data loader again at the checkpoint's position."""
         if trainer.ckpt_path is None:
             return
+        if self.training_images not in (None, images := _training_images(trainer)):
+            log.warning(
+                "resume: there are %d training images, and there were %d; the training continues with other batches",
+                images,
+                self.training_images,
+            )
         now = _images_per_batch(trainer)
         if self.images_per_batch not in (None, now):
             done = completed_batches(trainer)
@@ -111,6 +120,11 @@ class ResumePosition(L.Callback):
         loader: Any = trainer.train_dataloader
         loader.sampler.resume(epoch, batches * loader.batch_size)
         reopen_train_loader(trainer)
+
+
+def _training_images(trainer: L.Trainer) -> int:
+    loader: Any = trainer.train_dataloader
+    return len(loader.dataset)
 
 
 def _images_per_batch(trainer: L.Trainer) -> int:
