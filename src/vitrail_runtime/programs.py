@@ -123,6 +123,9 @@ def _arranged(arguments: list[str]) -> list[str]:
     overrides: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
+        if any("\ud800" <= character <= "\udfff" for character in argument):  # Python's stand-ins for other bytes
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise HydraException(f"{shown}: is not UTF-8, as config files are; rename it, or make a link to it.")
         if argument == "--allow" or argument.startswith("--allow="):
             names = next(waiting, "") if argument == "--allow" else argument.removeprefix("--allow=")
             if not names or "=" in names or names.startswith("-"):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from programs import PROJECT, environment, run
+from programs import PROJECT, environment, error_of, run
 from vitrail.errors import ConfigError, ImageError
 from vitrail_runtime.programs import _load_dotenv
 from vitrail_runtime.sentences import sentence
@@ -132,3 +132,11 @@ def test_folder_that_was_removed__is_said(tmp_path):
     command = ["bash", "-c", script, "bash", sys.executable, str(PROJECT / "src/train.py")]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: the current folder no longer exists; change to another one.\n")
+
+
+def test_override__that_is_not_utf8(tmp_path):
+    result = run("train.py", os.fsdecode(b"data.root=/data/bild\xe9r"), logs=tmp_path)
+    assert (
+        error_of(result)
+        == r"error: data.root=/data/bild\xe9r: is not UTF-8, as config files are; rename it, or make a link to it."
+    )

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Checkpoint,
     ModelCheckpoint,
-    ModelSummary,
     ProgressBar,
     StochasticWeightAveraging,
 )
@@ -46,7 +45,6 @@ log = logging.getLogger(__name__)
 
 _SWITCHES = {
     "enable_progress_bar": ProgressBar,
-    "enable_model_summary": ModelSummary,
     "enable_checkpointing": Checkpoint,
 }
 _UNSUPPORTED = {
