@@ -233,6 +233,7 @@ def test_pretrained__official_file_through_timm(name):
             lambda: {f"backbone.{key}": value for key, value in state(1).items()} | {"decoder.weight": torch.zeros(3)},
             r"weights found as backbone\.\* .*ignored: decoder",
         ),
+        (lambda: {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in state(1).items()}, ""),
         (lambda: {"weights": {"encoder": {"module": state(1)}}}, r"weights found as weights\.encoder\.\*"),
         (
             lambda: {"student": state(2), "teacher": {f"backbone.{k}": v for k, v in state(1).items()}},
@@ -277,6 +278,7 @@ def test_load__without_classifier(model, tmp_path):
         ("zip", "a zip archive"),
         ("tar", "a tar archive"),
     ],
+    ids=["lfs", "web page", "empty", "gzip", "bzip2", "xz", "zip", "tar"],
 )
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_load__files_of_other_kinds_are_named(content, what, name, model, tmp_path):

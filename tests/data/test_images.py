@@ -163,6 +163,14 @@ def test_value_range__value_outside_is_refused(values, problem, tmp_path):
         load_image(tmp_path / "odd.tif", (0, 1))
 
 
+def test_value_range__small_negative_values_are_no_rounding(tmp_path):
+    Image.fromarray((GREY / 255 - 0.5).astype(np.float32)).save(tmp_path / "centred.tif")
+    with pytest.raises(ConfigError, match="do not say what is black and white"):
+        find_value_range([tmp_path / "centred.tif"])
+    with pytest.raises(ImageError, match=r"centred.tif: values from .* set data.value_range=\[low, high\]"):
+        load_image(tmp_path / "centred.tif")
+
+
 def test_value_range__integers_and_floats_together(tmp_path):
     Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "a.tif")
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "b.tif")

@@ -159,6 +159,7 @@ def find_weights(
     has_module = any("module" in name.split(".") for name in names)
     wrappers = _WRAPPERS if has_module else _WRAPPERS | {"module"}
     tensors = {".".join(part for part in key.split(".") if part not in wrappers): tensors[key] for key in tensors}
+    tensors.pop("n_averaged", None)  # a counter of PyTorch's AveragedModel
     matches = _matches(tensors, set(names)) or _containers(tensors)
     # Lightning's averaging stores the EMA weights as `state_dict`, and the raw ones apart.
     averaged = "current_model_state" in checkpoint

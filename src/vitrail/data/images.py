@@ -178,7 +178,8 @@ def _white(low: float, high: float, kind: str) -> float | None:
     """Return the smallest usual white that holds all values: `kind` is numpy's (f float, u unsigned, i signed)."""
     whites = {"f": _FLOAT_WHITES, "u": _INTEGER_WHITES}.get(kind, _WIDE_WHITES)
     rounding = _HALF_STEP / 255 if kind == "f" else 0.0
-    return next((white for white in whites if -white * rounding <= low and high <= white * (1 + rounding)), None)
+    white = next((white for white in whites if high <= white * (1 + rounding)), None)
+    return white if white is not None and low >= -white * rounding else None
 
 
 def _deep_values(path: Path) -> NDArray[Any] | None:
