@@ -136,8 +136,8 @@ class ImageDataModule(L.LightningDataModule):
         source: Source,
         augment: Augmentation,
         image_size: ImageSize | None = 224,
-        mean: RGB = (0.485, 0.456, 0.406),
-        std: Annotated[Sequence[Positive], Length(3)] = (0.229, 0.224, 0.225),
+        mean: RGB | None = (0.485, 0.456, 0.406),
+        std: Annotated[Sequence[Positive], Length(3)] | None = (0.229, 0.224, 0.225),
         hflip: Share = 0.5,
         batch_size: PositiveInt = 128,
         eval_batch_size: PositiveInt | None = None,
@@ -156,8 +156,9 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if on_corrupt == "skip" and skipped_file is None:
             raise ConfigError("data.skipped_file: not set, but data.on_corrupt=skip has to list what it skips.")
-        if image_size is None:
-            raise ConfigError("data.image_size: not set; only src/eval.py can take it from a checkpoint.")
+        if image_size is None or mean is None or std is None:
+            missing = "image_size" if image_size is None else "mean" if mean is None else "std"
+            raise ConfigError(f"data.{missing}: not set; only src/eval.py can take it from a checkpoint.")
         self.source, self.augment, self.hflip, self.seed = source, augment, hflip, seed
         self.image_size, self.mean, self.std = height_width(image_size), tuple(mean), tuple(std)
         self.root, self.published_size = root, published_size
