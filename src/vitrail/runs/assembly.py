@@ -10,11 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
     Checkpoint,
     ModelCheckpoint,
     ProgressBar,
-    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -48,8 +46,8 @@ _SWITCHES = {
     "enable_checkpointing": Checkpoint,
 }
 _UNSUPPORTED = {
-    StochasticWeightAveraging: "replaces the schedule by one that does not fit timm's; use callbacks.ema",
-    BackboneFinetuning: "needs a module with the attribute `backbone`; use optimizer.backbone_lr_scale",
+    "StochasticWeightAveraging": "replaces the schedule by one that does not fit timm's; use callbacks.ema",
+    "BackboneFinetuning": "needs a module with the attribute `backbone`; use optimizer.backbone_lr_scale",
 }
 _CHECKED = ("vitrail.models.create_model",)  # targets known to return what they declare
 
@@ -259,9 +257,8 @@ def _check_callbacks(named: dict[str, L.Callback | None], trainer: DictConfig, r
             for name in [name for name, callback in named.items() if isinstance(callback, kind)]:
                 del named[name]
     for name, callback in named.items():
-        for kind, reason in _UNSUPPORTED.items():
-            if isinstance(callback, kind):
-                raise ConfigError(f"callbacks.{name}: {kind.__name__} {reason}.")
+        if reason := _UNSUPPORTED.get(type(callback).__name__):
+            raise ConfigError(f"callbacks.{name}: {type(callback).__name__} {reason}.")
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(run.checkpoints / name)
 
