@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from peers.recorded import recorded
+from vitrail.checkpoints.reading import Origin, origin_of
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, load_checkpoint
 
@@ -338,6 +339,21 @@ def test_positions__from_the_config_beside_the_file(tmp_path):
     model = deit((16, 64))
     assert load_checkpoint(model, tmp_path / "model.safetensors") == []
     torch.testing.assert_close(model.pos_embed, source.pos_embed)
+
+
+@pytest.mark.parametrize("arguments", [{"img_size": None, "input_size": [3, 16, 64]}, {"input_size": (16, 64)}])
+def test_positions__from_the_arguments_of_official_scripts(arguments, tmp_path):
+    source = deit((16, 64))
+    torch.save({"state_dict": source.state_dict(), "args": argparse.Namespace(**arguments)}, tmp_path / "x.pth.tar")
+    model = deit((16, 64))
+    assert load_checkpoint(model, tmp_path / "x.pth.tar") == []
+
+
+@pytest.mark.parametrize("size", [[224], "224", 0, 1.5])
+def test_origin__of_other_programs_is_not_trusted(size, tmp_path):
+    foreign = {"config": {"data": {"image_size": size}}, "classes": ["a"], "args": argparse.Namespace(img_size=size)}
+    assert origin_of(foreign, None).size is None
+    assert origin_of({"config": "text", "classes": 3}, None) == Origin()
 
 
 def test_positions__square_is_assumed_and_said(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitrail.checkpoints.shards import join_shards
-from vitrail.errors import ConfigError
+from vitrail.errors import ArgumentError, ConfigError
 from vitrail.types import height_width
 
 EXPORTED_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -110,20 +110,26 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 def origin_of(checkpoint: Mapping[str, Any], path: Path | None) -> Origin:
     """Return what a checkpoint of vitrail, timm or an official script, or the `config.json` beside it, records."""
-    if "config" in checkpoint and "classes" in checkpoint:
-        size = checkpoint["input"]["size"] if "input" in checkpoint else checkpoint["config"]["data"]["image_size"]
-        return Origin(list(checkpoint["classes"]), height_width(size))
+    if isinstance(checkpoint.get("config"), dict) and isinstance(checkpoint.get("classes"), list):
+        data = checkpoint.get("input") or checkpoint["config"].get("data") or {}
+        return Origin(checkpoint["classes"], _size(data.get("size") or data.get("image_size")))
     is_export = path is not None and (path.name in EXPORTED_NAMES or path.suffix == ".pth")
     described = read_config(path.with_name("config.json")) if path is not None and is_export else None
     if described is not None:
         sizes = described.get("model_args", {}).get("img_size"), described.get("pretrained_cfg", {}).get("input_size")
         size = sizes[0] or (sizes[1][1:] if sizes[1] else None)
-        return Origin(described.get("label_names") or None, None if size is None else height_width(size))
+        return Origin(described.get("label_names") or None, _size(size))
     arguments = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
     size = arguments.get("img_size") or arguments.get("input_size")  # timm's train.py, and those of DeiT and T2T-ViT
-    if isinstance(size, (list, tuple)):
-        size = size[-2:]
-    return Origin(None, height_width(size) if size and isinstance(size, (int, list, tuple)) else None)
+    return Origin(None, _size(size[-2:] if isinstance(size, (list, tuple)) else size))
+
+
+def _size(size: Any) -> tuple[int, int] | None:
+    """Return an image size of any origin as (height, width); None if it is none."""
+    try:
+        return height_width(size)
+    except ArgumentError:
+        return None
 
 
 def backbone_weights(

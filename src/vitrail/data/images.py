@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from vitrail.errors import ConfigError, ImageError
 
 ValueRange = tuple[float, float]
 """Values that become black and white in images of more than 8 bits."""
+
+TYPE_RANGES: dict[str, ValueRange] = {"u": (0.0, 65535.0), "f": (0.0, 1.0)}
+"""Value ranges by numpy's kind of type, for a data set in whose sample no image has more than 8 bits."""
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -48,7 +51,7 @@ def image_extensions() -> tuple[str, ...]:
     return tuple(sorted(decoded))
 
 
-def load_image(path: str | Path, value_range: ValueRange | None = None) -> Image.Image:
+def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | None = None) -> Image.Image:
     """Read `path` as an upright 8-bit RGB image.
 
     The camera's orientation is applied, CMYK and palettes are converted, and transparent areas become white, as in most
@@ -56,7 +59,8 @@ def load_image(path: str | Path, value_range: ValueRange | None = None) -> Image
 
     Args:
         path: the file.
-        value_range: black and white of images of more than 8 bits; None finds it from this image alone.
+        value_range: black and white of images of more than 8 bits; `type` for those of `TYPE_RANGES`; None finds it
+            from this image alone.
 
     Raises:
         ImageError: the file is missing, truncated, not an image, or has a value outside `value_range`; the message
@@ -133,7 +137,7 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _to_rgb(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
+def _to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None) -> Image.Image:
     if _is_deep(image):
         image = _to_eight_bits(image, value_range)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -143,9 +147,13 @@ def _to_rgb(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
+def _to_eight_bits(image: Image.Image, value_range: ValueRange | Literal["type"] | None) -> Image.Image:
     """Scale `value_range` to 0 to 255. A transparent value becomes white."""
     values = np.asarray(image)
+    if value_range == "type":
+        value_range = TYPE_RANGES.get(values.dtype.kind)
+        if value_range is None:
+            raise _OutsideError("its integers do not say what is black and white; set data.value_range=[low, high].")
     if value_range is None:
         value_range = _own_range(values)
     low, high = value_range

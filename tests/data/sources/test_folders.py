@@ -45,6 +45,18 @@ def test_value_range__of_the_user_and_outside_of_it(scans):
         ImageFolder(str(scans), value_range=(5, 5))
 
 
+def test_value_range__of_a_type_if_the_sample_has_none(image_tree, monkeypatch):
+    """A rare 16-bit image among 8-bit ones is not scaled by its own maximum."""
+    grey = np.asarray(Image.open(next(image_tree.glob("train/flower/*"))).convert("L"), np.uint16)
+    Image.fromarray(grey * 16).save(image_tree / "train" / "flower" / "flower_00.png")
+    monkeypatch.setattr("vitrail.data.sources.folders._SAMPLE", 1)
+    source = ImageFolder(str(image_tree))
+    split = source.open("train")
+    assert source.value_range is None
+    image = np.asarray(split[split.keys().index("flower/flower_00")].image)
+    assert np.abs(image[..., 0] - grey * 16 / 257).max() <= 1
+
+
 def test_value_range__is_recorded_and_used_in_evaluation(scans, tmp_path):
     options = (
         "data=imagefolder",

@@ -4,7 +4,7 @@ import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,14 @@ class FolderSplit:
     """
 
     def __init__(
-        self, root: Path, folders: list[str], cache: Path | None = None, value_range: ValueRange | None = None
+        self,
+        root: Path,
+        folders: list[str],
+        cache: Path | None = None,
+        value_range: ValueRange | Literal["type"] = "type",
     ) -> None:
-        self.root, self.files, self.value_range = root, FileIndex(root, folders, cache), value_range
+        self.root, self.files = root, FileIndex(root, folders, cache)
+        self.value_range: ValueRange | Literal["type"] = value_range
         if self.files.ignored:
             log.info("%s: ignored %s", root, describe_ignored(self.files.ignored))
 
@@ -142,7 +147,7 @@ class ImageFolder:
             )
         if self.value_range is None:
             self._find_value_range(folder.files if split == "train" or "train" not in self.folders else None)
-        folder.value_range = self.value_range
+        folder.value_range = self.value_range or "type"
         return folder
 
     def _find_value_range(self, files: FileIndex | None) -> None:
