@@ -40,6 +40,7 @@ from programs import PROJECT, QUICK, environment, error_of, run, run_directories
         (["+experiment=fashion_mnist"], "experiment: this config has it already; write experiment=..."),
         (["-m", "hydra/launcher=joblib"], "hydra/launcher=joblib: not available; choose launcher= one of local, ray"),
         (["-m", "hydra/sweeper=ax"], "hydra/sweeper=ax: not available; choose sweep= one of grid, lr_wd"),
+        (["+trainer.devices=1"], "trainer.devices: this config has it already; write trainer.devices=..."),
         (["--lr=0.1"], "--lr=0.1: no such option; keys have no dashes: optimizer.lr=0.1."),
     ],
 )

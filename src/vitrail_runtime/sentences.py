@@ -49,6 +49,8 @@ def _composition(error: BaseException, text: str) -> str:
             f"{key}={value}: a comma separates values; to sweep over them add -m, for a list write {key}=[{value}], for"
             f" text {_quoted(key, value)}."
         )
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"{match[1]}: this config has it already; write {match[1]}=... without a plus sign."
     if match := re.search(r"Multiple values for ([\w/]+)\. To override", text):
         return f"{match[1]}: this config has it already; write {match[1]}=... without a plus sign."
     if match := re.search(r"Could not override '([^']+)'", text):
