@@ -21,6 +21,8 @@ from vitrail.runs.config import instantiate
 from vitrail.training import ImageClassifier
 from vitrail.types import Batch, LabelMap
 
+pytestmark = pytest.mark.thorough
+
 EPOCHS, STEPS, BATCH, CLASSES, SIDE = 10, 3, 8, 5, 64
 
 
