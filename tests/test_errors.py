@@ -32,7 +32,10 @@ from programs import PROJECT, QUICK, environment, error_of, run, run_directories
         (["data.label_maps=maps"], "data.label_maps: this config does not have it yet; write +data.label_maps=..."),
         (["model=deit_tiny"], "model=deit_tiny: renamed; write model=deit model.name=deit_tiny_patch16_224."),
         (["optimizer.lr=[1"], "optimizer.lr"),
-        (["data.root=/a=b"], """data.root=/a=b: has characters with a meaning in Hydra; write "data.root='/a=b'"."""),
+        (
+            ["data.root=/a=b"],
+            """data.root=/a=b: contains characters that are special in Hydra; write "data.root='/a=b'".""",
+        ),
         (["data.root=/(1)"], """write "data.root='/(1)'"."""),
         (["data.root=/x{y}"], """write "data.root='/x{y}'"."""),
         (["data.root=/#1"], """write "data.root='/#1'"."""),
@@ -79,7 +82,7 @@ def test_config__unknown_name(arguments, sentence, tmp_path):
         (["model.drop_path_rate=2"], "model.drop_path_rate=2: must be a number of at least 0 and below 1"),
         (["callbacks.ema.decay=x"], "callbacks.ema.decay=x: must be a number"),
         (["trainer.accumulate_grad_batches=x"], "trainer.accumulate_grad_batches=x: must be an integer."),
-        (["+model.in_chans=1"], "model.in_chans=1: images are given as RGB"),
+        (["+model.in_chans=1"], "model.in_chans=1: all images have three channels"),
         (["trainer.limit_val_batches=0.0001"], "trainer: You requested to check 0.0001 of the `val_dataloader`"),
         (
             [

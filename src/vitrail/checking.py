@@ -53,9 +53,9 @@ NonNegativeInt = Annotated[int, Range(ge=0)]
 Positive = Annotated[float, Range(gt=0)]
 NonNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
-"""A probability or another part of a whole."""
+"""A value in [0, 1]."""
 Rate = Annotated[float, Range(ge=0, lt=1)]
-"""A share that must not be the whole."""
+"""A value in [0, 1)."""
 RGB = Annotated[Sequence[float], Length(3)]
 """One value for each of R, G and B."""
 

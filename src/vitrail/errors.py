@@ -6,14 +6,14 @@ class ConfigError(ValueError):
 
 
 class ArgumentError(ConfigError):
-    """An argument of the wrong type or outside its range; whoever knows its config key adds it."""
+    """An argument of the wrong type or outside its range. `with_key` adds its config key to the message."""
 
     def __init__(self, name: str, value: object, problem: str, key: str = "") -> None:
         super().__init__(f"{f'{key}.' if key else ''}{name}={value}: {problem}.")
         self.name, self.value, self.problem = name, value, problem
 
-    def below(self, key: str) -> "ArgumentError":
-        """Return the error with the key of the config that the argument is part of."""
+    def with_key(self, key: str) -> "ArgumentError":
+        """Return the error for the argument of the config `key`."""
         return ArgumentError(self.name, self.value, self.problem, key)
 
 

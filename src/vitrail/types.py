@@ -49,7 +49,7 @@ class InputSpec:
         interpolation: kernel of the evaluation resize.
         crop_pct: share of the resized image that the evaluation crop covers.
         crop_mode: evaluation crop: `center`, `squash` or `border`.
-        value_range: black and white of images of more than 8 bits; None if there were none.
+        value_range: black and white of images with more than 8 bits per channel; None if there were none.
     """
 
     size: tuple[int, int]

@@ -123,7 +123,9 @@ def _arranged(arguments: list[str]) -> list[str]:
     overrides: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        if any("\ud800" <= character <= "\udfff" for character in argument):  # Python's stand-ins for other bytes
+        if any(
+            "\ud800" <= character <= "\udfff" for character in argument
+        ):  # surrogates, which Python decodes invalid bytes to
             shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
             raise HydraException(f"{shown}: is not UTF-8, as config files are; rename it, or make a link to it.")
         if argument == "--allow" or argument.startswith("--allow="):
@@ -188,7 +190,7 @@ def _load_dotenv(path: Path) -> None:
 
 
 def _decoded(content: bytes) -> str:
-    """Decode a text file that any editor may have written: with a mark of its encoding, UTF-8, or Western European."""
+    """Decode a text file by its byte order mark, else as UTF-8, else as Windows-1252."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF16_LE, "utf-16"),
@@ -203,7 +205,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _provide_home() -> None:
-    """Set HOME and USER for a user that the system does not know, as in containers run with a foreign user id.
+    """Set HOME and USER if the user id has no account, as in containers that run with a foreign user id.
 
     Python and PyTorch look for the home folder and the user name, and raise errors if there are none.
     """
@@ -212,6 +214,8 @@ def _provide_home() -> None:
     except RuntimeError:
         folder = Path(tempfile.gettempdir()) / f"vitrail-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # another user's
+            folder = Path(tempfile.mkdtemp(prefix="vitrail-"))
         os.environ["HOME"] = str(folder)
     try:
         getpass.getuser()

@@ -89,10 +89,10 @@ def _composition(error: BaseException, text: str) -> str:
 
 
 def _unreadable(override: str, reason: str) -> str:
-    """Return the message for an override that Hydra's grammar does not accept: mostly a value that needs quotes."""
+    """Return the message for an override that Hydra cannot parse, usually because its value needs quotes."""
     key, found, value = override.partition("=")
     if found and re.fullmatch(r"[+~]*[\w./@]+", key) and value[:1] not in ("'", '"', "[", "{"):
-        return f"{override}: has characters with a meaning in Hydra; write {_quoted(key, value)}."
+        return f"{override}: contains characters that are special in Hydra; write {_quoted(key, value)}."
     return f"{override}: cannot be read as key=value ({reason})."
 
 

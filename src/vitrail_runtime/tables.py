@@ -1,4 +1,4 @@
-"""Tables whose cells are shown as they are: class names and paths may look like rich's markup."""
+"""Tables without markup in their cells: class names and paths may contain brackets."""
 
 from typing import Any
 

@@ -224,18 +224,27 @@ def test_pretrained__official_file_through_timm(name):
 @pytest.mark.parametrize(
     ("content", "note"),
     [
-        (lambda: {f"_orig_mod.{key}": value for key, value in state(1).items()}, ""),
-        (lambda: {"state_dict": {f"model._orig_mod.{key}": value for key, value in state(1).items()}}, ""),
-        (lambda: {"model": {f"module._orig_mod.{key}": value for key, value in state(1).items()}}, ""),
-        (lambda: {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state(1).items()}, ""),
+        (lambda: {f"_orig_mod.{key}": value for key, value in state(1).items()}, "removed: _orig_mod"),
+        (lambda: {"state_dict": {f"model._orig_mod.{key}": value for key, value in state(1).items()}}, "_orig_mod"),
+        (
+            lambda: {"model": {f"module._orig_mod.{key}": value for key, value in state(1).items()}},
+            "wrapper names removed: _orig_mod, module",
+        ),
+        (
+            lambda: {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state(1).items()},
+            "wrapper names removed: _orig_mod",
+        ),
         (lambda: {f"net.{key}": value for key, value in state(1).items()}, r"weights found as net\.\*"),
         (lambda: {"state_dict": {f"net.{key}": value for key, value in state(1).items()}}, r"state_dict\.net\.\*"),
         (
             lambda: {f"backbone.{key}": value for key, value in state(1).items()} | {"decoder.weight": torch.zeros(3)},
             r"weights found as backbone\.\* .*ignored: decoder",
         ),
-        (lambda: {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in state(1).items()}, ""),
-        (lambda: {"weights": {"encoder": {"module": state(1)}}}, r"weights found as weights\.encoder\.\*"),
+        (
+            lambda: {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in state(1).items()},
+            "module",
+        ),
+        (lambda: {"weights": {"encoder": state(1)}}, r"weights found as weights\.encoder\.\*"),
         (
             lambda: {"student": state(2), "teacher": {f"backbone.{k}": v for k, v in state(1).items()}},
             r"teacher\.backbone",

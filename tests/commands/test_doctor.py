@@ -152,6 +152,12 @@ def test_doctor__reports_ignored_files_flat_images_and_the_value_range(image_tre
     (image_tree / "train" / "loose.jpg").touch()
     examine(image_tree, "null")
     printed = " ".join(terminal.getvalue().split())
-    for text in ("images of more than 8 bits", "4095 is white", "1 .heic", "1 hidden", "1 image outside of the class"):
+    for text in (
+        "images with more than 8 bits per channel",
+        "4095 is white",
+        "1 .heic",
+        "1 hidden",
+        "1 image outside of the class",
+    ):
         assert text in printed, printed
     assert "1 of 18 sampled images have one colour, or nearly so; the first is pagoda/red" in printed

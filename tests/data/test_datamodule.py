@@ -3,13 +3,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vitrail.data import Augmentation, ImageDataModule, ImageFolderDataModule, ImageNetDataModule, MixupCutMix
+from vitrail.data.datamodule import ViewDataset
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
-from vitrail.data.sources import Digits
+from vitrail.data.sources import ArraySplit, Digits
 from vitrail.errors import ConfigError, ImageError
-from vitrail.types import IGNORE
+from vitrail.types import IGNORE, InputSpec, Sample
 
 
 def digits(**kwargs):
@@ -145,3 +147,35 @@ def test_posterize__zero_bits(name):
     for index in range(300):
         with seeded(index):
             transform(image)
+
+
+class ModesSplit:
+    """Images of a source that returns them as Pillow opens them: 16-bit grey, palette, transparent, and RGB."""
+
+    labels = np.array([0, 1, 0, 1])
+
+    def __init__(self):
+        grey = np.tile(np.arange(0, 256, 8, dtype=np.uint16), (32, 1))
+        rgb = Image.fromarray(np.repeat(grey.astype(np.uint8)[..., None], 3, 2))
+        self.images = [Image.fromarray(grey * 257), rgb.convert("L"), rgb.convert("RGBA"), rgb]
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return Sample(self.images[index], int(self.labels[index]), str(index))
+
+    def keys(self):
+        return list("0123")
+
+
+def test_images_of_own_sources__any_mode_is_converted_to_rgb():
+    transform = Augmentation(crop_pct=1.0).evaluation(InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3))
+    dataset = ViewDataset(ModesSplit(), transform, None)
+    for index in range(3):
+        torch.testing.assert_close(dataset[index].image, dataset[3].image)
+
+
+def test_arrays__must_be_bytes():
+    with pytest.raises(ConfigError, match="images of mine are float64; scale them to uint8"):
+        ArraySplit("mine", np.zeros((2, 8, 8)), np.zeros(2, np.int64))

@@ -190,7 +190,7 @@ def test_join__maps_of_other_data(tmp_path):
         ConfigError, match="contains no map of any image; its keys look like c/0, the images' keys like train/c/0"
     ):
         LabelMapJoin(store, ["train/c/0"], list("abc"))
-    with pytest.raises(ConfigError, match=r"data.on_missing_map=skip: must be error or ignore"):
+    with pytest.raises(ConfigError, match=r"on_missing=skip: must be one of error, ignore"):
         LabelMapJoin(store, ["c/0"], list("abc"), on_missing="skip")
 
 

@@ -185,7 +185,7 @@ def _fit_heads(
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Return the names of a backbone's classifiers; without the usual ones, that of its last layer of C outputs."""
+    """Return the names of a backbone's classifiers: the usual names, or else its last layer with C outputs."""
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     named = {*_HEADS, *((classifier,) if isinstance(classifier, str) else classifier)}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}

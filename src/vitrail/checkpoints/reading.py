@@ -82,7 +82,7 @@ def read_checkpoint(path: str | Path, values: bool = True, key: str = "ckpt") ->
 
 
 def _what_it_is(path: Path) -> str | None:
-    """Return what a file is, and what to do, if it is none of weights; None if it may be a damaged one."""
+    """Return the kind of a file without weights, and what to do; None if it may be a damaged checkpoint."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -100,7 +100,7 @@ def _what_it_is(path: Path) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """Return the content of a `config.json` written by timm or `export.py`; None if it is none of these."""
+    """Return the content of a `config.json` written by timm or `export.py`; None for any other file."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -125,7 +125,7 @@ def origin_of(checkpoint: Mapping[str, Any], path: Path | None) -> Origin:
 
 
 def _size(size: Any) -> tuple[int, int] | None:
-    """Return an image size of any origin as (height, width); None if it is none."""
+    """Return an image size of any origin as (height, width); None if it is not valid."""
     try:
         return height_width(size)
     except ArgumentError:
@@ -153,10 +153,10 @@ def find_weights(
     Args:
         checkpoint: result of `read_checkpoint`.
         ema: True selects the EMA weights, False the raw weights, None the EMA weights if there are any.
-        names: names in the backbone's own state dict; without them only the usual containers are recognised.
+        names: names of the backbone's state dict; if empty, only the usual containers are recognised.
 
     Returns:
-        The state dict, and a sentence if its place is unusual.
+        The state dict, and notes: the names of wrappers that were removed, and any unusual container.
 
     Raises:
         ConfigError: `ema` is True and the checkpoint has no EMA weights.
@@ -164,6 +164,7 @@ def find_weights(
     tensors = dict(_flattened(checkpoint))
     has_module = any("module" in name.split(".") for name in names)
     wrappers = _WRAPPERS if has_module else _WRAPPERS | {"module"}
+    removed = sorted({part for key in tensors for part in key.split(".") if part in wrappers})
     tensors = {".".join(part for part in key.split(".") if part not in wrappers): tensors[key] for key in tensors}
     tensors.pop("n_averaged", None)  # a counter of PyTorch's AveragedModel
     matches = _matches(tensors, set(names)) or _containers(tensors)
@@ -182,7 +183,8 @@ def find_weights(
     prefix = max(wanted or complete, key=lambda item: (complete[item], -len(item)), default="")
     start = f"{prefix}." if prefix else ""
     found = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-    return found, _describe_place(prefix, tensors, found)
+    notes = [f"wrapper names removed: {', '.join(removed)}."] if removed else []
+    return found, notes + _describe_place(prefix, tensors, found)
 
 
 def _flattened(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

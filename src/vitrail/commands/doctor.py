@@ -63,7 +63,7 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
     for name, split in splits.items():
         yield from _images(name, split, config.sample, shapes)
     if (value_range := data.input.value_range) is not None:
-        text = f"images of more than 8 bits: {value_range[0]:g} is black, {value_range[1]:g} is white"
+        text = f"images with more than 8 bits per channel: {value_range[0]:g} is black, {value_range[1]:g} is white"
         yield Finding("value range", "ok", text)
     if data.label_maps is not None:
         yield from _label_maps(data, splits["train"], config, shapes[False] / max(shapes.total(), 1))

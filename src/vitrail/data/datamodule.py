@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vitrail.checking import RGB, Length, NonNegativeInt, Positive, PositiveInt, Share, checked
 from vitrail.data.augment import Augmentation, Transform, ViewedTransform
+from vitrail.data.images import to_rgb
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler
@@ -77,6 +78,8 @@ class ViewDataset(Dataset[Item]):
 
     def _view(self, index: int, draw: Draw) -> Item:
         sample = self.split[index]
+        if sample.image.mode != "RGB":  # a source of the user's
+            sample = sample._replace(image=to_rgb(sample.image, getattr(self.split, "value_range", "type")))
         if self.seed is None:
             return Item(self.transform(sample.image), sample.label, sample.key)  # type: ignore[arg-type]
         with seeded(self.seed, draw.epoch, draw.sample, draw.repeat):

@@ -17,7 +17,7 @@ from PIL import Image
 from vitrail.errors import ConfigError, ImageError
 
 ValueRange = tuple[float, float]
-"""Values that become black and white in images of more than 8 bits."""
+"""Values that become black and white in images with more than 8 bits per channel."""
 
 TYPE_RANGES: dict[str, ValueRange] = {"u": (0.0, 65535.0), "f": (0.0, 1.0)}
 """Value ranges by numpy's kind of type, for a data set in whose sample no image has more than 8 bits."""
@@ -55,12 +55,12 @@ def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | Non
     """Read `path` as an upright 8-bit RGB image.
 
     The camera's orientation is applied, CMYK and palettes are converted, and transparent areas become white, as in most
-    viewers. Values of more than 8 bits are scaled from `value_range`.
+    viewers. Values with more than 8 bits are scaled from `value_range`.
 
     Args:
         path: the file.
-        value_range: black and white of images of more than 8 bits; `type` for those of `TYPE_RANGES`; None finds it
-            from this image alone.
+        value_range: black and white of images with more than 8 bits per channel; `type` for those of `TYPE_RANGES`;
+            None finds it from this image alone.
 
     Raises:
         ImageError: the file is missing, truncated, not an image, or has a value outside `value_range`; the message
@@ -77,6 +77,18 @@ def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | Non
         raise ImageError(f"{path}: not a readable image ({reason.rstrip('.')}).") from error
 
 
+def to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None = "type") -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB, as `load_image` does.
+
+    Raises:
+        ImageError: a value is outside `value_range`.
+    """
+    try:
+        return _to_rgb(image, value_range)
+    except _OutsideError as error:
+        raise ImageError(f"the image {error}") from None
+
+
 def find_value_range(paths: Iterable[Path]) -> tuple[ValueRange | None, int]:
     """Find the value range of a data set from a sample of its files.
 
@@ -84,7 +96,7 @@ def find_value_range(paths: Iterable[Path]) -> tuple[ValueRange | None, int]:
     for integers: the smallest that holds all values of the sample.
 
     Args:
-        paths: files of the data set; unreadable ones are left to whoever reads them later.
+        paths: files of the data set; unreadable ones are skipped.
 
     Returns:
         The range, and the number of files with more than 8 bits; None and 0 if there are none.
@@ -95,7 +107,7 @@ def find_value_range(paths: Iterable[Path]) -> tuple[ValueRange | None, int]:
     found: dict[str, tuple[float, float, Path]] = {}
     count = 0
     for path in paths:
-        values = _deep_values(path)
+        values = _high_bit_depth_values(path)
         if values is None or not np.isfinite(values).all():
             continue
         count += 1
@@ -132,13 +144,13 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _has_high_bit_depth(image: Image.Image) -> bool:
     """Return whether an image has more than 8 bits per value."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def _to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None) -> Image.Image:
-    if _is_deep(image):
+    if _has_high_bit_depth(image):
         image = _to_eight_bits(image, value_range)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
@@ -190,10 +202,10 @@ def _white(low: float, high: float, kind: str) -> float | None:
     return white if white is not None and low >= -white * rounding else None
 
 
-def _deep_values(path: Path) -> NDArray[Any] | None:
-    """Return the values of an image of more than 8 bits; None for others, whose pixels are not decoded."""
+def _high_bit_depth_values(path: Path) -> NDArray[Any] | None:
+    """Return the values of an image with more than 8 bits per channel; None, without decoding, for others."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image) if _is_deep(image) else None
+            return np.asarray(image) if _has_high_bit_depth(image) else None
     except Exception:
         return None

@@ -52,7 +52,7 @@ class Teacher(nn.Module):
             raise ConfigError(
                 f"teacher: {len(unknown)} of the data's {len(classes)} classes are not among those of {self.name}"
                 f" ({unknown[0]}, for example); use a teacher that was trained on the data's classes, or set"
-                " teacher.classes=data if they only have other names there, in the same order."
+                " teacher.classes=data if only their names differ and the order is the same."
             )
         self.chosen = classifier.matching(classes)
         own_mean, own_std = torch.tensor(classifier.mean), torch.tensor(classifier.std)

@@ -97,7 +97,7 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     if asked is not None and asked != num_classes:
         raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
     if node.get("in_chans") not in (None, 3):
-        raise ConfigError(f"model.in_chans={node['in_chans']}: images are given as RGB, grey ones too; omit it.")
+        raise ConfigError(f"model.in_chans={node['in_chans']}: all images have three channels, grey ones too; omit it.")
     wanted = {"num_classes": num_classes, "img_size": image_size, **kwargs}
     target = str(node["_target_"])
     accepted = inspect.signature(resolve_target(target)).parameters
@@ -136,7 +136,7 @@ def _check_outputs(model: nn.Module, num_classes: int, image_size: tuple[int, in
 
 
 def fit_pretrained_classes(model: nn.Module, classes: Sequence[str]) -> None:
-    """Reorder or replace the classifier of timm's pretrained weights that was trained for other classes, and say so."""
+    """Reorder or replace the classifier of pretrained weights if the data's classes are not ImageNet's."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     subset = infer_imagenet_subset(cfg)
     names = ImageNetInfo(subset).label_names() if subset else None
@@ -247,7 +247,7 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
 
 
 def _check_callbacks(named: dict[str, L.Callback | None], trainer: DictConfig, run: RunDirectory) -> None:
-    """Remove callbacks that the trainer's switches turn off, and give checkpoints of further ones their own folder.
+    """Remove callbacks that the trainer disables, and set a folder for additional checkpoint callbacks.
 
     Raises:
         ConfigError: a callback cannot work with vitrail's modules and schedules.

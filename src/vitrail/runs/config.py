@@ -178,17 +178,17 @@ def instantiate(config: Any, key: str, **kwargs: Any) -> Any:
         full_key = _full_key(str(error))
         where = full_key if full_key.startswith(key) else f"{key}.{full_key}" if full_key else key
         if isinstance(cause, ArgumentError):
-            raise cause.below(where) from error
+            raise cause.with_key(where) from error
         if isinstance(cause, ConfigError):
             raise cause from error
         reason = str(cause) if cause is not None and str(cause) else str(error).splitlines()[0]
         raise ConfigError(_sentence(where, reason)) from error
     try:
-        if str(build.func.__module__).startswith("lightning."):  # vitrail's own check themselves
+        if str(build.func.__module__).startswith("lightning."):  # vitrail's classes are decorated with `checked`
             check_arguments(build.func, (), build.keywords)
         return build(**kwargs)
     except ArgumentError as error:
-        raise error.below(key) from error
+        raise error.with_key(key) from error
     except ConfigError:
         raise
     except (TypeError, ValueError, MisconfigurationException) as error:

@@ -41,7 +41,7 @@ def recorded_config(config: DictConfig, defaults: DictConfig, run: Path) -> Dict
 
 
 def require_recorded_classes(reproduce: str, classes: Sequence[str]) -> None:
-    """Require that the run to reproduce was trained for the classes of today's data.
+    """Require that the run to reproduce was trained on the data's current classes.
 
     Raises:
         ConfigError: names or order differ.

@@ -123,8 +123,8 @@ def test_check__ignores_images_without_a_map(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_missing": "skip"}, "data.on_missing_map=skip: must be error or ignore"),
-        ({"center_square_maps": "cut"}, "data.center_square_maps=cut: must be placed or stretched"),
+        ({"on_missing": "skip"}, "on_missing=skip: must be one of error, ignore"),
+        ({"center_square_maps": "cut"}, "center_square_maps=cut: must be one of placed, stretched"),
     ],
 )
 def test_join__invalid_settings_are_refused(options, message, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vitrail.checking import checked
 from vitrail.data.label_maps.checks import (
     Finding,
     check_agreement,
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 _CERTAIN_SCORE = 30.0
 
 
+@checked
 class LabelMapJoin:
     """Lookup that returns the label map of each image of a split, with the view that augmentation took.
 
@@ -54,10 +56,6 @@ class LabelMapJoin:
         on_missing: Literal["error", "ignore"] = "error",
         center_square_maps: Literal["placed", "stretched"] = "placed",
     ) -> None:
-        if center_square_maps not in ("placed", "stretched"):
-            raise ConfigError(f"data.center_square_maps={center_square_maps}: must be placed or stretched.")
-        if on_missing not in ("error", "ignore"):
-            raise ConfigError(f"data.on_missing_map={on_missing}: must be error or ignore.")
         self.store, self.classes = store, classes
         self.placed = center_square_maps == "placed" and store.about.get("coverage") == "center square"
         self._report(check_names(store, classes))

@@ -18,9 +18,15 @@ from vitrail.types import Sample
 
 
 class ArraySplit:
-    """Split in memory: `images` (N, H, W) or (N, H, W, 3) uint8, `labels` (N,) int64."""
+    """Split in memory: `images` (N, H, W) or (N, H, W, 3) uint8, `labels` (N,) int64.
+
+    Raises:
+        ConfigError: the images are not uint8.
+    """
 
     def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        if images.dtype != np.uint8:
+            raise ConfigError(f"data.source: the images of {name} are {images.dtype}; scale them to uint8.")
         self.name, self.images, self.labels = name, images, labels
 
     def __len__(self) -> int:

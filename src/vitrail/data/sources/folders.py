@@ -91,8 +91,8 @@ class ImageFolder:
         train_dir: name of the training folder; None if there is only validation data.
         val_dir: name of the validation folder.
         index: folder that caches the lists of files; None lists the files at every start.
-        value_range: values that are black and white in images of more than 8 bits; None finds them from a sample of
-            the training images (the validation images if there are no others), see `find_value_range`.
+        value_range: values that are black and white in images with more than 8 bits per channel; None finds them from a
+            sample of the training images (or of the validation images without `train_dir`), see `find_value_range`.
 
     Raises:
         ConfigError: a folder is missing or empty, or train and val have different classes. Unnoticed, that mistake
@@ -158,7 +158,7 @@ class ImageFolder:
         self.value_range, count = find_value_range(sample)
         if self.value_range is not None:
             log.info(
-                "data.value_range=[%g, %g], found in %d of %d images, which have more than 8 bits",
+                "data.value_range=[%g, %g], found in %d of %d images, which have more than 8 bits per channel",
                 *self.value_range,
                 count,
                 len(sample),
@@ -175,11 +175,11 @@ class ImageFolder:
             flat = any(is_image(path.name) for path in folder.iterdir())
             what = "images but no class folders" if flat else "no class folders"
             raise ConfigError(f"data.root: {folder} contains {what}. Put the images into one folder per class.")
-        looks: dict[str, str] = {}
+        names_by_form: dict[str, str] = {}
         for name in names:
-            if looks.setdefault(_look(name), name) != name:
+            if names_by_form.setdefault(_normal_form(name), name) != name:
                 raise ConfigError(
-                    f"data.root: {folder} contains the class folder {_look(name)} twice, in two Unicode forms;"
+                    f"data.root: {folder} contains the class folder {_normal_form(name)} twice, in two Unicode forms;"
                     " join them."
                 )
         return names
@@ -188,7 +188,7 @@ class ImageFolder:
         train, val = set(self.class_folders), set(val_classes)
         if train == val:
             return
-        if both := {_look(name) for name in train - val} & {_look(name) for name in val - train}:
+        if both := {_normal_form(name) for name in train - val} & {_normal_form(name) for name in val - train}:
             raise ConfigError(
                 f"data.root={self.root}: train and val write the class {min(both)} in two Unicode forms, as Macs and"
                 " other systems do; rename one of the folders."
@@ -207,8 +207,8 @@ def _first(names: set[str]) -> str:
     return ", ".join(map(readable, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
 
 
-def _look(name: str) -> str:
-    """Return a name in the form that makes names equal which look the same."""
+def _normal_form(name: str) -> str:
+    """Return the Unicode normal form (NFC) of a name, in which names that look the same are equal."""
     return unicodedata.normalize("NFC", readable(name))
 
 

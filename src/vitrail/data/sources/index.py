@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vitrail.data.images import image_extensions
 
 _VERSION = 2
-_ARRAYS = ("names", "ends", "counts", "twins")
+_ARRAYS = ("names", "ends", "counts", "same_stem")
 _KEEP_SECONDS = 3600  # arrays younger than this are not deleted: another process may be about to open them
 _SETTLED_SECONDS = 2.0  # timestamps are coarse: a folder changed this shortly before the listing is not trusted
 # Folders of file servers and operating systems: thumbnails, deleted files, forks of other files.
@@ -54,8 +54,8 @@ class FileIndex:
         cache: folder of cached lists; None lists the files every time.
 
     Attributes:
-        ignored: number of files and folders that are not in the list, by kind: an extension, or what they are.
-        twins: indices of the files that differ only in their extension from another file in the same folder.
+        ignored: number of files and folders that are not in the list, by extension or other reason.
+        same_stem: sorted indices of the files whose name without extension occurs twice in their folder.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], cache: Path | None = None) -> None:
@@ -81,11 +81,11 @@ class FileIndex:
         return f"{self.classes[self.label(index)]}/{name}"
 
     def key(self, index: int) -> str:
-        """Return the key of a file: its path without extension, or with it if another file differs only in that."""
+        """Return the key of a file: its path without extension, unless another file has the same path without it."""
         path = self.path(index)
-        place = int(np.searchsorted(self.twins, index))
-        is_twin = place < len(self.twins) and self.twins[place] == index
-        return readable(path if is_twin else path.rpartition(".")[0])
+        place = int(np.searchsorted(self.same_stem, index))
+        is_ambiguous = place < len(self.same_stem) and self.same_stem[place] == index
+        return readable(path if is_ambiguous else path.rpartition(".")[0])
 
     def keys(self) -> list[str]:
         """Return the keys of all files, in order."""
@@ -98,18 +98,20 @@ class FileIndex:
 
     def _list_files(self) -> None:
         self._start_time = time.time()
-        self._folders: dict[str, list[int]] = {}  # folder -> what changes with its content
+        self._folders: dict[str, list[int]] = {}  # folder -> signature
         self.ignored: Counter[str] = Counter()
         images = self._find_images()
         names, end = bytearray(), 0
         ends: list[int] = []
         counts: list[int] = []
-        twins: list[int] = []
+        same_stem: list[int] = []
         for name in self.classes:
             found = sorted(images[name])
             stems = Counter(file.rpartition(".")[0] for file in found)
             if len(stems) < len(found):
-                twins += [len(ends) + number for number, file in enumerate(found) if stems[file.rpartition(".")[0]] > 1]
+                same_stem += [
+                    len(ends) + number for number, file in enumerate(found) if stems[file.rpartition(".")[0]] > 1
+                ]
             for file in found:
                 encoded = os.fsencode(file)
                 names += encoded
@@ -119,7 +121,7 @@ class FileIndex:
         self.names: NDArray[np.uint8] = np.frombuffer(bytes(names), np.uint8)
         self.ends: NDArray[np.int64] = np.array(ends, np.int64)
         self.counts: NDArray[np.int64] = np.array(counts, np.int64)
-        self.twins: NDArray[np.int64] = np.array(twins, np.int64)
+        self.same_stem: NDArray[np.int64] = np.array(same_stem, np.int64)
 
     def _find_images(self) -> dict[str, list[str]]:
         """Return the image files below each class folder, at any depth, relative to it.
@@ -130,7 +132,7 @@ class FileIndex:
         links: list[tuple[str, str]] = []
         above = {parent for name in self.classes for parent in (self.root / name).resolve().parents}
         visited = {_identity(os.stat(folder)) for folder in above}  # noqa: PTH116
-        self._look_beside_classes()
+        self._count_other_entries()
         for name in self.classes:
             self._walk(name, "", found[name], links, visited)
         while links:
@@ -139,8 +141,8 @@ class FileIndex:
             self._walk(name, prefix, found[name], links, visited)
         return found
 
-    def _look_beside_classes(self) -> None:
-        """Count what lies beside the class folders."""
+    def _count_other_entries(self) -> None:
+        """Count the files and folders of the root that are not class folders."""
         classes = set(self.classes)
         self._folders["."] = _signature(os.stat(self.root))  # noqa: PTH116
         with os.scandir(self.root) as entries:
@@ -251,7 +253,7 @@ def is_system_folder(name: str) -> bool:
 
 
 def readable(name: str) -> str:
-    """Return a file name as text that any file can contain: bytes that are not UTF-8 become backslash escapes."""
+    """Return a file name as valid UTF-8: other bytes become backslash escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -261,7 +263,7 @@ def _extension(name: str) -> str:
 
 
 def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
-    """Return why a file or folder is not used, for the count in `ignored`; None if it is used."""
+    """Return the reason to ignore a file or folder, as in `ignored`; None if it is used."""
     if is_hidden(entry.name):
         return "hidden"
     if entry.is_dir():
@@ -272,7 +274,7 @@ def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
 
 
 def _signature(status: os.stat_result) -> list[int]:
-    """Return numbers that change with the list of files in a folder, also if its date was set back."""
+    """Return numbers that change whenever the list of files changes, even if the modification time is reset."""
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size]
 
 
