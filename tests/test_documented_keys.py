@@ -3,11 +3,17 @@
 import re
 
 import pytest
+import timm
+import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from assembly import assemble
 from programs import PROJECT, QUICK, run
+from vitrail.runs.config import compose as compose_program
+from vitrail.runs.config import instantiate
+from vitrail_runtime import resolvers
 from vitrail_runtime.project import CONF
-from vitrail_runtime.sentences import _keys
 
 # Another value than the default for each key that Lightning's trainer and vitrail's callbacks read, in groups that one
 # training can have together.
@@ -71,8 +77,64 @@ def documented():
     return sorted(found)
 
 
-def test_documented_keys__exist():
-    """Keys that only a constructor or a launcher knows are not in the config files."""
-    known = {*_keys(), *(key.replace("annotator.", "teacher.") for key in _keys())}
-    elsewhere = ("hydra.", "callbacks.", "trainer.", "logger.", "group.", "model.", "annotator.output_stride")
-    assert not [key for key in documented() if key not in known and not key.startswith(elsewhere)]
+TOKEN_LABELS = (
+    *("data=imagefolder", "data.image_size=32", "data.batch_size=4", "data.num_workers=0", "data.source.index=null"),
+    *("data.center_square_maps=stretched", "model=deit_nano", "model.token_head=true"),
+    *("objective=token_labeling", "objective.token_weight=0.25", "mixing=mixtoken", "mixing.whole_sides=true"),
+    *("targets.ground_truth=published", "targets.transpose_crops=true"),
+    *("augment=lvvit", "augment.crop_last=false", "augment.warp_label_maps=false"),
+)
+
+
+def test_keys_of_token_labels__reach_their_objects(image_tree, label_maps, tmp_path):
+    options = (*TOKEN_LABELS, f"data.root={image_tree}", f"data.label_maps={label_maps}")
+    _, module, data = assemble(tmp_path, *options)
+    assert (data.source.index, data.center_square_maps) == (None, "stretched")
+    assert (data.augment.crop_last, data.augment.warp_label_maps) == (False, False)
+    assert (module.objective.token_weight, module.mixing.whole_sides) == (0.25, True)
+    assert (module.targets.ground_truth, module.targets.transpose_crops) == ("published", True)
+
+
+def test_keys_of_networks_and_optimisers__reach_their_objects(tmp_path):
+    options = ("model.token_drop=0", "model.performer_eps=1e-6", "+model.drop_path_by=stage", "data.image_size=32")
+    assemble(tmp_path, "model=t2t_vit", "model.name=t2t_vit_dense", *options)
+    options = ("+model.proj_drop_rate=0.25", "mixing=mixup_cutmix", "mixing.mode=elem", "mixing.tokens=published")
+    options += ("optimizer.decay_also=[cls_token]", "optimizer.lr_scaling=sqrt")
+    _, module, _ = assemble(tmp_path, "model=deit_nano", *options)
+    assert module.model.blocks[0].attn.proj_drop.p == 0.25
+    assert (module.mixing.mode, module.mixing.uniform_tokens) == ("elem", True)
+    assert (module.optimizer.decay_also, module.optimizer.lr_scaling) == (("cls_token",), "sqrt")
+
+
+def test_keys_of_strategies_and_launchers__reach_their_objects(tmp_path):
+    trainer, _, _ = assemble(tmp_path, "trainer=fsdp_cpu_2", "strategy.reshard_after_forward=false")
+    assert trainer.strategy.reshard_after_forward is False
+    options = ["launcher=slurm", "hydra.launcher.gpus_per_node=8", "hydra.launcher.cpus_per_task=12"]
+    resolvers.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        launcher = compose("train", options, return_hydra_config=True).hydra.launcher
+    assert (launcher.gpus_per_node, launcher.cpus_per_task) == (8, 12)
+
+
+def test_keys_of_annotators__reach_the_network(tmp_path):
+    torch.save(timm.create_model("convnext_atto", num_classes=3).state_dict(), tmp_path / "x.pth")
+    options = ("annotator=timm", "annotator.name=convnext_atto", f"annotator.weights={tmp_path}/x.pth")
+    options += ("annotator.num_classes=3", "+annotator.output_stride=16", "out=maps")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose_program("annotate", options).annotator
+    with torch.no_grad():
+        assert instantiate(node, "annotator")(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 4, 4)
+
+
+# `group.key` stands for any key; tests/test_extending.py runs the command with `callbacks.hello`.
+PLACEHOLDERS = {"group.key", "callbacks.hello"}
+
+
+def test_documented_keys__are_set_in_a_test():
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in (PROJECT / "tests").rglob("*.py"))
+    quoted = {key.lstrip("+") for values in VALUES for key in values}
+    keys = set(documented())
+    assert len(keys) > 40
+    assert {
+        key for key in keys - quoted - PLACEHOLDERS if not re.search(rf"(?<![\w.]){re.escape(key)}=", texts)
+    } == set()
