@@ -73,24 +73,9 @@ def test_config__unknown_name(arguments, sentence, tmp_path):
         (["optimizer.name=adamm"], "optimizer.name=adamm"),
         (["resume=/nowhere"], "resume=/nowhere: not a run directory"),
         (["data.image_size=32x32"], "data.image_size=32x32: must be an integer of at least 1 or a list of 2 integers"),
-        (["data.image_size='64'"], "data.image_size=64: must be an integer"),
-        (["data.image_size=[3,64,64]"], "data.image_size=[3, 64, 64]: must be"),
-        (["schedule.warmup_epochs=-3"], "schedule.warmup_epochs=-3: must be a number of at least 0."),
-        (["augment.auto_augment=rand-foo"], "augment.auto_augment=rand-foo: not a policy of timm"),
         (["seed=-1"], "seed=-1: must be an integer of at least 0."),
-        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number of at least 0."),
-        (["model.drop_path_rate=2"], "model.drop_path_rate=2: must be a number of at least 0 and below 1"),
-        (["callbacks.ema.decay=x"], "callbacks.ema.decay=x: must be a number"),
         (["trainer.accumulate_grad_batches=x"], "trainer.accumulate_grad_batches=x: must be an integer."),
-        (["+model.in_chans=1"], "model.in_chans=1: all images have three channels"),
         (["trainer.limit_val_batches=0.0001"], "trainer: You requested to check 0.0001 of the `val_dataloader`"),
-        (
-            [
-                "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",
-                "+callbacks.swa.swa_lrs=0.01",
-            ],
-            "callbacks.swa: StochasticWeightAveraging replaces the schedule",
-        ),
         (
             ["data=fashion_mnist", "data.source.download=false"],
             "FashionMNIST is missing and data.source.download=false.",
@@ -199,22 +184,22 @@ def test_pretrained_weights__without_a_network(tmp_path):
     assert "model.name=resnet10t.c3_in1k: its pretrained weights could not be downloaded and are not in" in message
 
 
-@pytest.mark.parametrize(
-    "names", [("[bold] a", "b [red]", "c [b]"), ("US$ 5", '100% "x", y', "a=b"), ("кошка", "🐈", "é")]
-)
-def test_class_names__are_shown_as_they_are(names, image_tree, tmp_path):
+NAMES = ("[bold] a", "b [red]", "c [b]", "US$ 5", '100% "x", y', "a=b", "кошка", "🐈")
+
+
+def test_class_names__are_shown_as_they_are(image_tree, tmp_path):
     for split in ("train", "val"):
-        for number, name in enumerate(names):
+        for number, name in enumerate(NAMES):
             shutil.copytree(image_tree / split / ("flower" if number else "pagoda"), image_tree / split / name)
     checked = run("doctor.py", "data=imagefolder", f"data.root={image_tree}", logs=tmp_path, COLUMNS="200")
     assert checked.returncode == 0, checked.stderr
     assert "3 images of" in checked.stdout or "8 images of" in checked.stdout
-    assert any(f"images of {name}" in checked.stdout for name in (*names, "flower"))
+    assert any(f"images of {name}" in checked.stdout for name in (*NAMES, "flower"))
     options = ("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4")
     directory = train(*QUICK, *options, "data.num_workers=0", logs=tmp_path)
     shown = run("eval.py", f"ckpt={directory}", logs=tmp_path, COLUMNS="200")
     assert shown.returncode == 0, shown.stderr
-    assert all(name in shown.stdout for name in names)
+    assert all(name in shown.stdout for name in NAMES)
     assert run("export.py", f"ckpt={directory}", "to=hub", logs=tmp_path).returncode == 0
 
 
