@@ -1,6 +1,8 @@
 """Decoding of real files in all common formats."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -229,3 +231,45 @@ def test_extensions__all_that_pillow_decodes():
         image_extensions()
     )
     assert not {".pdf", ".eps", ".mpg", ".h5", ".txt", ".wmf"} & set(image_extensions())
+
+
+COLOURS = np.asarray(PHOTOGRAPH, np.uint16)
+
+
+def write_png_of_16_bits(path, values):
+    """Write (H, W, 3), or (H, W, 4) with alpha, as PNG of 16 bits per channel, which Pillow cannot write."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize(("scale", "white"), [(257, 65535), (16, 4095)])
+@pytest.mark.parametrize("kind", ["png", "png with alpha", "tiff", "big-endian tiff", "compressed tiff"])
+def test_sixteen_bit_colours__keep_their_low_bytes(kind, scale, white, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    values, path = COLOURS * scale, tmp_path / ("a.png" if "png" in kind else "a.tif")
+    if kind == "png":
+        write_png_of_16_bits(path, values)
+    elif kind == "png with alpha":
+        write_png_of_16_bits(path, np.dstack([values, np.full(values.shape[:2], 65535, np.uint16)]))
+    else:
+        order, compression = (">" if "big" in kind else "<"), ("zlib" if "compressed" in kind else None)
+        tifffile.imwrite(path, values, photometric="rgb", byteorder=order, compression=compression)
+    assert find_value_range([path]) == ((0, white), 1)
+    assert difference(path, Image.fromarray(np.rint(values / white * 255).astype(np.uint8))) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_signed_integers__of_real_files(dtype, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", (GREY * 128).astype(dtype))
+    assert np.abs(np.asarray(load_image(tmp_path / "a.tif"))[..., 0] - GREY * 128 / 32767 * 255).max() <= 0.5
+    tifffile.imwrite(tmp_path / "b.tif", (GREY * 128 - 1000).astype(dtype))
+    with pytest.raises(ImageError, match=r"values from -\d+ to \d+ do not say what is black and white"):
+        load_image(tmp_path / "b.tif")

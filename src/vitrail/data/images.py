@@ -1,9 +1,11 @@
 """Decode any image file that Pillow supports to RGB, as an image viewer shows it.
 
-8-bit images need no scaling. Images of more bits (16-bit grey, 32-bit integers, floats) do not say what white is, so a
+8-bit images need no scaling. Others (16-bit grey and colour, 32-bit integers, floats) do not say what white is, so a
 data set has one value range for all of them: `find_value_range` finds it, and values outside it are errors.
 """
 
+import re
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -68,8 +70,12 @@ def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | Non
     """
     try:
         with Image.open(path) as image:
+            colours = _sixteen_bit_colours(path, image)
             image.load()
-            return _to_rgb(_upright(image), value_range)
+            upright = _upright(image)
+            if colours is not None:
+                upright = _upright(_scaled(colours, value_range, image.info.get("transparency")), image)
+            return _to_rgb(upright, value_range)
     except _OutsideError as error:
         raise ImageError(f"{path}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
@@ -136,11 +142,14 @@ class _OutsideError(Exception):
     """A value lies outside the value range."""
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the orientation that the camera recorded; the other EXIF entries, valid or not, do not matter."""
+def _upright(image: Image.Image, original: Image.Image | None = None) -> Image.Image:
+    """Apply the orientation that the camera recorded in `original`, by default the image itself.
+
+    Other EXIF entries, valid or not, do not matter.
+    """
     orientation: Any = None
     with suppress(Exception):  # EXIF is written by many programs; Pillow raises many kinds of exceptions for it
-        orientation = int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int((original or image).getexif().get(_ORIENTATION, 1))
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -160,27 +169,66 @@ def _to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None
 
 
 def _to_eight_bits(image: Image.Image, value_range: ValueRange | Literal["type"] | None) -> Image.Image:
-    """Scale `value_range` to 0 to 255. A transparent value becomes white."""
-    values = np.asarray(image)
+    return _scaled(np.asarray(image), value_range, image.info.get("transparency"))
+
+
+def _scaled(
+    values: NDArray[Any], value_range: ValueRange | Literal["type"] | None, transparent: Any = None
+) -> Image.Image:
+    """Scale values (H, W) or (H, W, 3) from `value_range`, and alpha (H, W, 4) from 16 bits, to an 8-bit image.
+
+    A transparent value becomes white.
+    """
+    colours = values[..., :3] if values.ndim == 3 else values
     if value_range == "type":
         value_range = TYPE_RANGES.get(values.dtype.kind)
         if value_range is None:
             raise _OutsideError("its integers do not say what is black and white; set data.value_range=[low, high].")
     if value_range is None:
-        value_range = _own_range(values)
+        value_range = _own_range(colours)
     low, high = value_range
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    scaled = (colours.astype(np.float64) - low) * (255 / (high - low))
     outside = ~((scaled >= -_HALF_STEP) & (scaled <= 255 + _HALF_STEP))  # also true for NaN
     if outside.any():
         raise _OutsideError(
-            f"has the value {values[outside][0]:g}, outside of data.value_range=[{low:g}, {high:g}]; set the range to"
+            f"has the value {colours[outside][0]:g}, outside of data.value_range=[{low:g}, {high:g}]; set the range to"
             " that of your images, or repair the file."
         )
     eight = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
+    if isinstance(transparent, int) and values.ndim == 2:
         eight[values == transparent] = 255
+    elif isinstance(transparent, tuple) and values.shape[2:] == (3,):
+        eight[(values == np.array(transparent)).all(-1)] = 255
+    if values.shape[2:] == (4,):
+        eight = np.dstack([eight, (values[..., 3] >> 8).astype(np.uint8)])
     return Image.fromarray(eight)
+
+
+def _sixteen_bit_colours(path: str | Path, image: Image.Image) -> NDArray[np.uint16] | None:
+    """Return 16-bit colours (H, W, 3), or (H, W, 4) with alpha, of which Pillow keeps only the high bytes.
+
+    The low bytes are those that Pillow reads if it is told the opposite byte order. None if the image has no 16-bit
+    colours.
+    """
+    match = re.fullmatch(r"(RGBA?;16)([LBN])", _raw_mode(image))
+    if match is None:
+        return None
+    native = "L" if sys.byteorder == "little" else "B"
+    swapped = match[1] + {"L": "B", "B": "L"}[match[2] if match[2] != "N" else native]
+    with Image.open(path) as low:
+        tiles: Any = low.tile
+        low.tile = [
+            tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])) for tile in tiles
+        ]
+        return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return the layout of the pixels in the file, in Pillow's words; empty if it is not known."""
+    tiles: Any = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
 
 
 def _own_range(values: NDArray[Any]) -> ValueRange:
@@ -206,6 +254,8 @@ def _high_bit_depth_values(path: Path) -> NDArray[Any] | None:
     """Return the values of an image with more than 8 bits per channel; None, without decoding, for others."""
     try:
         with Image.open(path) as image:
+            if (colours := _sixteen_bit_colours(path, image)) is not None:
+                return colours[..., :3]
             return np.asarray(image) if _has_high_bit_depth(image) else None
     except Exception:
         return None
