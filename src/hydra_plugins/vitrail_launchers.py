@@ -30,6 +30,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from vitrail_runtime.checking import NonNegative, NonNegativeInt, PositiveInt, checked
 from vitrail_runtime.compat import hydra_flags
 from vitrail_runtime.invocation import command_line
 from vitrail_runtime.secrets import redacted
@@ -84,6 +85,7 @@ Outcome = tuple[int | str, float]
 """Exit status (or a description of the failure), and seconds."""
 
 
+@checked
 class JobLauncher(Launcher):
     """Launcher that runs each job as a new process on this machine.
 
@@ -95,7 +97,7 @@ class JobLauncher(Launcher):
         gpus: number of GPUs per job, which are the only ones visible to it; None makes all GPUs visible to every job.
     """
 
-    def __init__(self, parallel: int | None = 1, gpus: int | None = None) -> None:
+    def __init__(self, parallel: PositiveInt | None = 1, gpus: PositiveInt | None = None) -> None:
         visible = visible_gpus() if gpus else []
         if gpus and len(visible) < gpus:
             raise HydraException(f"hydra.launcher.gpus={gpus}: only {len(visible)} GPUs are visible here.")
@@ -229,6 +231,7 @@ def visible_gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
+@checked
 class SlurmLauncher(JobLauncher):
     """Launcher that submits each job to SLURM with submitit: one job is one training, with one task per process.
 
@@ -246,7 +249,12 @@ class SlurmLauncher(JobLauncher):
     """
 
     def __init__(
-        self, parallel: int = 16, nodes: int = 1, tasks_per_node: int = 1, signal_delay_s: int = 120, **options: Any
+        self,
+        parallel: PositiveInt = 16,
+        nodes: PositiveInt = 1,
+        tasks_per_node: PositiveInt = 1,
+        signal_delay_s: NonNegativeInt = 120,
+        **options: Any,
     ) -> None:
         super().__init__(parallel)
         self.nodes, self.tasks_per_node = nodes, tasks_per_node
@@ -313,6 +321,7 @@ def _slurm_task(job: Job) -> int:
     return status
 
 
+@checked
 class RayLauncher(JobLauncher):
     """Launcher that runs each job as a process on a Ray cluster, or with Ray on this machine only.
 
@@ -323,7 +332,9 @@ class RayLauncher(JobLauncher):
         gpus: number of GPUs per job.
     """
 
-    def __init__(self, address: str | None = None, parallel: int = 16, cpus: float = 1, gpus: float = 0) -> None:
+    def __init__(
+        self, address: str | None = None, parallel: PositiveInt = 16, cpus: NonNegative = 1, gpus: NonNegative = 0
+    ) -> None:
         super().__init__(parallel)
         self.address, self.resources = address, {"num_cpus": cpus, "num_gpus": gpus}
         self._starting = threading.Lock()

@@ -17,12 +17,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.vitrail_launchers import say_how_to_continue
+from vitrail_runtime.checking import NonNegativeInt, PositiveInt, checked
 from vitrail_runtime.compat import resumed_trial
 from vitrail_runtime.sweep_report import epochs_of
 
 _WATCH_SECONDS = 1.0
 
 
+@checked
 class OptunaSweeper(Sweeper):
     """Sweeper that searches for the values with the best metric, using Optuna's tree-structured Parzen estimator.
 
@@ -47,11 +49,11 @@ class OptunaSweeper(Sweeper):
         self,
         metric: str,
         direction: str,
-        trials: int,
+        trials: PositiveInt,
         space: DictConfig,
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
         prune: str | None = None,
-        prune_after: int = 1,
+        prune_after: NonNegativeInt = 1,
         storage: str | None = None,
     ) -> None:
         if prune not in (None, "median", "halving"):

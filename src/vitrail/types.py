@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vitrail.checking import Length, PositiveInt, check_value
+from vitrail_runtime.checking import Length, PositiveInt, check_value
 
 if TYPE_CHECKING:
     from PIL.Image import Image

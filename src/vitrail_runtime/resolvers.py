@@ -50,7 +50,7 @@ def _agree(stamp: str) -> str:
 def _run_dir(logs: str, task: str, resume: str | None) -> str:
     if not resume:
         return str(Path(logs) / task / "runs" / _stamp())
-    directory = Path(resume).expanduser().absolute()
+    directory = Path(str(resume)).expanduser().absolute()
     if directory.is_file():
         run = directory.parent.parent if directory.parent.name == "checkpoints" else directory.parent
         raise ValueError(f"resume={resume}: is a file; set it to the run directory: resume={run}.")

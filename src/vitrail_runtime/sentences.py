@@ -6,6 +6,7 @@ import shlex
 
 from hydra.errors import HydraException
 
+from vitrail_runtime.errors import ArgumentError
 from vitrail_runtime.project import CONF
 from vitrail_runtime.renames import RENAMED_CHOICES, RENAMED_KEYS
 
@@ -80,6 +81,9 @@ def _composition(error: BaseException, text: str) -> str:
         return match[1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__
+    if isinstance(cause, ArgumentError):
+        key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+        return str(cause.with_key(key))
     for raised in (error, cause):
         if type(raised) is HydraException:  # raised by vitrail, with a message for the user
             return str(raised)

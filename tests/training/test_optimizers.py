@@ -109,3 +109,9 @@ def test_load_state_dict__moments_from_the_checkpoint_and_settings_from_the_conf
             assert group.get(key) == old.get(key)
     moments = [state["exp_avg"] for state in before.state_dict()["state"].values()]
     assert all(map(torch.equal, moments, [state["exp_avg"] for state in after.state_dict()["state"].values()]))
+
+
+def test_options__that_the_optimiser_cannot_use_are_named():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"^optimizer.name=adamw, optimizer.betas=\[0.9\]: "):
+        OptimizerFactory("adamw", betas=[0.9]).build(model, 512)

@@ -14,10 +14,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from vitrail.checking import Range, checked
 from vitrail.checkpoints.reading import read_checkpoint
 from vitrail.checkpoints.shards import FOLDER_KEY
 from vitrail.errors import ConfigError
+from vitrail_runtime.checking import Range, checked
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

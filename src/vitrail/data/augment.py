@@ -17,9 +17,9 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch import Tensor
 from torchvision import transforms
 
-from vitrail.checking import Length, NonNegative, Positive, PositiveInt, Share, checked
 from vitrail.errors import ArgumentError, ConfigError
 from vitrail.types import Box, InputSpec, View, Warp
+from vitrail_runtime.checking import Length, NonNegative, Positive, PositiveInt, Share, checked
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vitrail.checking import RGB, Length, NonNegativeInt, Positive, PositiveInt, Share, checked
 from vitrail.data.augment import Augmentation, Transform, ViewedTransform
 from vitrail.data.images import to_rgb
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
@@ -20,6 +19,7 @@ from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, Batch, ImageSize, InputSpec, Item, LabelMap, height_width
+from vitrail_runtime.checking import RGB, Length, NonNegativeInt, Positive, PositiveInt, Share, checked
 
 _GRACE_SECONDS = 60
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
 
-from vitrail.checking import NonNegative, Positive, Share, checked
 from vitrail.data.randomness import seeded
 from vitrail.errors import ConfigError
 from vitrail.types import Mix, SparseTokens
+from vitrail_runtime.checking import NonNegative, Positive, Share, checked
 
 Key = tuple[int, ...]
 """Random key of the current batch: (seed, batches seen, rank)."""

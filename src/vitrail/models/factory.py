@@ -11,11 +11,11 @@ import timm
 from timm.layers import DropPath
 from torch import nn
 
-from vitrail.checking import NonNegativeInt, PositiveInt, Rate, checked
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head
 from vitrail.models.tokens_to_token import TokensToToken
 from vitrail.types import ImageSize, height_width
+from vitrail_runtime.checking import NonNegativeInt, PositiveInt, Rate, checked
 
 
 @checked
@@ -78,7 +78,8 @@ def create_model(
             f" ({reason.rstrip('.')}); connect to the network once, or load a file with init_from=..."
         ) from error
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"model.name={name}: {str(error) or type(error).__name__}") from error
+        given = "".join(f", model.{key}={value}" for key, value in kwargs.items() if value is not None)
+        raise ConfigError(f"model.name={name}{given}: {str(error) or type(error).__name__}") from error
     patch = getattr(model, "patch_embed", None)
     if (
         fixed_size and img_size is not None and not isinstance(patch, TokensToToken)

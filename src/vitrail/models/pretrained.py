@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from vitrail.checking import RGB, PositiveInt, checked
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import Origin, backbone_weights, origin_of, read_checkpoint, read_config
 from vitrail.errors import ConfigError
@@ -27,6 +26,7 @@ from vitrail.models.factory import create_model
 from vitrail.models.features import classify_places
 from vitrail.models.heads import declared_outputs, token_grid
 from vitrail.types import ImageSize, height_width
+from vitrail_runtime.checking import RGB, PositiveInt, checked
 
 
 class PretrainedClassifier(nn.Module):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.checking import Rate, Share, checked
 from vitrail.objectives.contract import Objective
 from vitrail.types import Outputs, Targets
+from vitrail_runtime.checking import Rate, Share, checked
 
 
 def _pairs(outputs: Outputs, target: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.checking import Share, checked
 from vitrail.objectives.classification import BinaryCrossEntropy
 from vitrail.objectives.contract import Objective, needs_of, optional_of, passes_of
 from vitrail.types import Outputs, Targets
+from vitrail_runtime.checking import Share, checked
 
 
 @checked

@@ -8,10 +8,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.checking import Positive, Share, checked
 from vitrail.objectives.classification import CrossEntropy
 from vitrail.objectives.contract import Objective, needs_of, optional_of, outputs_for, passes_of
 from vitrail.types import Outputs, Targets
+from vitrail_runtime.checking import Positive, Share, checked
 
 
 @checked

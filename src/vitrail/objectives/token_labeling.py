@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vitrail.checking import NonNegative, checked
 from vitrail.objectives.contract import Objective
 from vitrail.types import Outputs, SparseTokens, Targets
+from vitrail_runtime.checking import NonNegative, checked
 
 
 class _SparseCrossEntropy(torch.autograd.Function):

@@ -18,7 +18,6 @@ from rich.console import Group
 from rich.text import Text
 from torch import Tensor
 
-from vitrail.checking import PositiveInt, checked
 from vitrail.data import Augmentation, MixToken
 from vitrail.data.datamodule import ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
@@ -33,6 +32,7 @@ from vitrail.reporting.pictures import denormalise, log_picture
 from vitrail.reporting.tables import describe
 from vitrail.training import ImageClassifier
 from vitrail.types import InputSpec, LabelMap, Sample
+from vitrail_runtime.checking import PositiveInt, checked
 from vitrail_runtime.invocation import shown_command
 from vitrail_runtime.tables import PlainTable
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vitrail.checking import PositiveInt, checked
 from vitrail.training import TargetBuilder
 from vitrail.types import Batch
+from vitrail_runtime.checking import PositiveInt, checked
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -12,11 +12,19 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from vitrail.checking import Length, NonNegativeInt, PositiveInt, check_arguments, check_value
 from vitrail.errors import ArgumentError, ConfigError
 from vitrail.types import ImageSize
 from vitrail_runtime import resolvers
 from vitrail_runtime.allowed_targets import guarded
+from vitrail_runtime.checking import (
+    Length,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    check_arguments,
+    check_value,
+)
 from vitrail_runtime.project import CONF
 from vitrail_runtime.renames import upgraded
 
@@ -106,11 +114,12 @@ def check_keys(config: DictConfig, program: str) -> None:
         raise ConfigError(f"{unknown[0]}: no such config key; nothing reads it.")
     for key, hint in _VALUES[program].items():
         if not OmegaConf.is_missing(config, key):
-            value = config[key]
+            value = OmegaConf.select(config, key)
             check_value(key, plain(value) if OmegaConf.is_config(value) else value, hint)
 
 
 _OPTIONAL = str | None
+_COMPILE = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"] | None
 _VALUES: dict[str, dict[str, Any]] = {
     "train": {
         "seed": NonNegativeInt,
@@ -119,8 +128,18 @@ _VALUES: dict[str, dict[str, Any]] = {
         "plan": bool,
         "resume": _OPTIONAL,
         "reproduce": _OPTIONAL,
-        "compile": _OPTIONAL,
+        "compile": _COMPILE,
         "grad_checkpointing": bool,
+        # Lightning's annotations have no ranges.
+        "trainer.max_epochs": PositiveInt,
+        "trainer.num_nodes": PositiveInt,
+        "trainer.accumulate_grad_batches": PositiveInt,
+        "trainer.gradient_clip_val": NonNegative | None,
+        "trainer.check_val_every_n_epoch": PositiveInt | None,
+        "trainer.num_sanity_val_steps": Annotated[int, Range(ge=-1)],
+        "trainer.log_every_n_steps": NonNegativeInt,
+        "trainer.limit_train_batches": NonNegative | None,
+        "trainer.limit_val_batches": NonNegative | None,
     },
     "eval": {"seed": NonNegativeInt, "ckpt": _OPTIONAL},
     "annotate": {
@@ -139,7 +158,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "batch_size": PositiveInt,
         "image_size": ImageSize | None,
         "num_classes": PositiveInt,
-        "compile": _OPTIONAL,
+        "compile": _COMPILE,
         "threads": PositiveInt | None,
         "rounds": PositiveInt,
         "steps": PositiveInt,
@@ -147,7 +166,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     },
     "list_models": {"image_size": ImageSize | None, "num_classes": NonNegativeInt, "depth": NonNegativeInt},
 }
-"""Types of the top-level keys of each program; those of the groups are the arguments of their constructors."""
+"""Types of the keys that no constructor of vitrail checks, by program."""
 
 
 def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:

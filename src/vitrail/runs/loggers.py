@@ -14,9 +14,9 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from vitrail.checking import checked
 from vitrail.errors import ConfigError
 from vitrail.runs.directory import is_rank_zero
+from vitrail_runtime.checking import checked
 from vitrail_runtime.secrets import redacted_arguments
 
 log = logging.getLogger(__name__)

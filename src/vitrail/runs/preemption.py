@@ -15,8 +15,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from vitrail.checking import NonNegative, checked
 from vitrail.errors import TrainingError
+from vitrail_runtime.checking import NonNegative, checked
 from vitrail_runtime.compat import is_accumulating, is_last_batch
 from vitrail_runtime.sentences import SHARED_MEMORY
 

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
-from vitrail.checking import checked
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import backbone_weights, read_checkpoint, weight_sets
 from vitrail.errors import ConfigError
@@ -20,6 +19,7 @@ from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import plain
 from vitrail.runs.directory import find_weights_file
 from vitrail.types import ImageSize, InputSpec, height_width
+from vitrail_runtime.checking import checked
 from vitrail_runtime.renames import upgraded
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from vitrail.checking import checked
+from vitrail_runtime.checking import checked
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vitrail.checking import Rate, checked
 from vitrail.checkpoints.shards import local, shard_like
 from vitrail.training.classifier import ImageClassifier, ValidationMetrics
+from vitrail_runtime.checking import Rate, checked
 
 
 @checked

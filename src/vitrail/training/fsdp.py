@@ -19,12 +19,12 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
-from vitrail.checking import checked
 from vitrail.checkpoints.reading import read_checkpoint
 from vitrail.checkpoints.shards import FOLDER_KEY, join_shards, rows_of, shard_like, split_shards, write_shard
 from vitrail.errors import ConfigError
 from vitrail.models.heads import bind_forward_outputs, declared_outputs
 from vitrail.training.classifier import ImageClassifier
+from vitrail_runtime.checking import checked
 from vitrail_runtime.compat import set_data_parallel_size, set_device
 
 _STACKS = ("blocks", "stages", "layers")  # attributes in which timm's backbones keep their blocks

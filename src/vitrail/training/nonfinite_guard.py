@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vitrail.checking import PositiveInt, Range, checked
 from vitrail.checkpoints.shards import gathered, local
 from vitrail.data.randomness import reseed
 from vitrail.errors import TrainingError
@@ -18,6 +17,7 @@ from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 from vitrail.training.targets import TargetBuilder
 from vitrail.types import Batch
+from vitrail_runtime.checking import PositiveInt, Range, checked
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from vitrail.checking import NonNegative, PositiveInt, Range, checked
 from vitrail.errors import ConfigError
+from vitrail_runtime.checking import NonNegative, PositiveInt, Range, checked
 
 _LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch ratio
 
@@ -71,8 +71,9 @@ class OptimizerFactory:
                 param_group_fn=lambda model: self._groups(model, lr),
                 **self.options,
             )
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"optimizer.name={self.name}: {error}") from error
+        except (TypeError, ValueError, IndexError) as error:
+            given = "".join(f", optimizer.{name}={value}" for name, value in self.options.items())
+            raise ConfigError(f"optimizer.name={self.name}{given}: {error}") from error
         self._keep_settings(optimizer)
         return optimizer
 

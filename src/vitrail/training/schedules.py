@@ -6,8 +6,8 @@ from dataclasses import InitVar, dataclass
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from vitrail.checking import NonNegative, NonNegativeInt, checked
 from vitrail.errors import ConfigError
+from vitrail_runtime.checking import NonNegative, NonNegativeInt, checked
 
 log = logging.getLogger(__name__)
 

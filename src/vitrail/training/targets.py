@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.checking import Rate, checked
 from vitrail.data.label_maps import pooled_scores, sparse_token_targets
 from vitrail.errors import ConfigError
 from vitrail.models.heads import declared_outputs
 from vitrail.objectives.contract import TARGET_NEEDS, needs_of, uses_of
 from vitrail.types import Batch, LabelMap, SparseTokens, Targets
+from vitrail_runtime.checking import Rate, checked
 
 
 @checked

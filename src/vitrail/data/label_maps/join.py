@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitrail.checking import checked
 from vitrail.data.label_maps.checks import (
     Finding,
     check_agreement,
@@ -24,6 +23,7 @@ from vitrail.data.label_maps.store import LabelMapStore
 from vitrail.data.sampling import sample_of
 from vitrail.errors import ConfigError
 from vitrail.types import LabelMap, View, Warp
+from vitrail_runtime.checking import checked
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitrail.checking import checked
 from vitrail.data.sources.contract import SplitName
 from vitrail.errors import ConfigError
 from vitrail.types import Sample
+from vitrail_runtime.checking import checked
 
 
 class ArraySplit:

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.checking import Length, checked
 from vitrail.data.images import ValueRange, find_value_range, load_image
 from vitrail.data.sampling import sample_of
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.index import FileIndex, is_hidden, is_image, is_system_folder, readable
 from vitrail.errors import ConfigError
 from vitrail.types import Sample
+from vitrail_runtime.checking import Length, checked
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from vitrail.checking import PositiveInt, checked
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.folders import FolderSplit, ImageFolder, class_folders
 from vitrail.errors import ConfigError
+from vitrail_runtime.checking import PositiveInt, checked
 
 log = logging.getLogger(__name__)
 

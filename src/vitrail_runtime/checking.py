@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vitrail.errors import ArgumentError
+from vitrail_runtime.errors import ArgumentError
 
 T = TypeVar("T")
 

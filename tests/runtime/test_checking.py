@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from hydra.utils import get_object
 
-from vitrail.checking import (
+from vitrail.data import Augmentation
+from vitrail.errors import ArgumentError
+from vitrail.types import ImageSize, height_width
+from vitrail_runtime.checking import (
     RGB,
     NonNegative,
     NonNegativeInt,
@@ -20,9 +23,6 @@ from vitrail.checking import (
     check_value,
     checked,
 )
-from vitrail.data import Augmentation
-from vitrail.errors import ArgumentError
-from vitrail.types import ImageSize, height_width
 from vitrail_runtime.project import CONF
 
 NAN = float("nan")
@@ -80,12 +80,12 @@ def test_checked__functions_and_classes_and_what_is_left_to_them():
 
 
 def targets():
-    """Return all targets of vitrail that configs name."""
+    """Return all targets of vitrail and its plugins that configs name."""
     found = set()
     for file in CONF.rglob("*.yaml"):
         for line in file.read_text().splitlines():
             name = line.partition("_target_:")[2].split("#")[0].strip()
-            found |= {name} if name.startswith("vitrail.") else set()
+            found |= {name} if name.startswith(("vitrail.", "hydra_plugins.")) else set()
     return sorted(found)
 
 
