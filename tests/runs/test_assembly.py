@@ -18,7 +18,7 @@ from vitrail.errors import ConfigError
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number of at least 0."),
         (["model.drop_path_rate=2"], "model.drop_path_rate=2: must be a number of at least 0 and below 1"),
         (["callbacks.ema.decay=x"], "callbacks.ema.decay=x: must be a number"),
-        (["model=vit_nano", "+model.depth=abc"], "model.name=vit_nano, model.depth=abc: "),
+        (["model=vit_nano", "+model.depth=abc"], "(model.depth=abc)"),
         (["+model.in_chans=1"], "model.in_chans=1: all images have three channels"),
         (
             [

@@ -113,5 +113,5 @@ def test_load_state_dict__moments_from_the_checkpoint_and_settings_from_the_conf
 
 def test_options__that_the_optimiser_cannot_use_are_named():
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"^optimizer.name=adamw, optimizer.betas=\[0.9\]: "):
+    with pytest.raises(ConfigError, match=r"^optimizer.name=adamw: .* \(optimizer.betas=\[0.9\]\)$"):
         OptimizerFactory("adamw", betas=[0.9]).build(model, 512)

@@ -78,8 +78,9 @@ def create_model(
             f" ({reason.rstrip('.')}); connect to the network once, or load a file with init_from=..."
         ) from error
     except (TypeError, ValueError, AssertionError) as error:
-        given = "".join(f", model.{key}={value}" for key, value in kwargs.items() if value is not None)
-        raise ConfigError(f"model.name={name}{given}: {str(error) or type(error).__name__}") from error
+        given = ", ".join(f"model.{key}={value}" for key, value in kwargs.items() if value is not None)
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"model.name={name}: {reason}{f' ({given})' if given else ''}") from error
     patch = getattr(model, "patch_embed", None)
     if (
         fixed_size and img_size is not None and not isinstance(patch, TokensToToken)

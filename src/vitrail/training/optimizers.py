@@ -72,8 +72,8 @@ class OptimizerFactory:
                 **self.options,
             )
         except (TypeError, ValueError, IndexError) as error:
-            given = "".join(f", optimizer.{name}={value}" for name, value in self.options.items())
-            raise ConfigError(f"optimizer.name={self.name}{given}: {error}") from error
+            given = ", ".join(f"optimizer.{name}={value}" for name, value in self.options.items())
+            raise ConfigError(f"optimizer.name={self.name}: {error}{f' ({given})' if given else ''}") from error
         self._keep_settings(optimizer)
         return optimizer
 
