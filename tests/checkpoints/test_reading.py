@@ -407,3 +407,23 @@ def test_classes__unknown_names_are_kept_and_said(tmp_path):
     notes = load_checkpoint(model, tmp_path / "x.pth", classes=list("abcd"))
     assert notes == ["class names are not recorded: head kept, taken to be for the data's classes in their order."]
     torch.testing.assert_close(model.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cait_xxs24_224",
+        "beit_base_patch16_224",
+        "convit_tiny",
+        "crossvit_tiny_240",
+        "levit_128s",
+        "eva02_tiny_patch14_224",
+    ],
+)
+def test_load__networks_of_timm_with_tables_and_names_of_their_own(name, tmp_path):
+    source = timm.create_model(name, num_classes=3)
+    torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
+    model = timm.create_model(name, num_classes=3)
+    load_checkpoint(model, tmp_path / "x.pth", same_classes=True)
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
