@@ -34,6 +34,8 @@ def fit_positions(table: Tensor, own: Tensor, model: Any, source: str, origin: O
         return table, None
     new = int(grid_size[0]), int(grid_size[1])
     prefix = own.shape[1] - new[0] * new[1]  # CaiT and others count a class token that has no position
+    if not 0 <= prefix < table.shape[1]:  # a table of another kind
+        return table, None
     count, side = table.shape[1] - prefix, math.isqrt(table.shape[1] - prefix)
     old, known = _recorded_grid(model, origin, count), True
     if old is None:
