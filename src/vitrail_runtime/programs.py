@@ -7,6 +7,7 @@ import codecs
 import getpass
 import importlib
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -175,6 +176,9 @@ def _fail(error: Exception) -> None:
     prefix = "error" if rank == "0" else f"error on rank {rank}"
     print(f"{prefix}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    # A worker that was killed may hold the lock of the queue that the others wait for; they would end a minute later.
+    for worker in multiprocessing.active_children():
+        worker.kill()
     if rank == "0" or "WORLD_SIZE" not in os.environ:
         sys.exit(1)
     os._exit(1)  # a rank that exits normally would wait for the others in collective calls

@@ -140,3 +140,24 @@ def test_override__that_is_not_utf8(tmp_path):
         error_of(result)
         == r"error: data.root=/data/bild\xe9r: is not UTF-8, as config files are; rename it, or make a link to it."
     )
+
+
+def test_failure__ends_workers_that_hang(tmp_path):
+    """A worker that ignores SIGTERM, as one does that waits for a dead worker's lock, does not keep the program."""
+    code = (
+        "import multiprocessing, signal, sys, time; sys.path.insert(0, 'src')\n"
+        "from vitrail_runtime.errors import ConfigError\n"
+        "from vitrail_runtime.programs import _fail\n"
+        "def hang(ready):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    ready.set()\n"
+        "    time.sleep(600)\n"
+        "ready = multiprocessing.get_context('fork').Event()\n"
+        "multiprocessing.get_context('fork').Process(target=hang, args=(ready,), daemon=True).start()\n"
+        "ready.wait()\n"
+        "_fail(ConfigError('x: wrong.'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (1, "error: x: wrong.\n")
