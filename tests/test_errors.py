@@ -181,14 +181,6 @@ def test_folders__class_in_two_unicode_forms(image_tree, tmp_path):
     assert "train and val write the class café in two Unicode forms" in folder_error(image_tree, tmp_path)
 
 
-def test_pretrained_weights__without_a_network(tmp_path):
-    """A server that cannot be reached is given up at once, instead of after several attempts."""
-    options = ("model=timm", "model.name=resnet10t.c3_in1k", "model.pretrained=true")
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
-    message = error_of(run("train.py", *QUICK, *options, logs=tmp_path, timeout=40, fresh=True, **unreachable))
-    assert "model.name=resnet10t.c3_in1k: its pretrained weights could not be downloaded and are not in" in message
-
-
 NAMES = ("[bold] a", "b [red]", "c [b]", "US$ 5", '100% "x", y', "a=b", "кошка", "🐈")
 
 

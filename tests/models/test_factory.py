@@ -1,3 +1,4 @@
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -129,3 +130,18 @@ def test_plain_vit__fixed_positions_for_any_size():
 
 def test_patch_size__may_be_one_number():
     assert create_model("xcit_nano_12_p16_224", 5, 64)(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_pretrained__without_a_network(monkeypatch, tmp_path):
+    """A server that cannot be reached is not asked again and again, which takes a minute."""
+    constants = huggingface_hub.constants
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ConfigError, match=r"model.name=resnet10t.c3_in1k: its pretrained weights could not be downloaded"
+    ):
+        create_model("resnet10t.c3_in1k", 1000, pretrained=True)
+    assert constants.HF_HUB_OFFLINE
