@@ -6,11 +6,12 @@ data set has one value range for all of them: `find_value_range` finds it, and v
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,19 +69,42 @@ def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | Non
         ImageError: the file is missing, truncated, not an image, or has a value outside `value_range`; the message
             names the file.
     """
+    return _decoded(lambda: path, str(path), value_range)
+
+
+def decode_image(
+    data: bytes | memoryview, name: str, value_range: ValueRange | Literal["type"] | None = None
+) -> Image.Image:
+    """Decode the bytes of an image file as `load_image` does.
+
+    Args:
+        data: the bytes.
+        name: name of the image in messages.
+        value_range: as in `load_image`.
+
+    Raises:
+        ImageError: as `load_image`; the message starts with `name`.
+    """
+    return _decoded(lambda: BytesIO(data), name, value_range)
+
+
+def _decoded(
+    file: Callable[[], str | Path | IO[bytes]], name: str, value_range: ValueRange | Literal["type"] | None
+) -> Image.Image:
+    """Decode an image; `file` returns its path, or a new stream of its bytes at each call."""
     try:
-        with Image.open(path) as image:
-            colours = _sixteen_bit_colours(path, image)
+        with Image.open(file()) as image:
+            colours = _sixteen_bit_colours(file, image)
             image.load()
             upright = _upright(image)
             if colours is not None:
                 upright = _upright(_scaled(colours, value_range, image.info.get("transparency")), image)
             return _to_rgb(upright, value_range)
     except _OutsideError as error:
-        raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise ImageError(f"{path}: not a readable image ({reason.rstrip('.')}).") from error
+        raise ImageError(f"{name}: not a readable image ({reason.rstrip('.')}).") from error
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None = "type") -> Image.Image:
@@ -204,7 +228,7 @@ def _scaled(
     return Image.fromarray(eight)
 
 
-def _sixteen_bit_colours(path: str | Path, image: Image.Image) -> NDArray[np.uint16] | None:
+def _sixteen_bit_colours(file: Callable[[], str | Path | IO[bytes]], image: Image.Image) -> NDArray[np.uint16] | None:
     """Return 16-bit colours (H, W, 3), or (H, W, 4) with alpha, of which Pillow keeps only the high bytes.
 
     The low bytes are those that Pillow reads if it is told the opposite byte order. None if the image has no 16-bit
@@ -215,7 +239,7 @@ def _sixteen_bit_colours(path: str | Path, image: Image.Image) -> NDArray[np.uin
         return None
     native = "L" if sys.byteorder == "little" else "B"
     swapped = match[1] + {"L": "B", "B": "L"}[match[2] if match[2] != "N" else native]
-    with Image.open(path) as low:
+    with Image.open(file()) as low:
         tiles: Any = low.tile
         low.tile = [
             tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])) for tile in tiles
@@ -254,7 +278,7 @@ def _high_bit_depth_values(path: Path) -> NDArray[Any] | None:
     """Return the values of an image with more than 8 bits per channel; None, without decoding, for others."""
     try:
         with Image.open(path) as image:
-            if (colours := _sixteen_bit_colours(path, image)) is not None:
+            if (colours := _sixteen_bit_colours(lambda: path, image)) is not None:
                 return colours[..., :3]
             return np.asarray(image) if _has_high_bit_depth(image) else None
     except Exception:
