@@ -65,6 +65,7 @@ def test_release__real_labels(folders, release):
     by_key = dict(zip(expected.keys(), expected.label_sets, strict=True))
     keys = found.keys()
     assert [by_key[key] for key in keys] == found.label_sets
+    assert found[3].image.tobytes() == make().open("val")[3].image.tobytes()
 
 
 def test_archives__labels_from_the_unpacked_kit_or_from_kaggle(folders, tmp_path):

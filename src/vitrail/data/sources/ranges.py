@@ -46,7 +46,7 @@ class Files:
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror}).") from error
         if len(data) != size:
-            raise ImageError(f"{path}: is cut short at byte {offset + len(data)}; copy the file again.")
+            raise ImageError(f"{path}: is cut short, it ends before byte {offset + size}; copy the file again.")
         return data
 
 

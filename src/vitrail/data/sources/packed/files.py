@@ -20,8 +20,8 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"out={out}: cannot be written to ({error.strerror or error}). Choose a folder on a disk with space and with"
-            " permission to write; the same command resumes what is written."
+            f"out={out}: cannot be written to ({error.strerror or error}). Choose a folder on a disk with space and"
+            " with permission to write; the same command resumes what is written."
         ) from error
 
 
