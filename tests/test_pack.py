@@ -70,12 +70,12 @@ def test_pack__resumes_after_a_kill(processes, image_tree, tmp_path):
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
-def test_pack__errors_in_one_sentence_from_one_or_two_processes(image_tree, tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_pack__errors_are_one_sentence(processes, image_tree, tmp_path):
     (image_tree / "train" / "flower" / "flower_3.jpg").write_bytes(b"no picture")
     arguments = (f"data.root={image_tree}", f"out={tmp_path / 'pack'}", "shard_images=8")
-    for processes in (1, 2):
-        failed = error_of(run("pack.py", *arguments, f"processes={processes}", logs=tmp_path))
-        assert "flower_3.jpg: not a readable image" in failed
+    failed = error_of(run("pack.py", *arguments, f"processes={processes}", logs=tmp_path))
+    assert "flower_3.jpg: not a readable image" in failed
     assert error_of(run("pack.py", f"out={tmp_path / 'x'}", logs=tmp_path)).startswith("error: data.root: not set")
 
 

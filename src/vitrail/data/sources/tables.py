@@ -98,7 +98,7 @@ class Table:
         """Map the columns from the files in `folder`.
 
         Raises:
-            OSError, ValueError: a file is missing or damaged.
+            OSError, ValueError, EOFError: a file is missing or damaged.
         """
         # Views, because indexing numpy's memmap class itself is several times slower.
         return cls({name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in columns}, folder)
@@ -153,7 +153,7 @@ def cached(cache: Path | None, files: Sequence[Path], about: dict[str, Any], bui
     folder = cache.expanduser() / f"table-{name}"
     try:
         return Table.open(folder)
-    except (OSError, ValueError):  # not there, or damaged
+    except (OSError, ValueError, EOFError):  # not there, or damaged
         pass
     log.info("indexing %d archive%s; this is done once", len(files), "" if len(files) == 1 else "s")
     table = build()

@@ -172,7 +172,7 @@ class Packed:
         about = self.manifest["splits"][split]
         try:
             table = Table.open(self.root / split, about["columns"])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ConfigError(f"data.root={self.root}: {split} is damaged ({error}); copy or pack it again.") from error
         if len(table) != about["images"]:
             raise ConfigError(
