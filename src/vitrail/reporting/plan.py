@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     disk: float  # bytes
     augmentation: list[str]  # one description per step
     optimizer: str  # description
+    stored: str = ""  # how the stored pixels differ from the original files
 
 
 def plan_table(plan: Plan) -> Group:
@@ -51,6 +52,8 @@ def plan_table(plan: Plan) -> Group:
     tokens = "" if plan.cost.tokens is None else f", {plan.cost.tokens} tokens"
     table.add_row("model", f"{plan.cost.parameters / 1e6:.1f} M parameters, {plan.cost.macs / 1e9:.2f} G MACs{tokens}")
     table.add_row("images", f"{_number(plan.images)} of {plan.classes} classes, {sides} pixels")
+    if plan.stored:
+        table.add_row("", plan.stored)
     parts = [plan.batch_per_device, f"{plan.devices} devices", f"{plan.accumulated} accumulated"]
     table.add_row("batch", f"{' x '.join(map(str, parts))} = {plan.batch}")
     table.add_row("augmentation", "\n".join(plan.augmentation))
