@@ -7,7 +7,6 @@ from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from vitrail.data.images import as_image, decode_image, to_rgb
@@ -59,7 +58,7 @@ class PackOptions(NamedTuple):
         Raises:
             ImageError: the image cannot be read; the message names it.
         """
-        value_range = getattr(split, "value_range", "type")
+        value_range: Any = getattr(split, "value_range", "type")
         read = getattr(split, "encoded", None)
         encoded = None if read is None else read(index)
         if encoded is not None and self.size is None and self.format == "jpeg" and not verify:
