@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from vitrail.data.augment import Augmentation, Transform, ViewedTransform
 from vitrail.data.images import to_rgb
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
+from vitrail.data.phases import PhasedTransforms, Phases
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
@@ -38,6 +39,9 @@ class ViewDataset(Dataset[Item]):
         fill: whether the replacement of an unreadable image counts (training) or is ignored (validation).
         maps: label maps, cropped and flipped like the image.
     """
+
+    phased: PhasedTransforms | None = None
+    """Transform of each epoch, in place of `transform`; None for one transform."""
 
     def __init__(
         self,
@@ -82,8 +86,9 @@ class ViewDataset(Dataset[Item]):
             sample = sample._replace(image=to_rgb(sample.image, getattr(self.split, "value_range", "type")))
         if self.seed is None:
             return Item(self.transform(sample.image), sample.label, sample.key)  # type: ignore[arg-type]
+        transform = self.transform if self.phased is None else self.phased.at(draw.epoch)
         with seeded(self.seed, draw.epoch, draw.sample, draw.repeat):
-            transformed = self.transform(sample.image)
+            transformed = transform(sample.image)
         if not isinstance(transformed, tuple):
             return Item(transformed, sample.label, sample.key)
         assert self.maps is not None
@@ -170,6 +175,12 @@ class ImageDataModule(L.LightningDataModule):
         self.label_maps, self.on_missing_map, self.center_square_maps = label_maps, on_missing_map, center_square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
+    phases: Phases | None = None
+
+    def set_phases(self, phases: Phases) -> None:
+        """Train in phases of image size and RandAugment magnitude; to be called before `setup`."""
+        self.phases = phases
+
     @property
     def input(self) -> InputSpec:
         """Input of the network; the value range is known once the source has opened a split."""
@@ -206,6 +217,10 @@ class ImageDataModule(L.LightningDataModule):
         """Open the splits."""
         if stage in (None, "fit") and not hasattr(self, "train"):
             self.train = self._training_set(self.source.open("train"))
+            if self.phases is not None:
+                self.train.phased = PhasedTransforms(
+                    self.phases, self.augment, self.input, self.hflip, viewed=self.label_maps is not None
+                )
         if not hasattr(self, "val"):
             transform = self.augment.evaluation(self.input)
             self.val = ViewDataset(self.source.open("val"), transform, None, self.skipped_file, fill=False)
