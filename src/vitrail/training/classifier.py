@@ -220,8 +220,8 @@ class ImageClassifier(L.LightningModule):
         """Set the learning rate after `epochs` finished epochs and `steps` optimiser steps."""
         assert self.schedule is not None
         if self.phases is not None:
-            epochs = self.phases.schedule_epochs(epochs)
-            steps = self.phases.schedule_epochs(steps / self._steps_per_epoch) * self._steps_per_epoch
+            length = max(1, self._steps_per_epoch)
+            epochs, steps = self.phases.schedule_epochs(epochs), self.phases.schedule_epochs(steps / length) * length
         self.schedule.advance(scheduler, epochs, steps)
 
     # Validation
