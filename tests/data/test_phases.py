@@ -192,8 +192,8 @@ def test_loader__persistent_workers_follow_the_epoch_and_the_order_stays():
 
 def test_presets__are_scaled_from_224():
     names = sorted(path.stem for path in (CONF / "phases").glob("*.yaml"))
-    assert names == ["efficienttrain", "efficienttrain_pp"]
-    for name in names:
+    assert names == ["efficienttrain", "efficienttrain_pp", "none"]
+    for name in names[:2]:
         calendar = published(name).calendar
         assert calendar[-1]["image_size"] == 224
         assert math.isclose(sum(phase["share"] for phase in calendar), 1)

@@ -6,7 +6,16 @@ import torch
 import vitrail
 from assembly import assemble
 from programs import error_of, metrics, run, run_directories, train
-from resuming import RANDOM_DRAWS, assert_same_state, end_with, fit, last_checkpoint, new_folder, start_held
+from resuming import (
+    RANDOM_DRAWS,
+    assert_same_state,
+    end_with,
+    finish_ranks,
+    fit,
+    last_checkpoint,
+    new_folder,
+    start_held,
+)
 
 PHASES = (
     *("phases=efficienttrain", "phases.multiple=8", "phases.downscale=lanczos"),
@@ -47,6 +56,17 @@ def test_resume__killed_in_two_phases_gives_the_same_bits(image_tree, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_same_state(last_checkpoint(directory), expected)
     assert [row["train/image_size"] for row in metrics(directory)] == [16, 24, 32]
+
+
+@pytest.mark.parametrize("trainer", ["ddp_cpu_2", pytest.param("fsdp_cpu_2", marks=pytest.mark.slow)])
+def test_processes__two_give_the_weights_of_one(trainer, image_tree, tmp_path):
+    """The position table is never replaced, so that gradients are averaged, or sharded, at every size."""
+    common = (*RANDOM_DRAWS, *PHASES, f"data.root={image_tree}", "data.num_workers=0", "mixing=none")
+    common = (*common, "model.drop_path_rate=0", "model.drop_rate=0", "trainer.gradient_clip_val=null")
+    one = last_checkpoint(train(*common, "data.batch_size=4", logs=new_folder(tmp_path / "one")))
+    two = finish_ranks(*common, f"trainer={trainer}", logs=new_folder(tmp_path / "two"))
+    for key, value in one["current_model_state"].items():
+        torch.testing.assert_close(value, two["current_model_state"][key], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ class PhaseCalendar:
         self.calendar = [dict(phase) for phase in calendar]
         self.by, self.multiple, self.downscale = by, multiple, downscale
         if not self.calendar:
-            raise ConfigError("phases.calendar: has no phases; list at least one, or set phases=null.")
+            raise ConfigError("phases.calendar: has no phases; list at least one, or set phases=none.")
         for number, phase in enumerate(self.calendar):
             if unknown := sorted(phase.keys() - _KEYS.keys()):
                 raise ConfigError(f"phases.calendar[{number}].{unknown[0]}: no such key; use {', '.join(_KEYS)}.")

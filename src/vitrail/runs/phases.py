@@ -44,7 +44,7 @@ def fit_to_phases(model: nn.Module, phases: Phases, num_classes: int) -> None:
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"phases: {name} cannot run at {sides} ({reason}); choose another backbone, or set phases=null."
+                f"phases: {name} cannot run at {sides} ({reason}); choose another backbone, or set phases=none."
             ) from error
 
 
