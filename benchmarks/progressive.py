@@ -7,7 +7,7 @@ Four trainings of a small ViT with three seeds each:
 - magnitudes: the progressive training's magnitudes, but 32 pixels throughout, to tell the two effects apart;
 - short: plain, with as many epochs as the operations of the progressive training pay for.
 
-Prints top-1 after the last epoch, mean and spread, against the share of the operations, in about 15 minutes on one core.
+Prints top-1 after the last epoch, mean and spread, against the share of the operations, in 15 minutes on one core.
 Finished trainings are kept, so that an interrupted measurement resumes.
 """
 

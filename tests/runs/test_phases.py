@@ -16,6 +16,7 @@ from resuming import (
     new_folder,
     start_held,
 )
+from vitrail.checkpoints.reading import read_checkpoint
 
 PHASES = (
     *("phases=efficienttrain", "phases.multiple=8", "phases.downscale=lanczos"),
@@ -64,7 +65,8 @@ def test_processes__two_give_the_weights_of_one(trainer, image_tree, tmp_path):
     common = (*RANDOM_DRAWS, *PHASES, f"data.root={image_tree}", "data.num_workers=0", "mixing=none")
     common = (*common, "model.drop_path_rate=0", "model.drop_rate=0", "trainer.gradient_clip_val=null")
     one = last_checkpoint(train(*common, "data.batch_size=4", logs=new_folder(tmp_path / "one")))
-    two = finish_ranks(*common, f"trainer={trainer}", logs=new_folder(tmp_path / "two"))
+    finish_ranks(*common, f"trainer={trainer}", logs=new_folder(tmp_path / "two"))
+    two = read_checkpoint(run_directories(tmp_path / "two")[0] / "checkpoints" / "last.ckpt")  # joins shards
     for key, value in one["current_model_state"].items():
         torch.testing.assert_close(value, two["current_model_state"][key], rtol=0, atol=1e-4)
 
