@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from vitrail.data.images import as_image
 from vitrail.data.sources import Digits
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ def write_digits(root: Path, counts: dict[str, int]) -> None:
             x, y = (int(place) for place in random.integers(0, SIDE - size + 1, 2))
             image = image.point(lambda value: value // 2)
             colour = random.integers(128, 256, 3)  # brighter than any background
-            stroke = digit.image.convert("L").resize((size, size), Image.Resampling.BICUBIC)
+            stroke = as_image(digit.image).convert("L").resize((size, size), Image.Resampling.BICUBIC)
             image.paste(Image.new("RGB", (size, size), tuple(int(part) for part in colour)), (x, y), stroke)
             folder = root / split / str(digit.label)
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, Union
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrail_runtime.checking import Length, PositiveInt, check_value
@@ -61,13 +63,17 @@ class InputSpec:
     value_range: tuple[float, float] | None = None
 
 
+Picture = Union["Image", NDArray[np.uint8]]
+"""Decoded RGB image: Pillow's, or an array (H, W, 3)."""
+
+
 class Sample(NamedTuple):
     """One image of a source.
 
     `key` identifies the image in every store, such as label maps (`n01440764/n01440764_10026`).
     """
 
-    image: Image
+    image: Picture
     label: int
     key: str
 
@@ -87,23 +93,56 @@ class Warp(NamedTuple):
     """Extent of the image before the warp; pixels from outside it are grey."""
 
 
-class View(NamedTuple):
-    """Geometry of one augmentation: mirror the image if `flipped`, apply the warps, then crop the box."""
+class Geometry(NamedTuple):
+    """Geometry of one view: mirror the image if `flipped`, apply the warps, then crop the box."""
 
     box: Box
     flipped: bool
     warps: tuple[Warp, ...] = ()
 
 
+class Step(NamedTuple):
+    """One operation of a view and its drawn values, such as `("solarize", (128,))`; see `vitrail.data.views`."""
+
+    name: str
+    values: tuple[Any, ...] = ()
+
+
+class Erasing(NamedTuple):
+    """Box of random erasing, in pixels of the network's input."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class View(NamedTuple):
+    """Everything that augmentation decided for one image, as plain data; `vitrail.data.render` makes its pixels."""
+
+    size: tuple[int, int]
+    """(height, width) of the image, in pixels."""
+    crop_size: tuple[int, int]
+    """(height, width) to which the crop is resized, in pixels."""
+    output: tuple[int, int]
+    """(height, width) of the network's input, in pixels; smaller than `crop_size` if the finished crop is resized."""
+    steps: tuple[Step, ...]
+    """Operations, in order; one of them is the crop."""
+    erasing: tuple[Erasing, ...] = ()
+    """Boxes to erase after normalisation."""
+    noise: tuple[int, int] = (0, 0)
+    """Seed of the erased boxes' content, and how many numbers to draw before it."""
+
+
 class LabelMap(NamedTuple):
-    """Top K scores of an annotator for one image, and the view that augmentation took of it."""
+    """Top K scores of an annotator for one image, and the geometry of the image's view."""
 
     scores: Tensor
     """(K, H, W) float16; in a batch (B, K, H, W)."""
     classes: Tensor
     """(K, H, W) int32; in a batch (B, K, H, W)."""
     box: Tensor
-    """(4,) float32, see `View`; in a batch (B, 4)."""
+    """(4,) float32, see `Geometry`; in a batch (B, 4)."""
     flipped: Tensor
     """() bool; in a batch (B,)."""
 
@@ -111,12 +150,14 @@ class LabelMap(NamedTuple):
 class Item(NamedTuple):
     """A sample after augmentation, ready to be collated."""
 
-    image: Tensor
-    """(3, H, W) float32, normalised."""
+    image: Any
+    """(3, H, W) float32, normalised; a `vitrail.data.render.plan.Shipped` if the device renders it."""
     label: int
     """Class index, or `IGNORE`."""
     key: str
     label_map: LabelMap | None = None
+    view: View | None = None
+    """View of a training image."""
 
 
 class Mix(Protocol):

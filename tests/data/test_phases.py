@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
 from vitrail.data import Augmentation, ImageDataModule, PhaseCalendar
-from vitrail.data.phases import PhasedTransforms, with_magnitude
-from vitrail.data.randomness import seeded
+from vitrail.data.phases import PhasedViews, with_magnitude
+from vitrail.data.render import PILRenderer
 from vitrail.data.sources import Digits
+from vitrail.data.views import geometry
 from vitrail.errors import ConfigError
 from vitrail.runs.config import compose, instantiate
 from vitrail.types import InputSpec
@@ -106,70 +105,71 @@ def photograph():
     return Image.fromarray(values).resize((70, 90), Image.Resampling.BICUBIC)
 
 
-def transforms(augment, calendar=CALENDAR, viewed=False, **kwargs):
+def phased(augment, calendar=CALENDAR, **kwargs):
     phases = PhaseCalendar(calendar, multiple=8, **kwargs).fit((32, 32), 4)
-    return PhasedTransforms(phases, augment, SPEC, 0.5, viewed)
+    return PhasedViews(phases, augment, SPEC, 0.5)
+
+
+def rendered(views, epoch, seed=0):
+    return PILRenderer(SPEC).image(photograph(), views.draw_view((90, 70), seed, epoch, 3))
 
 
 @pytest.mark.parametrize("crop_last", [False, True])
 def test_lanczos__resizes_the_finished_crop(crop_last):
-    """The image of a phase is the full-size image with the phase's magnitude, resized before normalisation."""
+    """The image of a phase is the full-size image with the phase's magnitude, resized."""
     augment = Augmentation(scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1", crop_last=crop_last)
-    made = transforms(augment).at(2)
-    full = replace(augment, auto_augment="rand-m5-mstd0.5-inc1").training(SPEC, 0.5)
+    full = replace(augment, auto_augment="rand-m5-mstd0.5-inc1").views(SPEC, 0.5)
     for seed in range(5):
-        with seeded(seed):
-            found = made(photograph())
-        with seeded(seed):
-            whole = full(photograph())
-        pixels = ((whole * 0.5 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
-        expected = np.asarray(resize(Image.fromarray(pixels), [24, 24], InterpolationMode.LANCZOS))
-        assert found.shape == (3, 24, 24)
-        assert np.array_equal(((found * 0.5 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+        expected = rendered(full, 2, seed).resize((24, 24), Image.Resampling.LANCZOS)
+        assert np.array_equal(rendered(phased(augment), 2, seed), expected)
 
 
-def test_crop__is_rendered_at_the_size_of_the_phase():
-    augment = Augmentation(scale=(0.2, 1.0), erase_prob=1.0)
-    made = transforms(augment, downscale="crop")
-    assert [made.at(epoch)(photograph()).shape[-1] for epoch in range(5)] == [16, 16, 24, 32, 32]
-    plain = replace(SPEC, size=(24, 24))
-    assert str(made.at(2)) == str(augment.training(plain, 0.5))
+@pytest.mark.parametrize("downscale", ["crop", "lanczos"])
+def test_views__have_the_size_and_erasing_of_the_phase(downscale):
+    made = phased(Augmentation(scale=(0.2, 1.0), erase_prob=1.0), downscale=downscale)
+    for epoch, side in enumerate((16, 16, 24, 32, 32)):
+        view = made.draw_view((90, 70), 0, epoch, 3)
+        assert view.output == (side, side)
+        assert view.crop_size == ((side, side) if downscale == "crop" else (32, 32))
+        assert PILRenderer(SPEC)(photograph(), view).shape == (3, side, side)
+        for top, left, height, width in view.erasing:
+            assert top + height <= side
+            assert left + width <= side
 
 
-def test_final_phase__equals_the_plain_transform():
-    augment = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.25)
-    assert str(transforms(augment).at(3)) == str(augment.training(SPEC, 0.5))
+@pytest.mark.parametrize("augment", [
+    Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.25), Augmentation(shift=0.125),
+])  # fmt: skip
+def test_final_phase__has_the_plain_views(augment):
+    for index in range(20):
+        plain = augment.views(SPEC, 0.5).draw_view((90, 70), 0, 3, index)
+        assert phased(augment).draw_view((90, 70), 0, 3, index) == plain
 
 
-@pytest.mark.parametrize("augment", [Augmentation(enabled=False), Augmentation(shift=0.125)])
-def test_other_augmentations__get_the_size_of_the_phase(augment):
-    assert transforms(augment).at(0)(photograph()).shape == (3, 16, 16)
-
-
-def test_views__do_not_depend_on_the_size():
-    """Label maps are cropped as a share of the image: the same view, whatever the size of the pixels."""
-    augment = Augmentation(scale=(0.1, 1.0))
-    made = transforms(augment, viewed=True)
-    views = []
+def test_label_maps__follow_the_crop_at_every_size():
+    """Label maps are cropped as a share of the image, so that the number of pixels does not matter."""
+    made, full = phased(Augmentation(scale=(0.1, 1.0))), Augmentation(scale=(0.1, 1.0)).views(SPEC, 0.5)
     for epoch in (0, 2, 3):
-        with seeded(7):
-            pixels, view = made.at(epoch)(photograph())
-        views.append(view)
-        assert pixels.shape[-1] == (16, 24, 32)[len(views) - 1]
-    assert views[0] == views[1] == views[2]
+        assert geometry(made.draw_view((90, 70), 0, epoch, 3)) == geometry(full.draw_view((90, 70), 0, epoch, 3))
 
 
 def test_warning__if_there_is_no_magnitude_to_change(caplog):
-    transforms(Augmentation(auto_augment="3a"))
+    phased(Augmentation(auto_augment="3a"))
     assert "phases: augment.auto_augment=3a has no magnitude to change" in caplog.text
     caplog.clear()
-    transforms(Augmentation(auto_augment="rand-m9"))
-    transforms(Augmentation(), calendar=[{"share": 1, "image_size": 8}])
+    phased(Augmentation(auto_augment="rand-m9"))
+    phased(Augmentation(), calendar=[{"share": 1, "image_size": 8}])
     assert not caplog.text
 
 
-def digits(workers, phases=True):
-    data = ImageDataModule(Digits(), Augmentation(), 32, batch_size=300, num_workers=workers)
+def test_evaluation_transform__has_no_phases():
+    data = ImageDataModule(Digits(), Augmentation(enabled=False), 32)
+    with pytest.raises(ConfigError, match="phases change the training augmentation"):
+        data.set_phases(PhaseCalendar(CALENDAR).fit((32, 32), 4))
+
+
+def digits(workers, phases=True, **kwargs):
+    data = ImageDataModule(Digits(), Augmentation(), 32, batch_size=300, num_workers=workers, **kwargs)
     if phases:
         data.set_phases(PhaseCalendar(CALENDAR, multiple=8).fit((32, 32), 4))
     data.setup()
@@ -188,6 +188,19 @@ def test_loader__persistent_workers_follow_the_epoch_and_the_order_stays():
             assert worker.key == main.key == plain.key
             assert side < 32 or torch.equal(plain.image, main.image)
     assert digits(0).val_dataloader().dataset[0].image.shape == (3, 32, 32)
+
+
+def test_device__renders_the_size_of_the_phase():
+    """Rendered in batches, at most 1 of 255 from Pillow's pixels in each of crop and resize."""
+    loader, device = digits(0).train_dataloader(), digits(0, render="device").train_dataloader()
+    for epoch, side in ((0, 16), (2, 24), (3, 32)):
+        loader.sampler.set_epoch(epoch)
+        device.sampler.set_epoch(epoch)
+        one, other = next(iter(loader)), next(iter(device))
+        assert one.image.shape == other.image.shape == (300, 3, side, side)
+        difference = (one.image - other.image).abs() * 0.229 * 255
+        assert (difference < 2.5).all()
+        assert (difference < 0.5).float().mean() > 0.99
 
 
 def test_presets__are_scaled_from_224():

@@ -7,12 +7,13 @@ from PIL import Image
 
 from peers.recorded import recorded
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.datamodule import ViewDataset
+from vitrail.data.datamodule import TrainingTransform, ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
-from vitrail.data.randomness import seeded
+from vitrail.data.render import PILRenderer
 from vitrail.data.sampling import Draw
+from vitrail.data.views import geometry
 from vitrail.errors import ConfigError
-from vitrail.types import InputSpec, Sample, View
+from vitrail.types import Geometry, InputSpec, Sample
 
 PIXELS = InputSpec((56, 56), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -42,34 +43,17 @@ class TwoImages:
         return ["c/0", "c/1"]
 
 
-@pytest.mark.parametrize(
-    ("auto_augment", "crop_last"),
-    [(None, False), ("rand-m9-mstd0.5-inc1", False), ("rand-m9-mstd0.5-inc1", True), ("3a", False)],
-)
-def test_view__pixels_equal_the_plain_transform(auto_augment, crop_last):
-    options = {"erase_prob": 0.3, "interpolation": "random", "color_jitter": 0.3, "crop_last": crop_last}
-    augment = Augmentation(auto_augment=auto_augment, **options)
-    plain, viewed = augment.training(PIXELS, 0.5), augment.viewed(PIXELS, 0.5)
-    flips = 0
-    for draw in range(60):
-        with seeded(draw):
-            expected = plain(position_image(200, 120))
-        with seeded(draw):
-            pixels, view = viewed(position_image(200, 120))
-        torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
-        assert 0 <= view.box[0] < view.box[2] <= 1 + 1e-9
-        flips += view.flipped
-    assert 15 < flips < 45
+def transform_of(augment, hflip=0.5):
+    return TrainingTransform(augment.views(PIXELS, hflip), PILRenderer(PIXELS), warps=augment.warp_label_maps)
 
 
 def test_view__matches_the_origin_of_the_pixels():
-    viewed = Augmentation().viewed(PIXELS, 0.5)
+    transform = transform_of(Augmentation())
     for draw in range(40):
-        with seeded(draw):
-            pixels, view = viewed(position_image(400, 300))
-        x1, y1, x2, y2 = view.box
+        view = transform.views.draw_view((300, 400), draw)
+        pixels, (x1, y1, x2, y2) = transform.renderer(position_image(400, 300), view), geometry(view).box
         across = pixels[0].mean(0)  # red along a row
-        seen = 1 - across if view.flipped else across  # columns of the mirrored image count from its right
+        seen = 1 - across if geometry(view).flipped else across  # columns of the mirrored image count from its right
         step = (x2 - x1) / 56
         assert seen[0].item() == pytest.approx(x1 + step / 2, abs=0.02)
         assert seen[-1].item() == pytest.approx(x2 - step / 2, abs=0.02)
@@ -105,7 +89,7 @@ def targets_and_pixels(transform, axis, cells, folder, epochs):
 
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_token_targets__match_the_pixels_of_their_token(axis, tmp_path):
-    transform = Augmentation().viewed(PIXELS, 0.5)
+    transform = transform_of(Augmentation())
     expected, seen, _, _ = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=20)
     assert (expected - seen).abs().mean() < 0.02, "half a cell is 0.014"
     assert (expected - seen).abs().max() < 0.06
@@ -116,11 +100,10 @@ def test_token_targets__match_the_pixels_of_their_token(axis, tmp_path):
 def test_token_targets__follow_rotations_shears_and_shifts(axis, crop_last, tmp_path):
     """Apply two operations to every image, at RandAugment's strength; the empty area has no class."""
     augment = Augmentation(scale=(0.5, 1.0), auto_augment="rand-n2-m9-mstd0.5-inc1", crop_last=crop_last)
-    transform = augment.viewed(PIXELS, 0.5)
-    (stage,) = [stage for stage in transform.transform.transforms if hasattr(stage, "ops")]
-    stage.ops = [op for op in stage.ops if op.name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
-    for op in stage.ops:
-        op.prob = 1.0
+    transform = transform_of(augment)
+    geometric = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+    policy = transform.views.policy
+    policy.operations = [part._replace(prob=1.0) for part in policy.operations if part.name in geometric]
     expected, seen, blue, highest = targets_and_pixels(transform, axis, 36, tmp_path / "maps", epochs=60)
     whole, empty = blue > 0.999, blue < 0.001
     assert whole.float().mean() > 0.4
@@ -138,7 +121,7 @@ def test_token_targets__follow_rotations_shears_and_shifts(axis, crop_last, tmp_
 def test_join__maps_of_the_central_square(center_square_maps, x, tmp_path):
     """The first image has 200 x 120 pixels, so its central square starts at a fifth of its width."""
     maps = position_maps("column", 60, tmp_path / "maps", center_square_maps, coverage="center square")
-    made = maps(0, 0, View((0.0, 0.0, 1.0, 1.0), False), (200, 120))
+    made = maps(0, 0, Geometry((0.0, 0.0, 1.0, 1.0), False), (200, 120))
     labelled = made.scores[0].bool()
     columns = (torch.arange(60) + 0.5) / 60
     torch.testing.assert_close(labelled.any(0), (columns > x[0]) & (columns < x[1]))
@@ -146,13 +129,11 @@ def test_join__maps_of_the_central_square(center_square_maps, x, tmp_path):
     torch.testing.assert_close(seen, columns[labelled[30]], atol=0.01, rtol=0)
 
 
-def test_view__no_warps_if_turned_off(tmp_path):
+def test_view__no_warps_if_turned_off():
     augment = Augmentation(auto_augment="rand-n2-m9-mstd0.5-inc1", warp_label_maps=False)
-    views = []
-    for draw in range(20):
-        with seeded(draw):
-            views.append(augment.viewed(PIXELS, 0.5)(position_image(90, 60))[1])
-    assert not any(view.warps for view in views)
+    views = [augment.views(PIXELS, 0.5).draw_view((60, 90), draw) for draw in range(20)]
+    assert not any(geometry(view, augment.warp_label_maps).warps for view in views)
+    assert any(geometry(view).warps for view in views)
 
 
 def store_of(path, keys, num_classes=3, value=5.0):
@@ -175,7 +156,7 @@ def test_join__missing_maps(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         join = LabelMapJoin(store, ["c/0", "c/1"], list("abc"), on_missing="ignore")
     assert "1 of 2 images have no label map" in caplog.text
-    _, view = Augmentation().viewed(PIXELS, 0.5)(position_image(80, 80))
+    view = geometry(Augmentation().views(PIXELS, 0.5).draw_view((80, 80), 0))
     maps = torch.utils.data.default_collate([join(0, 0, view, (80, 80)), join(1, 2, view, (80, 80))])
     targets = token_targets(*maps, grid=(2, 2), num_classes=3, smoothing=0.0)
     torch.testing.assert_close(targets.tokens[1], torch.tensor([0.0, 0, 1]).expand(4, 3), atol=1e-6, rtol=0)
@@ -195,11 +176,17 @@ def test_join__maps_of_other_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("augment", "key"), [({"vflip": 0.5}, "augment.vflip"), ({"enabled": False}, "augment.enabled")]
+    ("augment", "key"),
+    [
+        ({"vflip": 0.5}, "augment.vflip"),
+        ({"enabled": False}, "augment.enabled"),
+        ({"shift": 0.1}, "augment.shift"),
+        ({"auto_augment": "augmix-m5"}, "augment.auto_augment=augmix-m5: label maps cannot follow AugMix"),
+    ],
 )
 def test_view__unsupported_augmentation(augment, key):
     with pytest.raises(ConfigError, match=key):
-        Augmentation(**augment).viewed(PIXELS, 0.5)
+        Augmentation(**augment).check_label_maps()
 
 
 @pytest.mark.parametrize(

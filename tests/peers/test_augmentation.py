@@ -12,6 +12,7 @@ from timm.data import create_transform
 
 from programs import PROJECT
 from vitrail.data import ImageFolderDataModule
+from vitrail.data.images import as_image
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
 from vitrail.runs.config import instantiate
@@ -61,7 +62,7 @@ def test_training__same_pixels_for_the_same_draws(name, photographs):
     seen = []
     for index in range(200):
         with seeded(4, 2, index):
-            expected = timms(data.train.split[index].image)
+            expected = timms(as_image(data.train.split[index].image))
         seen.append(data.train[Draw(index, 2, False)].image)
         assert torch.equal(seen[-1], expected), data.train.split.keys()[index]
     assert len({image.sum().item() for image in seen}) == 200
@@ -73,4 +74,4 @@ def test_evaluation__same_pixels(name, photographs):
     crop_pct, interpolation = EVALUATION[name]
     timms = create_transform(96, is_training=False, crop_pct=crop_pct, interpolation=interpolation)
     for index in range(200):
-        assert torch.equal(data.val[Draw(index, 0, False)].image, timms(data.val.split[index].image))
+        assert torch.equal(data.val[Draw(index, 0, False)].image, timms(as_image(data.val.split[index].image)))

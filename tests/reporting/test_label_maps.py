@@ -6,14 +6,15 @@ import torch
 from PIL import Image
 
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.datamodule import ViewDataset
+from vitrail.data.datamodule import TrainingTransform, ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.mixing import TokenMix
+from vitrail.data.render import PILRenderer
 from vitrail.errors import ImageError
 from vitrail.reporting.label_maps import describe, label_map_sheet
 from vitrail.types import InputSpec, Sample
 
-PIXELS = InputSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PIXELS = InputSpec((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Greys:
@@ -42,7 +43,10 @@ def sheet(tmp_path):
         writer.write(index, np.where(classes == 0, 20.0, 1.0), classes)
     maps = LabelMapJoin(writer.finish(), Greys().keys(), ["a", "b", "c"])
     dataset = ViewDataset(
-        Greys(), Augmentation(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3)).viewed(PIXELS, 0.0), 0, maps=maps
+        Greys(),
+        TrainingTransform(Augmentation(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3)).views(PIXELS, 0.0), PILRenderer(PIXELS)),
+        0,
+        maps=maps,
     )
     names = ["a", "b", "c"]
     return np.asarray(label_map_sheet(dataset, PIXELS, (4, 4), MixToken(), names, names, count=4)).astype(int)
@@ -87,7 +91,9 @@ def test_sheet__shows_the_box_swapped_by_mixtoken(tmp_path):
     for index in range(2):
         writer.write(index, np.full((1, 2, 2), 20.0), np.full((1, 2, 2), index))
     maps = LabelMapJoin(writer.finish(), Two().keys(), ["a", "b"])
-    dataset = ViewDataset(Two(), Augmentation(scale=(1.0, 1.0)).viewed(PIXELS, 0.0), 0, maps=maps)
+    dataset = ViewDataset(
+        Two(), TrainingTransform(Augmentation(scale=(1.0, 1.0)).views(PIXELS, 0.0), PILRenderer(PIXELS)), 0, maps=maps
+    )
 
     class Corner:
         def for_batch(self, image_shape, grid, key):

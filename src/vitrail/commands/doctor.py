@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rich import get_console
 
 from vitrail.data import Augmentation, ImageDataModule
+from vitrail.data.images import size_of
 from vitrail.data.label_maps import LabelMapStore
 from vitrail.data.label_maps.checks import (
     Finding,
@@ -106,7 +107,8 @@ def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Iter
             sample = split[index]
         except ImageError as error:
             return str(error)
-        return sample.image.size, float(np.asarray(sample.image, np.float32).std(axis=(0, 1)).max()), sample.key
+        height, width = size_of(sample.image)
+        return (width, height), float(np.asarray(sample.image, np.float32).std(axis=(0, 1)).max()), sample.key
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(look, map(int, sample_of(len(split), sample))))

@@ -1,24 +1,21 @@
-"""Training augmentation and evaluation transform, built with timm from the names used in configs.
+"""Training augmentation and evaluation transform, by the names used in configs.
 
 Shapes: H x W pixels.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
-from torchvision import transforms
 
+from vitrail.data.render.plan import BATCHED, KERNELS
+from vitrail.data.views import TrainingViews
 from vitrail.errors import ArgumentError, ConfigError
-from vitrail.types import Box, InputSpec, View, Warp
+from vitrail.types import InputSpec
 from vitrail_runtime.checking import Length, NonNegative, Positive, PositiveInt, Share, checked
 
 Transform = Callable[[Image.Image], Tensor]
@@ -36,7 +33,7 @@ _POLICY = re.compile(
 @checked
 @dataclass(frozen=True)
 class Augmentation:
-    """Arguments of timm's `create_transform`; see conf/augment for the published values.
+    """What training images go through, in timm's terms; see conf/augment for the published values.
 
     Attributes:
         scale: area of the random crop as a share of the image, (low, high).
@@ -57,6 +54,7 @@ class Augmentation:
         shift: instead of the random crop, shift the whole image by up to this share of its side and fill with zeros
             (black), as is usual for transfer to CIFAR; None means the random crop.
         warp_label_maps: apply RandAugment's rotations, shears and translations to label maps too.
+        operations: operations of your own (`vitrail.data.views.Operation`), applied last.
         enabled: False uses the evaluation transform for training.
     """
 
@@ -76,6 +74,7 @@ class Augmentation:
     crop_last: bool = False
     shift: Share | None = None
     warp_label_maps: bool = True
+    operations: Sequence[Any] = ()
     enabled: bool = True
 
     def __post_init__(self) -> None:
@@ -89,40 +88,18 @@ class Augmentation:
                 self.auto_augment,
                 "not a policy of timm, such as rand-m9-mstd0.5-inc1, original-mstd0.5, augmix-m5-w4-d2, or 3a",
             )
+        if self.shift is not None and self.interpolation == "random":
+            raise ArgumentError("interpolation", "random", "shift needs one kernel, such as bicubic")
+        names = [operation.name for operation in self.operations]
+        if taken := {name for name in names if name in BATCHED or names.count(name) > 1}:
+            raise ArgumentError("operations", min(taken), "another operation has this name; choose another one")
 
-    def training(self, spec: InputSpec, hflip: float) -> Transform:
-        """Return the training transform from an RGB image to (3, H, W); `hflip` is used if `self.hflip` is None."""
-        if not self.enabled:
-            return self.evaluation(spec)
-        transform = create_transform(
-            input_size=spec.size,
-            is_training=True,
-            scale=tuple(self.scale),
-            ratio=tuple(self.ratio),
-            hflip=hflip if self.hflip is None else self.hflip,
-            vflip=self.vflip,
-            color_jitter=self.color_jitter or None,
-            auto_augment=self.auto_augment,
-            interpolation=self.interpolation,
-            mean=spec.mean,
-            std=spec.std,
-            re_prob=self.erase_prob,
-            re_mode=self.erase_mode,
-            re_count=self.erase_count,
-        )
-        _fix_posterize(transform)
-        stages = transform.transforms
-        if self.shift is not None:
-            border = [round(self.shift * side) for side in reversed(spec.size)]
-            resize = transforms.Resize(spec.size, str_to_interp_mode(self.interpolation))
-            stages[0] = transforms.Compose([resize, transforms.RandomCrop(spec.size, border)])
-        if self.crop_last:
-            crop = stages.pop(0)
-            stages.insert(next(i for i, stage in enumerate(stages) if isinstance(stage, MaybeToTensor)), crop)
-        return transform
+    def views(self, spec: InputSpec, hflip: float) -> TrainingViews:
+        """Return the views of training images; `hflip` is used if `self.hflip` is None."""
+        return TrainingViews(self, spec.size, hflip if self.hflip is None else self.hflip)
 
-    def viewed(self, spec: InputSpec, hflip: float) -> "ViewedTransform":
-        """Return the training transform that also returns the `View` of each image, which label maps need.
+    def check_label_maps(self) -> None:
+        """Check that label maps can follow the views.
 
         Raises:
             ConfigError: the augmentation includes an operation that label maps do not support.
@@ -133,9 +110,24 @@ class Augmentation:
             raise ConfigError(f"augment.shift={self.shift}: label maps need the random crop; set it to null.")
         if not self.enabled:
             raise ConfigError("augment.enabled=false: label maps need the training crop; set it to true.")
-        transform = self.training(spec, hflip)
-        assert isinstance(transform, transforms.Compose)
-        return ViewedTransform(transform, self.warp_label_maps)
+        if (self.auto_augment or "").startswith("augmix") and self.warp_label_maps:
+            raise ConfigError(
+                f"augment.auto_augment={self.auto_augment}: label maps cannot follow AugMix, which mixes several"
+                " geometries; choose RandAugment, or set augment.warp_label_maps=false."
+            )
+
+    def device_problem(self) -> str | None:
+        """Return what the device renderer cannot do, as a config value and the reason; None if it can do everything."""
+        if not self.enabled:
+            return "augment.enabled=false: the evaluation transform runs in the loader"
+        if (self.auto_augment or "").startswith("augmix"):
+            return f"augment.auto_augment={self.auto_augment}: AugMix runs in the loader"
+        if self.interpolation not in (*KERNELS, "random"):
+            return f"augment.interpolation={self.interpolation}: the device has {', '.join(KERNELS)} and random"
+        for operation in self.operations:
+            if not hasattr(operation, "render_batch"):
+                return f"augment.operations: {operation.name} has no render_batch"
+        return None
 
     def evaluation(self, spec: InputSpec) -> Transform:
         """Return the deterministic evaluation transform from an RGB image to (3, H, W)."""
@@ -148,119 +140,3 @@ class Augmentation:
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
-
-
-class ViewedTransform:
-    """timm's training transform, with the same draws and pixels, that also returns the view.
-
-    Args:
-        transform: result of `Augmentation.training`.
-        warps: record rotations, shears and translations.
-    """
-
-    def __init__(self, transform: transforms.Compose, warps: bool = True) -> None:
-        self.transform, self.warps = transform, warps
-        self._flip = _RecordedFlip(0.0)
-        self._crop_first = isinstance(transform.transforms[0], RandomResizedCropAndInterpolation)
-        self._reset()
-        for number, stage in enumerate(transform.transforms):
-            if isinstance(stage, RandomResizedCropAndInterpolation):
-                stage.get_params = self._crop
-            elif isinstance(stage, transforms.RandomHorizontalFlip):
-                self._flip = transform.transforms[number] = _RecordedFlip(stage.p)
-            for operation in _operations(stage):
-                if operation.name.startswith(("Rotate", "Shear", "Translate")):
-                    operation.aug_fn = partial(self._warp, operation.aug_fn)
-
-    def _reset(self) -> None:
-        self._box: Box = (0.0, 0.0, 1.0, 1.0)
-        self._warps: list[Warp] = []
-        self._flip.flipped = False
-
-    def _crop(self, image: Image.Image, scale: Any, ratio: Any) -> tuple[int, int, int, int]:
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
-        right, bottom = left + width, top + height
-        self._box = (left / image.width, top / image.height, right / image.width, bottom / image.height)
-        return top, left, height, width
-
-    def _warp(self, operation: Callable[..., Any], image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
-        if self.warps:
-            recorder = _AffineRecorder(image.size)
-            # A fixed kernel: timm would draw a random one here and so change the later draws.
-            operation(recorder, *args, **{**kwargs, "resample": Image.Resampling.BILINEAR})
-            x1, y1, x2, y2 = bounds = self._current_box()
-            a, b, c, d, e, f = recorder.matrix
-            width, height = image.width / (x2 - x1), image.height / (y2 - y1)  # size of the whole image in these pixels
-            b, d = b * height / width, d * width / height
-            matrix = (
-                *(a, b, x1 + c / width - a * x1 - b * y1),
-                *(d, e, y1 + f / height - d * x1 - e * y1),
-            )
-            self._warps.append(Warp(matrix, bounds))
-        return operation(image, *args, **kwargs)
-
-    def _current_box(self) -> Box:
-        """Return the box of the (mirrored) image that the image covers at this stage."""
-        x1, y1, x2, y2 = self._box
-        # timm mirrors the crop, while a view crops the mirrored image.
-        return (1 - x2, y1, 1 - x1, y2) if self._flip.flipped and self._crop_first else self._box
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
-        """Return the pixels (3, H, W) and their view."""
-        self._reset()
-        pixels = self.transform(image)
-        return pixels, View(self._current_box(), self._flip.flipped, tuple(self._warps))
-
-
-class _AffineRecorder:
-    """Stand-in for an image that records the matrix of a geometric operation.
-
-    `matrix` is (a, b, c, d, e, f): the pixel (x, y) comes from (ax + by + c, dx + ey + f).
-    """
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-        self.matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-
-    def transform(self, size: tuple[int, int], method: Any, matrix: Any, **_: Any) -> None:
-        """Record the matrix of Pillow's affine transform."""
-        self.matrix = tuple(map(float, matrix))  # type: ignore[assignment]
-
-    def rotate(self, degrees: float, **_: Any) -> None:
-        """Record the matrix of Pillow's rotation, counter-clockwise about the centre."""
-        x, y = self.size[0] / 2, self.size[1] / 2
-        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        self.matrix = (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
-
-
-class _RecordedFlip(transforms.RandomHorizontalFlip):
-    """torchvision's flip, with the same draw, that records whether it flipped the last image."""
-
-    flipped = False
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        self.flipped = bool(torch.rand(1) < self.p)
-        return ImageOps.mirror(image) if self.flipped else image
-
-
-def _operations(stage: Any) -> list[Any]:
-    """Return the operations that timm's RandAugment or AutoAugment chooses from."""
-    return [*getattr(stage, "ops", ()), *(operation for policy in getattr(stage, "policy", ()) for operation in policy)]
-
-
-def _fix_posterize(transform: transforms.Compose) -> None:
-    """Make posterisation to 0 bits return a black image.
-
-    timm draws 0 bits in 2 % of its posterisations. Pillow returned a black image when the published models were
-    trained; current versions raise an error.
-    """
-    for stage in transform.transforms:
-        for operation in _operations(stage):
-            if operation.name.startswith("Posterize"):
-                operation.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    if bits >= 8:
-        return image
-    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -3,26 +3,38 @@
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vitrail.data.augment import Augmentation, Transform, ViewedTransform
-from vitrail.data.images import to_rgb
+from vitrail.data.augment import Augmentation, Transform
+from vitrail.data.images import as_image, size_of, to_rgb
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
-from vitrail.data.phases import PhasedTransforms, Phases
-from vitrail.data.randomness import seeded
+from vitrail.data.phases import PhasedViews, Phases
+from vitrail.data.render import DeviceLoader, PILRenderer, Shipped, plan_batch, ship
 from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
+from vitrail.data.views import TrainingViews, geometry
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, Batch, ImageSize, InputSpec, Item, LabelMap, height_width
 from vitrail_runtime.checking import RGB, Length, NonNegativeInt, Positive, PositiveInt, Share, checked
 
 _GRACE_SECONDS = 60
+
+
+class TrainingTransform(NamedTuple):
+    """How to view and render training images."""
+
+    views: TrainingViews | PhasedViews
+    renderer: PILRenderer
+    on_device: bool = False
+    """Whether the training device renders, so that a sample only has what it needs."""
+    warps: bool = True
+    """Whether label maps follow rotations, shears and translations."""
 
 
 class ViewDataset(Dataset[Item]):
@@ -32,21 +44,18 @@ class ViewDataset(Dataset[Item]):
 
     Args:
         split: images and labels.
-        transform: maps an image to a tensor; a `ViewedTransform` if there are label maps.
-        seed: seed of the transform's random numbers; None for a deterministic transform.
+        transform: a deterministic transform from Pillow's image to a tensor; or how to view and render training images.
+        seed: seed of the views; None for a deterministic transform.
         skipped: file that lists unreadable images, which are replaced by the next readable image; None stops at the
             first unreadable image.
         fill: whether the replacement of an unreadable image counts (training) or is ignored (validation).
         maps: label maps, cropped and flipped like the image.
     """
 
-    phased: PhasedTransforms | None = None
-    """Transform of each epoch, in place of `transform`; None for one transform."""
-
     def __init__(
         self,
         split: Split,
-        transform: Transform | ViewedTransform,
+        transform: Transform | TrainingTransform,
         seed: int | None,
         skipped: Path | None = None,
         fill: bool = True,
@@ -82,28 +91,27 @@ class ViewDataset(Dataset[Item]):
 
     def _view(self, index: int, draw: Draw) -> Item:
         sample = self.split[index]
-        if sample.image.mode != "RGB":  # a source of the user's
-            sample = sample._replace(image=to_rgb(sample.image, getattr(self.split, "value_range", "type")))
-        if self.seed is None:
-            return Item(self.transform(sample.image), sample.label, sample.key)  # type: ignore[arg-type]
-        transform = self.transform if self.phased is None else self.phased.at(draw.epoch)
-        with seeded(self.seed, draw.epoch, draw.sample, draw.repeat):
-            transformed = transform(sample.image)
-        if not isinstance(transformed, tuple):
-            return Item(transformed, sample.label, sample.key)
-        assert self.maps is not None
-        image, view = transformed
-        label_map = self.maps(index, sample.label, view, sample.image.size)
-        return Item(image, sample.label, sample.key, label_map)
+        picture = to_rgb(sample.image, getattr(self.split, "value_range", "type"))  # sources may return any mode
+        if not isinstance(self.transform, TrainingTransform):
+            return Item(self.transform(as_image(picture)), sample.label, sample.key)
+        size = size_of(picture)
+        view = self.transform.views.draw_view(size, self.seed or 0, draw.epoch, draw.sample, draw.repeat)
+        renderer = self.transform.renderer
+        image = ship(picture, view, renderer) if self.transform.on_device else renderer(picture, view)
+        label_map = None
+        if self.maps is not None:
+            label_map = self.maps(index, sample.label, geometry(view, self.transform.warps), (size[1], size[0]))
+        return Item(image, sample.label, sample.key, label_map, view)
 
 
 def collate(items: list[Item]) -> Batch:
-    """Join items into a batch."""
-    images, labels, keys, maps = zip(*items, strict=True)
+    """Join items into a batch; `Batch.image` is a `RenderPlan` if the device renders the images."""
+    images, labels, keys, maps, _ = zip(*items, strict=True)
     label_map = (
         None if maps[0] is None else LabelMap(*(default_collate(list(parts)) for parts in zip(*maps, strict=True)))
     )
-    return Batch(default_collate(list(images)), torch.tensor(labels), list(keys), label_map)
+    image = plan_batch(images) if isinstance(images[0], Shipped) else default_collate(list(images))
+    return Batch(image, torch.tensor(labels), list(keys), label_map)  # type: ignore[arg-type]  # a plan until rendered
 
 
 @checked
@@ -124,6 +132,8 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: images per evaluation step on one device; None means `batch_size`.
         num_workers: loader workers per device; None means CPU cores / devices, at most 8.
         seed: seed of shuffling and augmentation.
+        render: where training images are augmented: `loader` (with Pillow), `device` (in batches, on the training
+            device), or `auto`: on a GPU, otherwise in the loader. The views are the same.
         repeats: views of each image in an epoch, which contains 1 / repeats of the images (repeated augmentation).
         on_corrupt: `stop` at an image that cannot be read, or `skip` it and list it in `skipped_file`.
         skipped_file: file that lists the skipped images.
@@ -151,6 +161,7 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: PositiveInt | None = None,
         num_workers: NonNegativeInt | None = None,
         seed: NonNegativeInt = 0,
+        render: Literal["auto", "loader", "device"] = "auto",
         repeats: PositiveInt = 1,
         on_corrupt: Literal["stop", "skip"] = "stop",
         skipped_file: str | Path | None = None,
@@ -171,14 +182,20 @@ class ImageDataModule(L.LightningDataModule):
         self.image_size, self.mean, self.std = height_width(image_size), tuple(mean), tuple(std)
         self.root, self.published_size = root, published_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers, self.repeats = num_workers, repeats
+        self.num_workers, self.repeats, self.render = num_workers, repeats, render
         self.label_maps, self.on_missing_map, self.center_square_maps = label_maps, on_missing_map, center_square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
     phases: Phases | None = None
 
     def set_phases(self, phases: Phases) -> None:
-        """Train in phases of image size and RandAugment magnitude; to be called before `setup`."""
+        """Train in phases of image size and RandAugment magnitude; to be called before `setup`.
+
+        Raises:
+            ConfigError: training images get the evaluation transform, which has no phases.
+        """
+        if not self.augment.enabled:
+            raise ConfigError("augment.enabled=false: phases change the training augmentation; set it to true.")
         self.phases = phases
 
     @property
@@ -217,23 +234,47 @@ class ImageDataModule(L.LightningDataModule):
         """Open the splits."""
         if stage in (None, "fit") and not hasattr(self, "train"):
             self.train = self._training_set(self.source.open("train"))
-            if self.phases is not None:
-                self.train.phased = PhasedTransforms(
-                    self.phases, self.augment, self.input, self.hflip, viewed=self.label_maps is not None
-                )
         if not hasattr(self, "val"):
             transform = self.augment.evaluation(self.input)
             self.val = ViewDataset(self.source.open("val"), transform, None, self.skipped_file, fill=False)
 
     def _training_set(self, split: Split) -> ViewDataset:
-        if self.label_maps is None:
-            return ViewDataset(split, self.augment.training(self.input, self.hflip), self.seed, self.skipped_file)
-        store = LabelMapStore.open(self.label_maps)
-        maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map, self.center_square_maps)
-        maps.check(split.labels)
-        return ViewDataset(split, self.augment.viewed(self.input, self.hflip), self.seed, self.skipped_file, maps=maps)
+        maps = None
+        if self.label_maps is not None:
+            self.augment.check_label_maps()
+            store = LabelMapStore.open(self.label_maps)
+            maps = LabelMapJoin(store, split.keys(), self.classes, self.on_missing_map, self.center_square_maps)
+            maps.check(split.labels)
+        return ViewDataset(split, self._training_transform(), self.seed, self.skipped_file, maps=maps)
 
-    def train_dataloader(self) -> DataLoader[Item]:
+    def _training_transform(self) -> Transform | TrainingTransform:
+        if not self.augment.enabled:
+            return self.augment.evaluation(self.input)
+        augment = self.augment
+        renderer = PILRenderer(self.input, augment.erase_mode, augment.operations)
+        views: TrainingViews | PhasedViews = augment.views(self.input, self.hflip)
+        if self.phases is not None:
+            views = PhasedViews(self.phases, augment, self.input, self.hflip)
+        return TrainingTransform(views, renderer, self.renders_on_device, augment.warp_label_maps)
+
+    @property
+    def renders_on_device(self) -> bool:
+        """Whether training images are rendered on the training device.
+
+        Raises:
+            ConfigError: `render=device`, and the device cannot render the augmentation.
+        """
+        problem = self.augment.device_problem()
+        if self.render == "device" and problem:
+            raise ConfigError(f"{problem}, so that data.render=device is not possible; set data.render=auto.")
+        on_gpu = self.trainer is not None and self._device.type == "cuda"
+        return self.render == "device" or (self.render == "auto" and on_gpu and problem is None)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def train_dataloader(self) -> Iterable[Batch]:
         """Return a loader of shuffled and augmented images, without incomplete batches.
 
         Raises:
@@ -245,7 +286,10 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} on {sampler.world_size} devices is more than "
                 f"the {len(self.train)} training images."
             )
-        return self._loader(self.train, sampler, self.batch_size)
+        loader = self._loader(self.train, sampler, self.batch_size)
+        if not self.renders_on_device:
+            return loader
+        return DeviceLoader(loader, self.input, self._device, self.augment.erase_mode, self.augment.operations)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """Return a loader of all images in order."""

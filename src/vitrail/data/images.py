@@ -6,17 +6,25 @@ data set has one value range for all of them: `find_value_range` finds it, and v
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vitrail.errors import ConfigError, ImageError
+from vitrail.types import Picture
+
+try:
+    from simplejpeg import decode_jpeg as _decode_jpeg
+    from simplejpeg import decode_jpeg_header as _decode_jpeg_header
+except ImportError:  # there is no wheel for this platform; Pillow decodes the same pixels
+    _decode_jpeg = _decode_jpeg_header = None
 
 ValueRange = tuple[float, float]
 """Values that become black and white in images with more than 8 bits per channel."""
@@ -24,6 +32,9 @@ ValueRange = tuple[float, float]
 TYPE_RANGES: dict[str, ValueRange] = {"u": (0.0, 65535.0), "f": (0.0, 1.0)}
 """Value ranges by numpy's kind of type, for a data set in whose sample no image has more than 8 bits."""
 
+_JPEG_START, _EXIF = b"\xff\xd8", b"Exif\0\0"
+_JPEG_ENDINGS = (".jpg", ".jpeg")
+_MANY_PIXELS = 1 << 27
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,7 +65,12 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | None = None) -> Image.Image:
-    """Read `path` as an upright 8-bit RGB image.
+    """Read `path` as an upright 8-bit RGB image of Pillow's; see `read_image`."""
+    return as_image(read_image(path, value_range))
+
+
+def read_image(path: str | Path, value_range: ValueRange | Literal["type"] | None = None) -> Picture:
+    """Read `path` as an upright 8-bit RGB picture.
 
     The camera's orientation is applied, CMYK and palettes are converted, and transparent areas become white, as in most
     viewers. Values with more than 8 bits are scaled from `value_range`.
@@ -64,33 +80,112 @@ def load_image(path: str | Path, value_range: ValueRange | Literal["type"] | Non
         value_range: black and white of images with more than 8 bits per channel; `type` for those of `TYPE_RANGES`;
             None finds it from this image alone.
 
+    Returns:
+        An array (H, W, 3) uint8, or Pillow's image; `as_image` and `as_array` convert either.
+
     Raises:
         ImageError: the file is missing, truncated, not an image, or has a value outside `value_range`; the message
             names the file.
     """
+    if _decode_jpeg is not None and str(path).lower().endswith(_JPEG_ENDINGS):
+        with suppress(OSError):  # reported below
+            return decode_image(Path(path).read_bytes(), str(path), value_range)
+    return _decoded(lambda: path, str(path), value_range)
+
+
+def decode_image(
+    data: bytes | memoryview, name: str, value_range: ValueRange | Literal["type"] | None = None
+) -> Picture:
+    """Decode the bytes of an image file as `read_image` does.
+
+    Args:
+        data: the bytes.
+        name: name of the image in messages.
+        value_range: as in `read_image`.
+
+    Raises:
+        ImageError: as `read_image`; the message starts with `name`.
+    """
+    pixels = _decoded_jpeg(data)
+    return _decoded(lambda: BytesIO(data), name, value_range) if pixels is None else pixels
+
+
+def as_image(picture: Picture) -> Image.Image:
+    """Return a picture as Pillow's image."""
+    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+
+
+def as_array(picture: Picture) -> NDArray[np.uint8]:
+    """Return an RGB picture as array (H, W, 3)."""
+    return picture if isinstance(picture, np.ndarray) else np.asarray(picture)
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Return (height, width) of a picture in pixels."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    return picture.height, picture.width
+
+
+def _decoded_jpeg(data: bytes | memoryview) -> NDArray[np.uint8] | None:
+    """Decode a JPEG with libjpeg-turbo, which gives Pillow's pixels in less time; None leaves it to Pillow.
+
+    Pillow decodes CMYK, damaged files, enormous ones, and those that carry an orientation.
+    """
+    if _decode_jpeg is None or bytes(data[:2]) != _JPEG_START:
+        return None
+    data = bytes(data)  # no copy if it is bytes
+    if _EXIF in data and _recorded_orientation(data) != 1:
+        return None
     try:
-        with Image.open(path) as image:
-            colours = _sixteen_bit_colours(path, image)
+        height, width, colours, _ = _decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or _MANY_PIXELS):
+            return None
+        return _decode_jpeg(data, "RGB")
+    except ValueError:  # Pillow decides whether the damage matters
+        return None
+
+
+def _recorded_orientation(data: bytes) -> int:
+    """Return the orientation in a JPEG's EXIF entries; 0 if it cannot be read."""
+    with suppress(Exception), Image.open(BytesIO(data)) as image:  # Pillow raises many kinds of exceptions for EXIF
+        return int(image.getexif().get(_ORIENTATION, 1))
+    return 0
+
+
+def _decoded(
+    file: Callable[[], str | Path | IO[bytes]], name: str, value_range: ValueRange | Literal["type"] | None
+) -> Image.Image:
+    """Decode an image; `file` returns its path, or a new stream of its bytes at each call."""
+    try:
+        with Image.open(file()) as image:
+            colours = _sixteen_bit_colours(file, image)
             image.load()
             upright = _upright(image)
             if colours is not None:
                 upright = _upright(_scaled(colours, value_range, image.info.get("transparency")), image)
             return _to_rgb(upright, value_range)
     except _OutsideError as error:
-        raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise ImageError(f"{path}: not a readable image ({reason.rstrip('.')}).") from error
+        raise ImageError(f"{name}: not a readable image ({reason.rstrip('.')}).") from error
 
 
-def to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None = "type") -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB, as `load_image` does.
+def to_rgb(picture: Picture, value_range: ValueRange | Literal["type"] | None = "type") -> Picture:
+    """Convert a picture of any mode to 8-bit RGB, as `read_image` does.
 
     Raises:
-        ImageError: a value is outside `value_range`.
+        ImageError: a value is outside `value_range`, or an array is not (H, W, 3) uint8.
     """
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ImageError(f"the image is an array {picture.shape} of {picture.dtype}; make it (H, W, 3) uint8.")
+        return picture
+    if picture.mode == "RGB":
+        return picture
     try:
-        return _to_rgb(image, value_range)
+        return _to_rgb(picture, value_range)
     except _OutsideError as error:
         raise ImageError(f"the image {error}") from None
 
@@ -204,7 +299,7 @@ def _scaled(
     return Image.fromarray(eight)
 
 
-def _sixteen_bit_colours(path: str | Path, image: Image.Image) -> NDArray[np.uint16] | None:
+def _sixteen_bit_colours(file: Callable[[], str | Path | IO[bytes]], image: Image.Image) -> NDArray[np.uint16] | None:
     """Return 16-bit colours (H, W, 3), or (H, W, 4) with alpha, of which Pillow keeps only the high bytes.
 
     The low bytes are those that Pillow reads if it is told the opposite byte order. None if the image has no 16-bit
@@ -215,7 +310,7 @@ def _sixteen_bit_colours(path: str | Path, image: Image.Image) -> NDArray[np.uin
         return None
     native = "L" if sys.byteorder == "little" else "B"
     swapped = match[1] + {"L": "B", "B": "L"}[match[2] if match[2] != "N" else native]
-    with Image.open(path) as low:
+    with Image.open(file()) as low:
         tiles: Any = low.tile
         low.tile = [
             tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])) for tile in tiles
@@ -254,7 +349,7 @@ def _high_bit_depth_values(path: Path) -> NDArray[Any] | None:
     """Return the values of an image with more than 8 bits per channel; None, without decoding, for others."""
     try:
         with Image.open(path) as image:
-            if (colours := _sixteen_bit_colours(path, image)) is not None:
+            if (colours := _sixteen_bit_colours(lambda: path, image)) is not None:
                 return colours[..., :3]
             return np.asarray(image) if _has_high_bit_depth(image) else None
     except Exception:

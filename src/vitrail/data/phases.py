@@ -15,12 +15,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
-from timm.data.transforms import MaybeToTensor
-from torchvision import transforms
-
-from vitrail.data.augment import Augmentation, Transform, ViewedTransform
+from vitrail.data.augment import Augmentation
+from vitrail.data.views import TrainingViews
 from vitrail.errors import ConfigError
-from vitrail.types import InputSpec
+from vitrail.types import InputSpec, View
 from vitrail_runtime.checking import NonNegativeInt, Positive, PositiveInt, check_value, checked
 
 log = logging.getLogger(__name__)
@@ -170,41 +168,38 @@ def with_magnitude(policy: str | None, magnitude: int | None) -> str | None:
     return "-".join(("rand", f"m{magnitude}", *parts))
 
 
-class PhasedTransforms:
-    """Training transform of every epoch.
+class PhasedViews:
+    """Views of training images, in the size and with the magnitude of the epoch.
 
     Args:
         phases: phases of the training.
         augment: augmentation, whose magnitude the phases replace.
         spec: the network's input at the final size.
         hflip: probability of a horizontal flip, if `augment` does not set it.
-        viewed: whether transforms also return the `View`, which label maps need.
     """
 
-    def __init__(self, phases: Phases, augment: Augmentation, spec: InputSpec, hflip: float, viewed: bool) -> None:
-        self.phases, self.augment, self.spec, self.hflip, self.viewed = phases, augment, spec, hflip, viewed
-        self._built: dict[Phase, Transform | ViewedTransform] = {}
-        policy = augment.auto_augment
-        has_magnitudes = any(phase.magnitude is not None for phase in phases.phases)
-        if has_magnitudes and not (augment.enabled and policy and policy.startswith("rand")):
+    def __init__(self, phases: Phases, augment: Augmentation, spec: InputSpec, hflip: float) -> None:
+        self.phases = phases
+        self.views: dict[Phase, TrainingViews] = {}
+        for phase in phases.phases:
+            changed = replace(augment, auto_augment=with_magnitude(augment.auto_augment, phase.magnitude))
+            crop_size = phase.size if phases.downscale == "crop" else spec.size
+            flips = hflip if augment.hflip is None else augment.hflip
+            self.views[phase] = TrainingViews(changed, crop_size, flips, output=phase.size)
+        policy, has_magnitudes = augment.auto_augment, any(phase.magnitude is not None for phase in phases.phases)
+        if has_magnitudes and not (policy and policy.startswith("rand")):
             log.warning(
                 "phases: augment.auto_augment=%s has no magnitude to change; phases only change the image size.",
                 policy or "null",
             )
 
-    def at(self, epoch: int) -> Transform | ViewedTransform:
-        """Return the transform of an epoch."""
-        phase = self.phases.at(epoch)
-        if phase not in self._built:
-            self._built[phase] = self._build(phase)
-        return self._built[phase]
+    def draw_view(self, size: tuple[int, int], seed: int, epoch: int, *key: int) -> View:
+        """Draw the view of an image of (height, width) pixels.
 
-    def _build(self, phase: Phase) -> Transform | ViewedTransform:
-        augment = replace(self.augment, auto_augment=with_magnitude(self.augment.auto_augment, phase.magnitude))
-        spec = replace(self.spec, size=phase.size) if self.phases.downscale == "crop" else self.spec
-        transform = augment.viewed(spec, self.hflip) if self.viewed else augment.training(spec, self.hflip)
-        if spec.size != phase.size:
-            stages = (transform.transform if isinstance(transform, ViewedTransform) else transform).transforms  # type: ignore[union-attr]
-            place = next(number for number, stage in enumerate(stages) if isinstance(stage, MaybeToTensor))
-            stages.insert(place, transforms.Resize(phase.size, transforms.InterpolationMode.LANCZOS))
-        return transform
+        Args:
+            size: (height, width) of the image, in pixels.
+            seed: seed of the training.
+            epoch: epoch, which decides on the phase.
+            key: what else the draws depend on, such as (index, repeat).
+        """
+        return self.views[self.phases.at(epoch)].draw_view(size, seed, epoch, *key)

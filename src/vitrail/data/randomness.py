@@ -11,14 +11,20 @@ import numpy as np
 import torch
 
 
+def generator_seeds(*key: int) -> tuple[int, int, int]:
+    """Return the seeds of Python's, NumPy's and PyTorch's generators for `key`."""
+    seeds = np.random.SeedSequence(key).generate_state(3, np.uint64)
+    return int(seeds[0]), int(seeds[1] >> 32), int(seeds[2] >> 1)
+
+
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Seed Python's, NumPy's and PyTorch's CPU generators with `key` inside the block, and restore them after it."""
-    seeds = np.random.SeedSequence(key).generate_state(3, np.uint64)
+    python, numpy, torch_seed = generator_seeds(*key)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(int(seeds[0]))
-    np.random.seed(int(seeds[1] >> 32))
-    torch.default_generator.manual_seed(int(seeds[2] >> 1))
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(torch_seed)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ Shapes: C classes, H x W cells of a label map.
 
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,12 @@ from rich.text import Text
 from torch import Tensor
 
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.datamodule import ViewDataset
+from vitrail.data.datamodule import TrainingTransform, ViewDataset
+from vitrail.data.images import as_image
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
 from vitrail.data.label_maps.checks import Agreement
 from vitrail.data.mixing import Mixing
+from vitrail.data.render import PILRenderer
 from vitrail.data.sampling import Draw, sample_of
 from vitrail.data.sources import Split
 from vitrail.errors import ImageError
@@ -101,7 +104,8 @@ def preview(
     names = list(store.about.get("class_names") or classes or map(str, range(store.num_classes)))
     spec = InputSpec((224, 224), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     maps = LabelMapJoin(store, split.keys(), names)
-    dataset = ViewDataset(split, Augmentation().viewed(spec, hflip), seed=0, maps=maps)
+    transform = TrainingTransform(Augmentation().views(spec, hflip), PILRenderer(spec))
+    dataset = ViewDataset(split, transform, seed=0, maps=maps)
     return label_map_sheet(dataset, spec, (14, 14), MixToken(), names, classes, count)
 
 
@@ -134,7 +138,10 @@ def label_map_sheet(
     store = dataset.maps.store
     originals = _readable(dataset, count)
     drawn = list(originals)
-    samples = [dataset[Draw(index, 0, False)] for index in drawn]
+    here = copy(dataset)
+    if isinstance(dataset.transform, TrainingTransform):
+        here.transform = dataset.transform._replace(on_device=False)
+    samples = [here[Draw(index, 0, False)] for index in drawn]
     seen = denormalise(torch.stack([sample.image for sample in samples]), spec.mean, spec.std)
     maps = LabelMap(*(torch.stack(parts) for parts in zip(*(sample.label_map for sample in samples), strict=True)))
     tokens = token_targets(*maps, grid, store.num_classes, smoothing=0.0, transpose_crops=transpose_crops).tokens
@@ -154,8 +161,8 @@ def label_map_sheet(
         mixed = TokenGrid(*map(partial(_swap, box=box), targets[row], targets[mirror]))
         colours = _colours(annotation, targets[row], mixed)
         view = Image.fromarray(seen[row])
-        whole = sample.image.resize((_PANEL, _PANEL), Image.Resampling.BOX)
-        annotated = _overlay(whole, annotation, colours, _covered(store, sample.image))
+        whole = as_image(sample.image).resize((_PANEL, _PANEL), Image.Resampling.BOX)
+        annotated = _overlay(whole, annotation, colours, _covered(store, as_image(sample.image)))
         pictures = [whole, annotated, view, _overlay(view, targets[row], colours)]
         if mixing:
             pixels_mixed = Image.fromarray(_swap(seen[row], seen[mirror], box))

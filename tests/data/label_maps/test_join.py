@@ -6,7 +6,7 @@ import torch
 
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.errors import ConfigError
-from vitrail.types import View, Warp
+from vitrail.types import Geometry, Warp
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 CELLS = np.arange(16).reshape(4, 4)
@@ -22,7 +22,7 @@ def joined(folder, keys=("c/0",), store_keys=("c/0",), about=None, **options):
 
 
 def test_join__returns_the_stored_map_and_the_view(tmp_path):
-    made = joined(tmp_path / "maps")(0, 3, View((0.1, 0.2, 0.5, 0.75), True), (80, 60))
+    made = joined(tmp_path / "maps")(0, 3, Geometry((0.1, 0.2, 0.5, 0.75), True), (80, 60))
     assert made.classes.dtype == torch.int32
     assert made.classes[0].tolist() == CELLS.tolist()
     assert made.scores.dtype == torch.float16
@@ -38,9 +38,13 @@ TRANSPOSE = Warp((0, 1, 0, 1, 0, 0), WHOLE)
 @pytest.mark.parametrize(
     ("view", "classes", "outside"),
     [
-        (View(WHOLE, False, (SHIFT,)), [[1, 2, 3, None]] * 4, "column 3"),
-        (View(WHOLE, True, (SHIFT,)), [[None, 0, 1, 2]] * 4, "column 0"),
-        (View(WHOLE, False, (Warp((1, 0, 0, 0, 1, -0.5), WHOLE),)), [[None] * 4] * 2 + [[0, 1, 2, 3]] * 2, "rows 0, 1"),
+        (Geometry(WHOLE, False, (SHIFT,)), [[1, 2, 3, None]] * 4, "column 3"),
+        (Geometry(WHOLE, True, (SHIFT,)), [[None, 0, 1, 2]] * 4, "column 0"),
+        (
+            Geometry(WHOLE, False, (Warp((1, 0, 0, 0, 1, -0.5), WHOLE),)),
+            [[None] * 4] * 2 + [[0, 1, 2, 3]] * 2,
+            "rows 0, 1",
+        ),
     ],
     ids=("to the left", "to the left in the mirrored image", "down"),
 )
@@ -58,10 +62,10 @@ def test_join__warps_move_the_cells(view, classes, outside, tmp_path):
 
 def test_join__several_warps_in_their_order(tmp_path):
     """Transposed, then shifted by a cell: row r and column c show row c + 1 and column r of the stored map."""
-    made = joined(tmp_path / "maps")(0, 3, View(WHOLE, False, (TRANSPOSE, SHIFT)), (80, 80))
+    made = joined(tmp_path / "maps")(0, 3, Geometry(WHOLE, False, (TRANSPOSE, SHIFT)), (80, 80))
     assert made.classes[0, :, :3].tolist() == CELLS.T[:, 1:].tolist()
     assert made.scores[0].bool().tolist() == [[True, True, True, False]] * 4
-    made = joined(tmp_path / "other")(0, 3, View(WHOLE, False, (SHIFT, TRANSPOSE)), (80, 80))
+    made = joined(tmp_path / "other")(0, 3, Geometry(WHOLE, False, (SHIFT, TRANSPOSE)), (80, 80))
     assert made.classes[0, :3].tolist() == CELLS.T[1:].tolist()
     assert made.scores[0].bool().tolist() == [[True] * 4] * 3 + [[False] * 4]
 
@@ -73,7 +77,7 @@ def test_join__several_warps_in_their_order(tmp_path):
 )
 def test_join__map_of_the_central_square_is_placed_in_the_image(size, columns, rows, tmp_path):
     """At 2:1 the square covers the middle half: cells 1 and 2 of 4, whose centres are at 1/4 and 3/4 of the square."""
-    made = joined(tmp_path / "maps", about={"coverage": "center square"})(0, 3, View(WHOLE, False), size)
+    made = joined(tmp_path / "maps", about={"coverage": "center square"})(0, 3, Geometry(WHOLE, False), size)
     for row in range(4):
         for column in range(4):
             inside = rows[row] is not None and columns[column] is not None
@@ -92,7 +96,7 @@ def test_join__map_of_the_central_square_is_placed_in_the_image(size, columns, r
     ids=("square image", "stretched", "map of the whole image"),
 )
 def test_join__map_is_unchanged(about, options, size, tmp_path):
-    made = joined(tmp_path / "maps", about=about, **options)(0, 3, View(WHOLE, False), size)
+    made = joined(tmp_path / "maps", about=about, **options)(0, 3, Geometry(WHOLE, False), size)
     assert made.classes[0].tolist() == CELLS.tolist()
     assert (made.scores == 9).all()
 
@@ -102,7 +106,7 @@ def test_join__missing_map_is_replaced_by_the_label(tmp_path):
     writer = LabelMapStore.create(tmp_path / "maps", 1, 3, (2, 2), 16, ["c/0"], coverage="center square")
     writer.write(0, np.zeros((3, 2, 2)), np.arange(3)[:, None, None].repeat(2, 1).repeat(2, 2))
     join = LabelMapJoin(writer.finish(), ["c/0", "c/1"], NAMES, on_missing="ignore")
-    made = join(1, 15, View(WHOLE, False), (200, 100))
+    made = join(1, 15, Geometry(WHOLE, False), (200, 100))
     assert made.classes[:, 0, 0].tolist() == [15, 0, 1]
     assert made.scores[:, 0, 0].tolist() == [30, 0, 0]
     assert (made.classes == made.classes[:, :1, :1]).all()

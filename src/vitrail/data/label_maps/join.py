@@ -22,7 +22,7 @@ from vitrail.data.label_maps.checks import (
 from vitrail.data.label_maps.store import LabelMapStore
 from vitrail.data.sampling import sample_of
 from vitrail.errors import ConfigError
-from vitrail.types import LabelMap, View, Warp
+from vitrail.types import Geometry, LabelMap, Warp
 from vitrail_runtime.checking import checked
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _CERTAIN_SCORE = 30.0
 
 @checked
 class LabelMapJoin:
-    """Lookup that returns the label map of each image of a split, with the view that augmentation took.
+    """Lookup that returns the label map of each image of a split, cropped and turned like its view.
 
     Args:
         store: the label maps.
@@ -89,7 +89,7 @@ class LabelMapJoin:
         if finding.level == "warning":
             log.warning("data.label_maps=%s: %s; %s.", self.store.path, finding.text, finding.advice)
 
-    def __call__(self, index: int, label: int, view: View, size: tuple[int, int]) -> LabelMap:
+    def __call__(self, index: int, label: int, geometry: Geometry, size: tuple[int, int]) -> LabelMap:
         """Return the label map (K, H, W) of image `index`, of this `size` (width, height) in pixels."""
         record = int(self.records[index])
         if record >= 0:
@@ -98,10 +98,10 @@ class LabelMapJoin:
         else:
             scores, classes = self._certain(label)
         if self.placed and record >= 0 and size[0] != size[1]:
-            view = view._replace(warps=(_central_square(size), *view.warps))
-        if view.warps:
-            scores, classes = _warped(scores, classes, view)
-        box, flipped = torch.tensor(view.box), torch.tensor(view.flipped)
+            geometry = geometry._replace(warps=(_central_square(size), *geometry.warps))
+        if geometry.warps:
+            scores, classes = _warped(scores, classes, geometry)
+        box, flipped = torch.tensor(geometry.box), torch.tensor(geometry.flipped)
         return LabelMap(torch.from_numpy(scores), torch.from_numpy(classes), box, flipped)
 
     def _certain(self, label: int) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
@@ -122,7 +122,7 @@ def _central_square(size: tuple[int, int]) -> Warp:
 
 
 def _warped(
-    scores: NDArray[np.float16], classes: NDArray[np.int32], view: View
+    scores: NDArray[np.float16], classes: NDArray[np.int32], geometry: Geometry
 ) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
     """Return the map (K, H, W) of the warped image: each cell is copied from where its centre comes from.
 
@@ -131,13 +131,13 @@ def _warped(
     """
     height, width = scores.shape[1:]
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-    if view.flipped:  # the map belongs to the image before mirroring
+    if geometry.flipped:  # the map belongs to the image before mirroring
         x = 1 - x
     inside = np.ones((height, width), bool)
-    for (a, b, c, d, e, f), (x1, y1, x2, y2) in reversed(view.warps):
+    for (a, b, c, d, e, f), (x1, y1, x2, y2) in reversed(geometry.warps):
         x, y = a * x + b * y + c, d * x + e * y + f
         inside &= (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)
-    if view.flipped:
+    if geometry.flipped:
         x = 1 - x
     rows = np.floor(y * height).astype(np.int64).clip(0, height - 1)
     columns = np.floor(x * width).astype(np.int64).clip(0, width - 1)

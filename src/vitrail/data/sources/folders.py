@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.data.images import ValueRange, find_value_range, load_image
+from vitrail.data.images import ValueRange, find_value_range, read_image
 from vitrail.data.sampling import sample_of
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.index import FileIndex, is_hidden, is_image, is_system_folder, readable
@@ -29,7 +29,7 @@ class FolderSplit:
         root: folder of the split.
         folders: names of its class folders, in the order of the class indices.
         cache: see `FileIndex`.
-        value_range: see `load_image`.
+        value_range: see `read_image`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FolderSplit:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        image = load_image(self.root / self.files.path(index), self.value_range)
+        image = read_image(self.root / self.files.path(index), self.value_range)
         return Sample(image, self.files.label(index), self.files.key(index))
 
     def keys(self) -> list[str]:

@@ -1,0 +1,12 @@
+"""Render views: make the network's input from images and views, with Pillow or in batches on the training device.
+
+Both renderers give the same result: Pillow's are timm's pixels, bit for bit; the batched one differs by at most 1 of
+255 in each operation.
+"""
+
+from vitrail.data.render.device import DeviceRenderer
+from vitrail.data.render.loader import DeviceLoader
+from vitrail.data.render.pil import PILRenderer
+from vitrail.data.render.plan import RenderPlan, Shipped, plan_batch, ship
+
+__all__ = ["DeviceLoader", "DeviceRenderer", "PILRenderer", "RenderPlan", "Shipped", "plan_batch", "ship"]

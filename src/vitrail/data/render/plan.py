@@ -1,0 +1,350 @@
+"""Plan the rendering of a batch: what goes from a loader process to the device.
+
+Pixels of all images go in one flat tensor without padding, and all numbers of their views in another. Everything that
+decides what the device does (groups of images, sizes) is known here, so that the device never has to be waited for.
+
+Shapes: B images, G images of a group.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vitrail.data.images import size_of
+from vitrail.data.render.pil import PILRenderer
+from vitrail.data.views import rotation
+from vitrail.types import Picture, Step, View
+
+KERNELS = ("box", "bilinear", "hamming", "bicubic", "lanczos")
+"""Kernels of the batched resize, by number; also the order of `SUPPORTS`."""
+SUPPORTS = (0.5, 1.0, 1.0, 2.0, 3.0)
+TABLES = ("autocontrast", "equalize", "contrast", "fixed")
+"""Operations that map each value on its own, by number; `fixed` tables are known in advance."""
+BATCHED = frozenset(
+    (
+        *("crop", "shift", "hflip", "vflip", "affine", "rotate", "blur"),
+        *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
+        *("brightness", "contrast", "color", "sharpness"),
+    )
+)
+"""Steps that the device renders, besides operations of your own."""
+
+_MAX_PIXELS = 1 << 20  # larger crops are rendered in the loader, which saves memory on the device
+_GROUP = 64  # images that are padded to a common size
+_BOX_PASSES = 3  # of Pillow's Gaussian blur
+
+
+class Slot(NamedTuple):
+    """Place of an array in the flat tensor of numbers."""
+
+    start: int
+    shape: tuple[int, ...]
+
+
+class Operations(NamedTuple):
+    """One kind of operation on some images of a group."""
+
+    kind: str
+    images: Slot
+    """(G,) numbers of the images within their group."""
+    values: Slot
+    """(G, V)."""
+    extent: int = 0
+    """Pixels that the largest blur reaches."""
+
+
+class Group(NamedTuple):
+    """Images of a batch that are resized together."""
+
+    images: Slot
+    """(G,) numbers within the batch."""
+    sources: Slot
+    """(G, 3): first pixel in the flat tensor, height, width."""
+    boxes: Slot
+    """(G, 6): top, left, height and width of the crop in the source, and number and support of the kernel."""
+    flips: Slot
+    """(G, 2): flip horizontally and vertically after the crop, 0 or 1."""
+    mirrored: Slot
+    """(G,): mirror the source before its operations, 0 or 1."""
+    canvas: tuple[int, int]
+    """(height, width) that holds all sources."""
+    taps: tuple[int, int]
+    """Largest number of source rows and columns in one output row and column."""
+    vertical_first: bool
+    kernels: tuple[str, ...]
+    before: tuple[tuple[Operations, ...], ...]
+    """Operations before the crop, by layer."""
+    after: tuple[tuple[Operations, ...], ...]
+    """Operations after the crop, by layer."""
+
+
+class RenderPlan(NamedTuple):
+    """Images of a batch before rendering."""
+
+    pixels: Tensor
+    """(P, 3) uint8: the pixels of all images, row by row."""
+    numbers: Tensor
+    """(V,) float64: all numbers of the views."""
+    groups: tuple[Group, ...]
+    crop_size: tuple[int, int]
+    """(height, width) to which crops are resized."""
+    output: tuple[int, int]
+    """(height, width) of the network's input."""
+    erased: Slot
+    """(E,) numbers of the images with erased boxes."""
+    erasing: Slot
+    """(E, K, 4): top, left, height and width of their boxes; empty boxes have height 0."""
+    noise: Slot
+    """(E, 2): two numbers below 2**32 that the content of the boxes depends on."""
+
+    def array(self, slot: Slot, numbers: Tensor) -> Tensor:
+        """Return the array of a slot from `numbers`, which may be on a device."""
+        return numbers[slot.start : slot.start + math.prod(slot.shape)].view(slot.shape)
+
+
+class Shipped(NamedTuple):
+    """Picture of one image on its way to the device: the part that its view needs."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3)."""
+    view: View
+
+
+def ship(picture: Picture, view: View, renderer: PILRenderer) -> Shipped:
+    """Return what the device needs of a picture: its crop, or the whole picture if operations come before the crop.
+
+    A large picture is rendered here, up to normalisation and erasing.
+    """
+    first = view.steps[0]
+    box = (0, 0, *size_of(picture)) if first.name != "crop" else first.values[:4]
+    if box[2] * box[3] > _MAX_PIXELS:
+        return _rendered_here(picture, view, renderer)
+    if first.name == "crop":
+        view = view._replace(steps=(Step("crop", (0, 0, *box[2:], first.values[4])), *view.steps[1:]))
+    elif first.name == "shift":
+        view = _shift_as_crop(view, box[2:], first)
+    return Shipped(_array(picture, box), view)
+
+
+def _rendered_here(picture: Picture, view: View, renderer: PILRenderer) -> Shipped:
+    """Return a picture after its steps, with only the identity left to do."""
+    rendered = np.asarray(renderer.image(picture, view._replace(output=view.crop_size)))
+    return Shipped(rendered, view._replace(steps=(Step("crop", (0, 0, *view.crop_size, "bicubic")),)))
+
+
+def _shift_as_crop(view: View, size: tuple[int, int], step: Step) -> View:
+    """Replace a shift by a resize of the whole picture and a translation into black."""
+    top, left, kernel = step.values
+    return view._replace(steps=(Step("crop", (0, 0, *size, kernel)), Step("move", (top, left)), *view.steps[1:]))
+
+
+def _array(picture: Picture, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    top, left, height, width = box
+    if isinstance(picture, np.ndarray):
+        return picture[top : top + height, left : left + width]
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
+
+
+def plan_batch(shipped: Sequence[Shipped], group_size: int = _GROUP) -> RenderPlan:
+    """Plan the rendering of a batch of B pictures."""
+    views = [item.view for item in shipped]
+    numbers = _Numbers()
+    sizes = np.array([item.pixels.shape[:2] for item in shipped], np.int64)
+    starts = np.concatenate(([0], np.cumsum(sizes.prod(1))))
+    pixels = torch.empty((int(starts[-1]), 3), dtype=torch.uint8)
+    flat = pixels.numpy()
+    for item, start, end in zip(shipped, starts, starts[1:], strict=False):
+        np.copyto(flat[start:end].reshape(item.pixels.shape), item.pixels)
+    parts = [_split(view) for view in views]
+    crop_size = views[0].crop_size
+    tall = np.array([is_vertical_first(part.crop.values[2:4], crop_size) for part in parts])
+    groups = []
+    for members in _grouped(sizes.prod(1), tall, group_size):
+        sources = np.column_stack((starts[:-1], sizes))[members]
+        chosen = [parts[index] for index in members]
+        groups.append(_plan_group(numbers, members, sources, chosen, crop_size, bool(tall[members[0]])))
+    erased = [index for index, view in enumerate(views) if view.erasing]
+    count = max((len(views[index].erasing) for index in erased), default=1)
+    boxes = np.zeros((len(erased), count, 4))
+    for row, index in enumerate(erased):
+        boxes[row, : len(views[index].erasing)] = views[index].erasing
+    noise = [((views[index].noise[0] >> 32), views[index].noise[0] & 0xFFFFFFFF) for index in erased]
+    slots = numbers.add(erased), numbers.add(boxes), numbers.add(np.array(noise).reshape(-1, 2))
+    return RenderPlan(pixels, numbers.tensor(), tuple(groups), crop_size, views[0].output, *slots)
+
+
+def tap_count(support: float, scale: float) -> int:
+    """Return the largest number of source pixels in one pixel of the result, for a kernel's support."""
+    return math.ceil(support * max(scale, 1.0)) * 2 + 1
+
+
+class _Numbers:
+    """Arrays that are joined to one tensor."""
+
+    def __init__(self) -> None:
+        self.parts: list[NDArray[np.float64]] = []
+        self.length = 0
+
+    def add(self, values: Any) -> Slot:
+        """Append an array, and return its place."""
+        array = np.asarray(values, np.float64)
+        slot = Slot(self.length, array.shape)
+        self.parts.append(array.ravel())
+        self.length += array.size
+        return slot
+
+    def tensor(self) -> Tensor:
+        """Return all arrays as one tensor (V,)."""
+        return torch.from_numpy(np.concatenate(self.parts))
+
+
+class _Parts(NamedTuple):
+    """Steps of a view around its crop; flips next to the crop are apart."""
+
+    mirrored: bool
+    before: list[Step]
+    crop: Step
+    hflip: bool
+    vflip: bool
+    after: list[Step]
+    size: tuple[int, int]
+
+
+def _split(view: View) -> _Parts:
+    number = next(index for index, step in enumerate(view.steps) if step.name == "crop")
+    before, after = list(view.steps[:number]), list(view.steps[number + 1 :])
+    mirrored = bool(before) and before[0].name == "hflip"
+    flips = {"hflip": False, "vflip": False}
+    while after and after[0].name in flips:
+        flips[after.pop(0).name] ^= True
+    return _Parts(mirrored, before[mirrored:], view.steps[number], flips["hflip"], flips["vflip"], after, view.size)
+
+
+def is_vertical_first(size: Sequence[int], output: tuple[int, int]) -> bool:
+    """Return whether Pillow resizes rows before columns: since version 13, for images that shrink mostly in height."""
+    rows, columns = size[0] - output[0], size[1] - output[1]
+    return _PILLOW_CHOOSES and rows > 0 and rows > 2 * columns
+
+
+_PILLOW_CHOOSES = int(Image.__version__.split(".")[0]) >= 13
+
+
+def _grouped(areas: NDArray[np.int64], tall: NDArray[np.bool_], group_size: int) -> Iterable[NDArray[np.int64]]:
+    """Return the images of each group: with the same order of passes, and similar areas."""
+    for kind in (False, True):
+        members = np.flatnonzero(tall == kind)
+        if len(members):
+            members = members[np.argsort(areas[members], kind="stable")]
+            yield from np.array_split(members, -(-len(members) // group_size))
+
+
+def _plan_group(
+    numbers: _Numbers,
+    members: NDArray[np.int64],
+    sources: NDArray[np.int64],
+    parts: list[_Parts],
+    output: tuple[int, int],
+    vertical_first: bool,
+) -> Group:
+    kernels = [part.crop.values[4] for part in parts]
+    supports = np.array([SUPPORTS[KERNELS.index(kernel)] for kernel in kernels])
+    boxes = np.array([part.crop.values[:4] for part in parts], np.float64)
+    taps = [max(map(tap_count, supports.tolist(), (boxes[:, 2 + axis] / output[axis]).tolist())) for axis in (0, 1)]
+    sizes = [(int(height), int(width)) for _, height, width in sources]
+    return Group(
+        numbers.add(members),
+        numbers.add(sources),
+        numbers.add(np.column_stack((boxes, [KERNELS.index(kernel) for kernel in kernels], supports))),
+        numbers.add([(part.hflip, part.vflip) for part in parts]),
+        numbers.add([part.mirrored for part in parts]),
+        (int(sources[:, 1].max()), int(sources[:, 2].max())),
+        (taps[0], taps[1]),
+        vertical_first,
+        tuple(sorted(set(kernels))),
+        _plan_layers(numbers, [part.before for part in parts], sizes),
+        _plan_layers(numbers, [part.after for part in parts], [output] * len(parts)),
+    )
+
+
+def _plan_layers(
+    numbers: _Numbers, steps: list[list[Step]], sizes: list[tuple[int, int]]
+) -> tuple[tuple[Operations, ...], ...]:
+    """Plan the first operation of every image, then the second, and so on; equal kinds together."""
+    layers = []
+    for layer in range(max(map(len, steps), default=0)):
+        kinds: dict[str, list[tuple[int, Sequence[float]]]] = {}
+        for index, (own, size) in enumerate(zip(steps, sizes, strict=True)):
+            if layer < len(own):
+                kind, values = _VALUES.get(own[layer].name, _own)(own[layer], size)
+                kinds.setdefault(kind, []).append((index, values))
+        layers.append(tuple(_plan_kind(numbers, kind, found) for kind, found in kinds.items()))
+    return tuple(layers)
+
+
+def _plan_kind(numbers: _Numbers, kind: str, found: list[tuple[int, Sequence[float]]]) -> Operations:
+    values = np.array([values for _, values in found], np.float64)
+    extent = int(values[:, 0].max()) + 1 if kind == "blur" else 0
+    return Operations(kind, numbers.add([index for index, _ in found]), numbers.add(values), extent)
+
+
+_Values = Callable[[Step, tuple[int, int]], tuple[str, Sequence[float]]]
+_IDENTITY = np.arange(256, dtype=np.float64)
+
+
+def _own(step: Step, _: tuple[int, int]) -> tuple[str, Sequence[float]]:
+    return step.name, step.values
+
+
+def _table(number: int, table: NDArray[np.float64] = _IDENTITY, factor: float = 1.0) -> tuple[str, Sequence[float]]:
+    return "table", np.concatenate(([number, factor], table))  # type: ignore[return-value]
+
+
+def _fixed(make: Callable[..., NDArray[np.float64]]) -> _Values:
+    return lambda step, _: _table(TABLES.index("fixed"), make(*step.values))
+
+
+def _brightness(factor: float) -> NDArray[np.float64]:
+    return np.trunc(np.clip(np.float32(factor) * np.arange(256, dtype=np.float32), 0, 255)).astype(np.float64)
+
+
+def _posterize(bits: int) -> NDArray[np.float64]:
+    return np.floor(_IDENTITY / 2 ** (8 - bits)) * 2 ** (8 - bits) if bits > 0 else np.zeros(256)
+
+
+def _affine(step: Step, size: tuple[int, int]) -> tuple[str, Sequence[float]]:
+    matrix = step.values[:6] if step.name == "affine" else rotation(step.values[0], size)
+    return step.values[-1], matrix
+
+
+def _blur(step: Step, _: tuple[int, int]) -> tuple[str, Sequence[float]]:
+    """Return radius and weights of the box filters that approximate a Gaussian (Gwosdek et al., SSVM 2011)."""
+    single = np.float32  # Pillow's precision
+    variance = single(step.values[0]) ** 2 / single(_BOX_PASSES)
+    length = single(math.sqrt(12.0 * float(variance) + 1.0))
+    whole = single(math.floor((float(length) - 1.0) / 2.0))
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
+    radius = single(whole + part)
+    inner = int(single(1 << 24) / (radius * 2 + 1))
+    outer = ((1 << 24) - (int(radius) * 2 + 1) * inner) // 2
+    return "blur", (int(radius), inner / (1 << 24), outer / (1 << 24))
+
+
+_VALUES: dict[str, _Values] = {
+    "autocontrast": lambda *_: _table(TABLES.index("autocontrast")),
+    "equalize": lambda *_: _table(TABLES.index("equalize")),
+    "contrast": lambda step, _: _table(TABLES.index("contrast"), factor=step.values[0]),
+    "invert": _fixed(lambda: 255 - _IDENTITY),
+    "posterize": _fixed(_posterize),
+    "solarize": _fixed(lambda threshold: np.where(threshold > _IDENTITY, _IDENTITY, 255 - _IDENTITY)),
+    "solarize_add": _fixed(lambda added: np.where(_IDENTITY < 128, np.minimum(255, _IDENTITY + added), _IDENTITY)),
+    "brightness": _fixed(_brightness),
+    "affine": _affine,
+    "rotate": _affine,
+    "blur": _blur,
+}
