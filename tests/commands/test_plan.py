@@ -86,7 +86,7 @@ def test_phases__count_gpu_time_and_decoded_images_apart():
     assert sum(phase.images for phase in plan.phases) == plain.steps * plain.batch * 300
     assert (plain.phases, plain.operations) == ([], 1.0)
     assert "decodes" not in text_of(plan)
-    assert "160 x 160 px, magnitude 1 to 5: 180 epochs, 230.8 M images decoded" in text_of(plan)
+    assert "160 x 160 px, magnitude 1 to 5: 180 epochs, 230.0 M images decoded" in text_of(plan)
 
 
 def test_phases__of_equal_compute_decode_more_images():
