@@ -124,7 +124,7 @@ def _outputs(logs: Path, rank: int) -> list[Path]:
 
 _STORES: list[Any] = []
 _WARM = multiprocessing.get_context("forkserver")
-_WARM.set_forkserver_preload([f"vitrail.commands.{name}" for name in ("train", "eval", "annotate", "doctor")])
+_WARM.set_forkserver_preload([f"vitrail.commands.{name}" for name in ("train", "eval", "annotate", "pack", "doctor")])
 
 
 def _execute(command: list[str], variables: dict[str, str], folder: str, files: list[Path]) -> None:

@@ -8,8 +8,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import layouts
 from assembly import assemble
 from programs import PROJECT, QUICK, run
+from vitrail.data.sources.packed import PackOptions, PackWriter
 from vitrail.runs.config import compose as compose_program
 from vitrail.runs.config import instantiate
 from vitrail_runtime import resolvers
@@ -133,6 +135,63 @@ def test_keys_of_annotators__reach_the_network(tmp_path):
         node = compose_program("annotate", options).annotator
     with torch.no_grad():
         assert instantiate(node, "annotator")(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 4, 4)
+
+
+def built(name, *overrides):
+    """Return the source of `data=<name>` with overrides of its keys."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose_program("train", [f"data={name}", *overrides]).data.source
+    return instantiate(node, "data.source")
+
+
+def test_keys_of_archives__reach_their_source(tmp_path):
+    root = layouts.write_archives(tmp_path / "data")
+    for kind, name in (("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")):
+        (root / f"{name}.tar").rename(root / f"{kind}.tar")
+    (root / "ILSVRC2012_devkit_t12.tar.gz").rename(root / "kit.tar.gz")
+    names = ("data.source.train=train.tar", "data.source.val=val.tar", "data.source.devkit=kit.tar.gz")
+    common = (f"data.root={root}", f"data.source.index={tmp_path / 'cache'}")
+    source = built("imagenet_archives", *common, *names)
+    assert [len(source.open(split)) for split in source.splits] == [1002, 1000]
+    assert len(list((tmp_path / "cache").glob("table-*"))) == 2
+    names = f"root: {root}, train: null, val: val.tar, devkit: kit.tar.gz"
+    images = f"{{_target_: vitrail.data.sources.ImageNetArchives, {names}}}"
+    real = built("imagenet_real", "data.root=null", f"data.source.images={images}")
+    assert len(real.open("val").label_sets) == 1000
+    kaggle = layouts.write_kaggle(tmp_path / "kaggle")
+    source = built("imagenet_kaggle", f"data.root={kaggle}", "data.source.index=null")
+    assert len(source.open("val")) == 1000
+
+
+def test_keys_of_webdatasets_and_packs__reach_their_source(tmp_path):
+    root = layouts.write_webdataset(tmp_path / "data")
+    options = ("data.source.train=imagenet1k-train-0000.tar", "data.source.val=imagenet1k-validation-0000.tar")
+    options += ("data.source.classes=imagenet-1k", "data.source.index=null", "data.value_range=[0,100]")
+    source = built("webdataset", f"data.root={root}", *options)
+    assert [len(source.open(split)) for split in source.splits] == [501, 500]
+    assert source.open("val").value_range == (0.0, 100.0)
+    writer = PackWriter(tmp_path / "pack", source, PackOptions())
+    writer.begin(None)
+    for shard in writer.shards():
+        writer.write(shard)
+    writer.finish()
+    source = built("packed", f"data.root={tmp_path / 'pack'}", "data.value_range=[0,50]")
+    assert (source.value_range, len(source.open("val"))) == ((0.0, 50.0), 500)
+
+
+def test_keys_of_parquet_files__reach_their_source(tmp_path):
+    pytest.importorskip("pyarrow")
+    root = layouts.write_parquet(tmp_path / "data")
+    options = ("data.source.train=data/validation-*", "data.source.val=data/train-*", "data.source.classes=imagenet-1k")
+    options += (
+        "data.source.image=image",
+        "data.source.label=label",
+        "data.source.index=null",
+        "data.value_range=[0,9]",
+    )
+    source = built("parquet", f"data.root={root}", *options)
+    assert [len(source.open(split)) for split in source.splits] == [1000, 1002]
+    assert source.value_range == (0.0, 9.0)
 
 
 # `group.key` stands for any key; tests/test_extending.py runs the command with `callbacks.hello`.

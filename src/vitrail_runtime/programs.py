@@ -44,6 +44,7 @@ PROGRAMS = {
     "train": Program("train", lambda config: "plan:plan" if config.plan else "train:train", "train a backbone"),
     "eval": Program("eval", lambda _: "eval:evaluate", "evaluate a run, an export, or other weights"),
     "annotate": Program("annotate", lambda _: "annotate:annotate", "make or import label maps"),
+    "pack": Program("pack", lambda _: "pack:pack", "pack a data set into a few large files"),
     "doctor": Program("doctor", lambda _: "doctor:examine", "look for problems in data and label maps"),
     "export": Program("export", lambda _: "export:export", "export a run's network"),
     "benchmark": Program("benchmark", lambda _: "benchmark:benchmark", "measure speed and memory of a backbone"),

@@ -4,13 +4,14 @@ import pytest
 from rich.console import Console
 
 from annotating import COMMANDS
+from vitrail.commands import pack as pack_command
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Output of annotate and doctor, wide enough that no table cell wraps."""
+    """Output of annotate, doctor and pack, wide enough that no table cell wraps."""
     console = Console(file=io.StringIO(), width=250)
-    for module in COMMANDS:
+    for module in (*COMMANDS, pack_command):
         monkeypatch.setattr(module, "get_console", lambda: console)
     return console.file
 

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from vitrail.data import load_image
-from vitrail.data.images import find_value_range, image_extensions
+from vitrail.data.images import decode_image, find_value_range, image_extensions
 from vitrail.errors import ConfigError, ImageError
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[1]).crop((100, 50, 340, 230))  # 240 x 180
@@ -273,3 +273,20 @@ def test_signed_integers__of_real_files(dtype, tmp_path):
     tifffile.imwrite(tmp_path / "b.tif", (GREY * 128 - 1000).astype(dtype))
     with pytest.raises(ImageError, match=r"values from -\d+ to \d+ do not say what is black and white"):
         load_image(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "turned.jpg", "deep.png", "palette.gif"])
+def test_decode_image__as_load_image_from_bytes(name, tmp_path):
+    path, exif = tmp_path / name, Image.Exif()
+    if name == "turned.jpg":
+        exif[0x0112] = 6
+        PHOTOGRAPH.save(path, exif=exif)
+    elif name == "deep.png":  # 16-bit colours, whose low bytes are read in a second pass
+        write_png_of_16_bits(path, COLOURS * 250 + 100)
+    else:
+        PHOTOGRAPH.save(path)
+    data = path.read_bytes()
+    for given in (data, memoryview(data)):
+        assert np.array_equal(decode_image(given, "x", "type"), load_image(path, "type"))
+    with pytest.raises(ImageError, match=r"^archive.tar: a/b: not a readable image \("):
+        decode_image(data[: len(data) // 2], "archive.tar: a/b")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data import Augmentation, ImageDataModule
@@ -28,6 +28,7 @@ from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.reporting.label_maps import annotation_report, preview
 from vitrail.runs.config import check_choices, check_keys, instantiate, plain
 from vitrail.runs.logs import set_up_logging
+from vitrail.runs.processes import run_processes
 from vitrail.types import IGNORE, InputSpec
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def _fill(job: Job, writer: LabelMapWriter, out: Path) -> None:
             for _ in _annotate(job, writer, parts[0], devices[0], out):
                 show()
         elif parts:
-            _in_processes(job.config, parts, devices, show)
+            run_processes(_process, (job.config, parts, devices), len(parts), show)
     if len(todo):
         seconds = time.monotonic() - started
         log.info("%d images in %.1f s, %.1f images/s", len(todo), seconds, len(todo) / seconds)
@@ -235,27 +236,6 @@ def _annotate(
             writer.write(int(record), scores[offset], classes[offset])
         start += len(scores)
         yield len(scores)
-
-
-def _in_processes(config: dict[str, Any], parts: list[Any], devices: list[str], show: Any) -> None:
-    """Write each part in its own process.
-
-    Raises:
-        ConfigError: a process failed with a ConfigError or ImageError.
-    """
-    context = multiprocessing.start_processes(
-        _process, (config, parts, devices), nprocs=len(parts), join=False, start_method="spawn"
-    )
-    assert context is not None
-    try:
-        while not context.join(timeout=0.5):
-            show()
-        show()
-    except multiprocessing.ProcessRaisedException as error:
-        kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
-        raise (ConfigError if kind.endswith(("ConfigError", "ImageError")) else RuntimeError)(message) from error
-    except multiprocessing.ProcessExitedException as error:
-        raise RuntimeError(f"a process died ({error}); run the same command again to continue") from error
 
 
 def _process(number: int, config: dict[str, Any], parts: list[NDArray[np.int64]], devices: list[str]) -> None:

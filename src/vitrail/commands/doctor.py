@@ -24,7 +24,7 @@ from vitrail.data.label_maps.checks import (
     measure_agreement,
 )
 from vitrail.data.sampling import sample_of
-from vitrail.data.sources import Split
+from vitrail.data.sources import Split, splits_of
 from vitrail.data.sources.folders import describe_ignored
 from vitrail.errors import ConfigError, ImageError
 from vitrail.reporting.tables import findings_table
@@ -51,14 +51,17 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
     try:
         data: ImageDataModule = instantiate(config.data, "data", augment=Augmentation())
         data.prepare_data()
-        splits = {name: data.source.open(name) for name in ("train", "val")}
+        splits: dict[str, Split] = {name: data.source.open(name) for name in splits_of(data.source)}
     except ConfigError as error:
         yield Finding("folders", "error", str(error), "fix the folders or the config key in the message")
         return
     counts = ", ".join(f"{len(split):,} {name} images" for name, split in splits.items())
     yield Finding("folders", "ok", f"{counts} of {data.num_classes} classes")
-    yield _balance(splits["train"], data.classes)
-    yield _overlap(splits)
+    if "train" in splits:
+        yield _balance(splits["train"], data.classes)
+        yield _overlap(splits)
+    if config.checksums and hasattr(data.source, "damaged"):
+        yield _stored_files(list(data.source.damaged()))
     yield from _ignored(splits)
     shapes: Counter[bool] = Counter()
     for name, split in splits.items():
@@ -66,7 +69,7 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
     if (value_range := data.input.value_range) is not None:
         text = f"images with more than 8 bits per channel: {value_range[0]:g} is black, {value_range[1]:g} is white"
         yield Finding("value range", "ok", text)
-    if data.label_maps is not None:
+    if data.label_maps is not None and "train" in splits:
         yield from _label_maps(data, splits["train"], config, shapes[False] / max(shapes.total(), 1))
 
 
@@ -89,6 +92,14 @@ def _overlap(splits: dict[str, Split]) -> Finding:
             "if they are the same images, the validation accuracy is meaningless",
         )
     return Finding("overlap", "ok", "no image name occurs in both train and val")
+
+
+def _stored_files(damaged: list[str]) -> Finding:
+    """Report files whose checksum is wrong."""
+    if damaged:
+        text = f"{len(damaged)} damaged file{'s' * (len(damaged) > 1)}: {damaged[0]}"
+        return Finding("checksums of the data", "error", text, "copy the files again")
+    return Finding("checksums of the data", "ok", "all files are as they were written")
 
 
 def _ignored(splits: dict[str, Split]) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ def make_plan(config: DictConfig) -> Plan:
     """
     config = config.copy()
     missing = _take_missing(config)
-    images, classes = _data_size(config, missing)
+    images, classes, stored = _data_size(config, missing)
     sides = height_width(config.data.get("image_size") or 224)
     model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides)
     if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
@@ -111,6 +111,7 @@ def make_plan(config: DictConfig) -> Plan:
         phases=costs,
         equal_epochs=epochs if phases is None else phases.compute(epochs),
         by="epochs" if phases is None else phases.by,
+        stored=stored,
     )
 
 
@@ -173,21 +174,25 @@ def _on_gpus(trainer: DictConfig) -> bool:
     return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
 
 
-def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int]:
-    """Return the number of training images and of classes; the published numbers if the files are not available."""
+def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int, str]:
+    """Return the number of training images and of classes, and how the stored pixels differ from the original files.
+
+    The numbers are the published ones if the files are not available.
+    """
     published = config.data.get("published_size")
     if "root" in config.data and config.data.root is None:
         missing.insert(0, "data.root")
     else:
         try:
             data = instantiate(config.data, "data", augment=Augmentation())
-            return len(data.source.open("train")), data.num_classes
+            describe = getattr(data.source, "describe", None)
+            return len(data.source.open("train")), data.num_classes, describe() if describe else ""
         except ConfigError:
             if published is None:
                 raise
     if published is not None:
-        return int(published[0]), int(published[1])
-    return None, config.model.get("num_classes") or 1000
+        return int(published[0]), int(published[1]), ""
+    return None, config.model.get("num_classes") or 1000, ""
 
 
 def _rates(schedule: CosineSchedule, peak: float, epochs: int, phases: Phases | None = None) -> list[float]:

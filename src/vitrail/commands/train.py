@@ -119,6 +119,9 @@ def _log_settings(
     name, (height, width) = model_name(config.model), data.input.size
     log.info("run directory %s", run.path)
     log.info("%s, %.2f M parameters, %d x %d px, %d classes", name, parameters / 1e6, height, width, data.num_classes)
+    describe = getattr(data.source, "describe", None)
+    if stored := describe() if describe else "":
+        log.info("data: %s", stored)
     if module.optimizer is not None:
         log.info("%s", module.optimizer.describe(batch))
     log.info("%d x %s, precision %s", trainer.world_size, trainer.accelerator.name(), config.trainer.precision)

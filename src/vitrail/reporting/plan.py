@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     phases: list[PhaseCost]  # one for each image size in turn; empty for a training at one size
     equal_epochs: float  # epochs at the final size that cost as much, counted in pixels
     by: str  # what the phases share: epochs or compute
+    stored: str = ""  # how the stored pixels differ from the original files
 
     @property
     def operations(self) -> float:
@@ -73,6 +74,8 @@ def plan_table(plan: Plan) -> Group:
     tokens = "" if plan.cost.tokens is None else f", {plan.cost.tokens} tokens"
     table.add_row("model", f"{plan.cost.parameters / 1e6:.1f} M parameters, {plan.cost.macs / 1e9:.2f} G MACs{tokens}")
     table.add_row("images", f"{_number(plan.images)} of {plan.classes} classes, {sides} pixels")
+    if plan.stored:
+        table.add_row("", plan.stored)
     parts = [plan.batch_per_device, f"{plan.devices} devices", f"{plan.accumulated} accumulated"]
     table.add_row("batch", f"{' x '.join(map(str, parts))} = {plan.batch}")
     table.add_row("augmentation", "\n".join(plan.augmentation))

@@ -39,6 +39,44 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 
 
+def pack_report(out: Path, manifest: Mapping[str, Any], stored: str) -> Group:
+    """Return a summary of a pack: images, files, sizes and skipped images of each split, and the next commands.
+
+    Args:
+        out: folder of the pack.
+        manifest: the pack's manifest.
+        stored: how the stored pixels differ from the original files; empty if they do not.
+    """
+    table = PlainTable(title="Pack finished", show_header=False, title_style="bold")
+    skipped = 0
+    for name, split in manifest["splits"].items():
+        files, data_files = split["files"], split["data_files"]
+        data, tables = (sum(file["bytes"] for file in some) for some in (files[:data_files], files[data_files:]))
+        mean = data / split["images"]
+        sizes = f"{size_words(data)} in {data_files} file{'s' * (data_files > 1)}, {size_words(mean)} per image"
+        table.add_row(name, f"{split['images']:,} images, {sizes}, {size_words(tables)} of tables")
+        skipped += split["skipped"]
+    table.add_row("classes", f"{len(manifest['begun']['classes']):,}")
+    table.add_row("pixels", stored or "those of the original files")
+    if skipped:
+        table.add_row("skipped", f"{skipped} unreadable image{'s' * (skipped > 1)}, listed in {near(out)}/skipped.txt")
+    program = "train" if "train" in manifest["splits"] else "eval ckpt=<run>"
+    use = f"{shown_command(program.split()[0])}{program.removeprefix('train').removeprefix('eval')} data=packed"
+    lines = [
+        ("use it", f"{use} data.root={out}"),
+        ("check it", f"{shown_command('doctor')} data=packed data.root={out}"),
+    ]
+    return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
+
+
+def size_words(size: float) -> str:
+    """Return a size in bytes in words: GiB, MiB or KiB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size / 2**10:,.1f} KiB"
+
+
 def findings_table(findings: Sequence[Finding]) -> Table:
     """Return a table of the doctor's findings and advice."""
     wrong = sum(finding.level == "error" for finding in findings)

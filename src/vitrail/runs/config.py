@@ -152,6 +152,15 @@ _VALUES: dict[str, dict[str, Any]] = {
         "num_workers": NonNegativeInt | None,
         "preview": NonNegativeInt,
     },
+    "pack": {
+        "seed": NonNegativeInt,
+        "out": str,
+        "size": Literal["original"] | PositiveInt,
+        "quality": Annotated[int, Range(ge=1, le=100)],
+        "processes": PositiveInt | None,
+        "verify": bool,
+        "shard_images": PositiveInt | None,
+    },
     "doctor": {"seed": NonNegativeInt, "sample": PositiveInt, "checksums": bool},
     "export": {"ckpt": str, "out": _OPTIONAL},
     "benchmark": {

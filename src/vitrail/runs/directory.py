@@ -71,9 +71,9 @@ class RunDirectory:
         except OSError:  # `record` reports that the directory cannot be written to
             return
         deadline = time.monotonic() + patience
-        if patience and not _locked(self._claim):
+        if patience and not locked(self._claim):
             log.warning("%s: another process is training there; waiting up to %d s until it ends", self.path, patience)
-        while not _locked(self._claim):
+        while not locked(self._claim):
             if time.monotonic() >= deadline:
                 raise ConfigError(f"{self.path}: another process is training there; stop it first, then resume.")
             time.sleep(1)
@@ -104,8 +104,8 @@ class RunDirectory:
         self.write("results.json", json.dumps(results, indent=1))
 
 
-def _locked(file: IO[str]) -> bool:
-    """Lock the file; return False if another process has locked it, True also if the file system has no locks.
+def locked(file: IO[str]) -> bool:
+    """Lock a file; return False if another process has locked it, True also if the file system has no locks.
 
     Data loader workers do not inherit this kind of lock, so those that briefly outlive the training do not hold it.
     """

@@ -97,7 +97,7 @@ def tables(images: Tensor, values: Tensor, extents: Extents, kinds: tuple[str, .
 
 
 def _histograms(images: Tensor, inside: Tensor | None) -> Tensor:
-    """Return how often each value occurs (G, 3, 256), float64."""
+    """Return how often each value occurs (G, 3, 256), int64."""
     count, channels = images.shape[:2]
     rows = torch.arange(count * channels, device=images.device).view(count, channels, 1) * 256
     places = (images.flatten(2).long() + rows).flatten()
@@ -106,7 +106,7 @@ def _histograms(images: Tensor, inside: Tensor | None) -> Tensor:
     if inside is not None:
         weights = inside[:, None].expand_as(images).flatten().to(torch.int32)
     counts = torch.zeros(count * channels * 256, dtype=torch.int32, device=images.device)
-    return counts.scatter_add_(0, places, weights).view(count, channels, 256).to(torch.float64)
+    return counts.scatter_add_(0, places, weights).view(count, channels, 256).long()
 
 
 def _autocontrast(counts: Tensor) -> Tensor:
@@ -115,19 +115,19 @@ def _autocontrast(counts: Tensor) -> Tensor:
     found = counts > 0
     low = torch.where(found, levels, 255.0).amin(-1, keepdim=True)
     high = torch.where(found, levels, 0.0).amax(-1, keepdim=True)
-    scale = 255.0 / (high - low).clamp(min=1)
+    # a true division: dividing a number by a tensor multiplies with the rounded reciprocal
+    scale = torch.full_like(high, 255.0) / (high - low).clamp(min=1)
     stretched = (levels * scale + -low * scale).trunc().clamp(0, 255)
     return torch.where(high > low, stretched, levels).to(torch.uint8)
 
 
 def _equalize(counts: Tensor) -> Tensor:
     """Return tables (G, 3, 256) uint8 that spread the values evenly."""
-    levels = torch.arange(256, device=counts.device, dtype=torch.float64)
+    levels = torch.arange(256, device=counts.device)
     found = counts > 0
-    last = torch.where(found, levels, 0.0).amax(-1, keepdim=True).long()
-    step = ((counts.sum(-1, keepdim=True) - counts.gather(-1, last)) / 255).floor()
-    below = counts.cumsum(-1) - counts
-    spread = (((step / 2).floor() + below) / step.clamp(min=1)).floor().clamp(max=255)
+    last = torch.where(found, levels, 0).amax(-1, keepdim=True)
+    step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255
+    spread = ((step // 2 + counts.cumsum(-1) - counts) // step.clamp(min=1)).clamp(max=255)
     return torch.where((found.sum(-1, keepdim=True) > 1) & (step > 0), spread, levels).to(torch.uint8)
 
 

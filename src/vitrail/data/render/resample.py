@@ -111,7 +111,7 @@ def _matrix(
     """
     device = axis.device
     start, length, kernel, support = axis.unbind(1)
-    scale = (length / out)[:, None]
+    scale = (length / torch.full_like(length, out))[:, None]  # not times 1 / out, which GPUs take for a number
     stretch = scale.clamp(min=1)
     reach = support[:, None] * stretch
     places = torch.arange(out, device=device, dtype=torch.float64)

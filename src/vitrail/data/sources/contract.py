@@ -1,6 +1,22 @@
-"""Interface of data sets: a source with class names that opens a training and a validation split."""
+"""Interface of data sets: a source with class names that opens a training and a validation split.
 
-from typing import Literal, Protocol
+A source may also declare, found by name:
+
+    splits           the splits that it has, `("val",)` for example; without it, both
+    value_range      black and white of images with more than 8 bits per channel, known once a split is open
+    describe()       one line about the stored pixels, if they differ from the original files; logged and shown in plans
+    damaged()        yields a sentence for each file whose checksum is wrong; the doctor calls it
+
+and a split:
+
+    encoded(index)   the file of an image as it is stored (`Encoded`); packing copies it unchanged
+    label_sets       the classes of each image, if an image has several or none, as in ReaL
+    value_range      as above, for this split
+    ignored          number of files that are not used, by kind
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +24,14 @@ from numpy.typing import NDArray
 from vitrail.types import Sample
 
 SplitName = Literal["train", "val"]
+
+
+class Encoded(NamedTuple):
+    """An image file as it is stored."""
+
+    data: bytes
+    name: str
+    """Name in messages: a path, or an archive and the key in it."""
 
 
 class Split(Protocol):
@@ -22,8 +46,8 @@ class Split(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def keys(self) -> list[str]:
-        """Return the keys of all samples, in order."""
+    def keys(self) -> Sequence[str]:
+        """Return the keys of all samples, in order; large splits read each key when it is asked for."""
         ...
 
 
@@ -39,3 +63,8 @@ class Source(Protocol):
     def prepare(self) -> None:
         """Download missing files; called on one process only."""
         ...
+
+
+def splits_of(source: Source) -> tuple[SplitName, ...]:
+    """Return the splits that a source has."""
+    return tuple(getattr(source, "splits", ("train", "val")))

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from vitrail.data.images import ValueRange, find_value_range, read_image
 from vitrail.data.sampling import sample_of
-from vitrail.data.sources.contract import SplitName
+from vitrail.data.sources.contract import Encoded, SplitName
 from vitrail.data.sources.index import FileIndex, is_hidden, is_image, is_system_folder, readable
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, ImageError
 from vitrail.types import Sample
 from vitrail_runtime.checking import Length, checked
 
@@ -61,9 +61,29 @@ class FolderSplit:
         image = read_image(self.root / self.files.path(index), self.value_range)
         return Sample(image, self.files.label(index), self.files.key(index))
 
+    def encoded(self, index: int) -> Encoded:
+        """Return a file as it is stored.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        return read_file(self.root / self.files.path(index))
+
     def keys(self) -> list[str]:
         """Return the keys of all samples, in order: paths without extension."""
         return self.files.keys()
+
+
+def read_file(path: Path) -> Encoded:
+    """Read an image file without decoding it.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        return Encoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def class_folders(folder: Path) -> Iterator[str]:
@@ -121,6 +141,11 @@ class ImageFolder:
         self.class_folders = self._find_class_folders("train" if train_dir else "val")
         self._check_same_classes(self._find_class_folders("val"))
         self.classes = [readable(name) for name in self.class_folders]
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """Splits that have a folder."""
+        return ("train", "val") if "train" in self.folders else ("val",)
 
     def prepare(self) -> None:
         """List the files once, if the lists are cached for the other processes."""

@@ -13,9 +13,10 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from vitrail.data.sources.contract import SplitName
+from vitrail.data.sources.contract import Source, Split, SplitName
 from vitrail.data.sources.folders import FolderSplit, ImageFolder, class_folders
 from vitrail.errors import ConfigError
+from vitrail.types import Sample
 from vitrail_runtime.checking import PositiveInt, checked
 
 log = logging.getLogger(__name__)
@@ -55,45 +56,81 @@ class ImageNet(ImageFolder):
 
     def __init__(self, root: str | None, **kwargs: Any) -> None:
         super().__init__(root, **kwargs)
-        if problem := _difference(self.classes, synsets("imagenet-1k")):
+        if problem := difference(self.classes, synsets("imagenet-1k")):
             raise ConfigError(
                 f"data.root={self.root}: {len(self.classes)} class folders are not the 1000 of ImageNet-1k ({problem});"
                 " use data=imagefolder for other classes."
             )
 
 
-class RealSplit(FolderSplit):
-    """ImageNet's validation images with the reassessed (ReaL) labels of Beyer et al. (arXiv:2006.07159).
+class RealSplit:
+    """Validation images of ImageNet with the reassessed (ReaL) labels of Beyer et al. (arXiv:2006.07159).
+
+    Args:
+        images: the images, with ImageNet's names in their keys.
 
     Attributes:
         label_sets: class indices of each image; empty for the 3,163 of 50,000 images that show none of the classes,
             which are not counted.
+
+    Raises:
+        ConfigError: the name of an image is not ImageNet's.
     """
 
-    def __init__(self, root: Path, classes: list[str]) -> None:
-        super().__init__(root, classes)
+    def __init__(self, images: Split) -> None:
+        self.images, self.labels = images, images.labels
+        self.value_range = getattr(images, "value_range", "type")
+        if hasattr(images, "encoded"):
+            self.encoded = images.encoded
         reassessed = json.loads(_timm_file("imagenet_real_labels.json"))
         self.label_sets: list[tuple[int, ...]] = []
-        for key in self.keys():
+        keys = images.keys()
+        for key in keys:
             match = re.search(r"ILSVRC2012_val_(\d{8})", key)
             if match is None or not 1 <= int(match[1]) <= len(reassessed):
                 raise ConfigError(
-                    f"data.root: {root / key} is not named like ImageNet's validation images"
+                    f"data.root: {key} is not named like ImageNet's validation images"
                     " (ILSVRC2012_val_00000001.JPEG ...). ReaL labels need the original names."
                 )
             self.label_sets.append(tuple(reassessed[int(match[1]) - 1]))
 
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index]
+
+    def keys(self) -> Sequence[str]:
+        """Return the keys of all samples, in order."""
+        return self.images.keys()
+
 
 @checked
-class ImageNetReal(ImageNet):
-    """Source of ImageNet's validation images with ReaL labels; `root` and `val_dir` as in `ImageNet`.
+class ImageNetReal:
+    """Source of ImageNet's validation images with ReaL labels.
+
+    Args:
+        root: folder that contains `val_dir`, as in `ImageNet`.
+        val_dir: name of the validation folder.
+        images: another source of ImageNet-1k to take the validation images from, such as archives, Kaggle's layout or a
+            pack; `root` and `val_dir` are not used then.
 
     Raises:
-        ConfigError: as `ImageNet`.
+        ConfigError: as `ImageNet`; or `images` has other classes.
     """
 
-    def __init__(self, root: str | None, val_dir: str = "val") -> None:
-        super().__init__(root, train_dir=None, val_dir=val_dir)
+    splits: tuple[SplitName, ...] = ("val",)
+
+    def __init__(self, root: str | None = None, val_dir: str = "val", images: Any = None) -> None:
+        self.images: Source = ImageNet(root, train_dir=None, val_dir=val_dir) if images is None else images
+        self.classes = self.images.classes
+        if self.classes != synsets("imagenet-1k"):
+            problem = difference(self.classes, synsets("imagenet-1k")) or "another order"
+            raise ConfigError(f"data.source.images: its classes are not the 1000 of ImageNet-1k ({problem}).")
+
+    def prepare(self) -> None:
+        """Prepare the source of the images."""
+        self.images.prepare()
 
     def open(self, split: SplitName) -> RealSplit:
         """Return the validation split.
@@ -101,8 +138,9 @@ class ImageNetReal(ImageNet):
         Raises:
             ConfigError: the split is not `val`, or the name of an image is not ImageNet's.
         """
-        super().open(split)
-        return RealSplit(self.folders[split], self.classes)
+        if split != "val":
+            raise ConfigError("data.source: ReaL labels are for evaluation only; use src/eval.py.")
+        return RealSplit(self.images.open(split))
 
 
 @checked
@@ -120,6 +158,8 @@ class ImageNetVariant:
         ConfigError: the folder is missing, or contains other class folders.
     """
 
+    splits: tuple[SplitName, ...] = ("val",)
+
     def __init__(self, root: str | None, classes: str = "imagenet-1k", images: PositiveInt | None = None) -> None:
         if not root:
             raise ConfigError("data.root: not set. Set it to the folder that holds the class folders: data.root=/path.")
@@ -132,7 +172,7 @@ class ImageNetVariant:
         found = sorted(class_folders(self.root))
         numbers = [str(index) for index in range(len(self.classes))]
         self.folders = numbers if sorted(numbers) == found else self.classes
-        if problem := _difference(found, self.folders):
+        if problem := difference(found, self.folders):
             raise ConfigError(
                 f"data.root={self.root}: {len(found)} class folders are not the {len(self.classes)} of {classes}"
                 f" ({problem})."
@@ -155,7 +195,7 @@ class ImageNetVariant:
         return images
 
 
-def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
+def difference(found: Sequence[str], expected: Sequence[str]) -> str:
     """Describe missing and unknown classes; empty if both are the same."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if not missing and not extra:
