@@ -7,7 +7,6 @@ from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from vitrail.data.images import as_image, decode_image, to_rgb
