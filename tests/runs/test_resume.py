@@ -31,9 +31,10 @@ def test_resume__from_every_step_gives_the_same_weights(image_tree, tmp_path):
         assert_same_state(fit(tmp_path / path.stem, image_tree, ckpt=path), expected, path.stem)
 
 
-def test_resume__killed_twice_gives_the_same_bits(image_tree, tmp_path):
+@pytest.mark.parametrize("render", ["loader", "device"])
+def test_resume__killed_twice_gives_the_same_bits(render, image_tree, tmp_path):
     """SIGKILL after step 2, within the first epoch, and after step 6, within the second; two loader workers."""
-    arguments = (*RANDOM_DRAWS, f"data.root={image_tree}", "data.num_workers=2")
+    arguments = (*RANDOM_DRAWS, f"data.root={image_tree}", "data.num_workers=2", f"data.render={render}")
     expected = last_checkpoint(train(*arguments, logs=new_folder(tmp_path / "whole")))
     logs = new_folder(tmp_path / "killed")
     (process,) = start_held(*arguments, logs=logs, step=2)

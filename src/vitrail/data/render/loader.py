@@ -35,7 +35,8 @@ class DeviceLoader:
         operations: Sequence[Operation] = (),
     ) -> None:
         self.loader, self.device = loader, device
-        self.sampler, self.batch_size, self.num_workers = loader.sampler, loader.batch_size, loader.num_workers
+        self.dataset, self.sampler = loader.dataset, loader.sampler
+        self.batch_size, self.num_workers = loader.batch_size, loader.num_workers
         self.renderer = DeviceRenderer(spec, device, erase_mode, operations)
 
     def __len__(self) -> int:

@@ -58,7 +58,7 @@ class PackOptions(NamedTuple):
         Raises:
             ImageError: the image cannot be read; the message names it.
         """
-        value_range = getattr(split, "value_range", "type")
+        value_range: Any = getattr(split, "value_range", "type")
         read = getattr(split, "encoded", None)
         encoded = None if read is None else read(index)
         if encoded is not None and self.size is None and self.format == "jpeg" and not verify:
