@@ -62,14 +62,14 @@ def _assert_same(one, other, path):
         assert one == other, f"{path}: {one} and {other}"
 
 
-def fit(folder, root, ckpt=None, copies=None):
-    """Train `RANDOM_DRAWS` in this process and return the content of last.ckpt.
+def fit(folder, root, ckpt=None, copies=None, more=()):
+    """Train `RANDOM_DRAWS`, with `more` options, in this process and return the content of last.ckpt.
 
     With `copies`, a folder, save after every optimiser step and copy each last.ckpt there, as 01.ckpt, 02.ckpt, ...
     """
     minutes = "null" if copies is None else "0"
     options = (f"callbacks.preemption.minutes={minutes}", f"data.root={root}", "data.num_workers=0")
-    trainer, module, data = assemble(new_folder(folder), *RANDOM_DRAWS, *options)
+    trainer, module, data = assemble(new_folder(folder), *RANDOM_DRAWS, *options, *more)
     if copies is not None:
         _copy_every_save(trainer.strategy.checkpoint_io, copies)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)

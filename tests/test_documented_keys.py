@@ -108,6 +108,15 @@ def test_keys_of_networks_and_optimisers__reach_their_objects(tmp_path):
     assert (module.optimizer.decay_also, module.optimizer.lr_scaling) == (("cls_token",), "sqrt")
 
 
+def test_keys_of_phases__reach_their_objects(tmp_path):
+    calendar = "[{share:0.5,image_size:2,magnitude:3},{share:0.5,image_size:4}]"
+    options = ("phases=efficienttrain", f"phases.calendar={calendar}", "phases.by=compute", "phases.multiple=8")
+    _, module, data = assemble(tmp_path, *options, "phases.downscale=crop", "epochs=10", "model=vit_nano")
+    assert (data.phases.by, data.phases.downscale, data.phases.sizes) == ("compute", "crop", [(16, 16), (32, 32)])
+    assert [phase.epochs for phase in module.phases.phases] == [8, 2]
+    assert module.phases.at(0).magnitude == 3
+
+
 def test_keys_of_strategies_and_launchers__reach_their_objects(tmp_path):
     trainer, _, _ = assemble(tmp_path, "trainer=fsdp_cpu_2", "strategy.reshard_after_forward=false")
     assert trainer.strategy.reshard_after_forward is False

@@ -189,7 +189,7 @@ def _describe(hint: Any, plural: bool = False) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_describe(argument) for argument in arguments))
     if origin is not None and issubclass(origin, Mapping):
-        return "a mapping"
+        return "mappings" if plural else "a mapping"
     if origin is not None:
         return f"a list of {_describe(arguments[0], plural=True)}"
     return _PLURALS.get(hint, _WORDS[hint]) if plural else _WORDS[hint]

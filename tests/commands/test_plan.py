@@ -4,11 +4,12 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
+from rich.console import Console
 
 from programs import PROJECT, run, run_directories
 from vitrail.commands.plan import make_plan
 from vitrail.data.sources import Digits
-from vitrail.reporting.plan import curve
+from vitrail.reporting.plan import curve, plan_table
 
 
 def planned(*overrides):
@@ -71,6 +72,39 @@ def test_hours__include_teacher_and_submodels():
     once = planned("experiment=deit3_small", "trainer=ddp_8gpu")
     assert cosub.hours == pytest.approx(2 * once.hours)
     assert cosub.activations == pytest.approx(2 * once.activations)
+
+
+def test_phases__count_gpu_time_and_decoded_images_apart():
+    """EfficientTrain: a ViT-S takes .49 and .72 of the operations at 160 and 192 pixels; the images stay the same."""
+    plan = planned("experiment=deit_small_progressive", "trainer=ddp_8gpu")
+    plain = planned("experiment=deit_small_progressive", "phases=none", "trainer=ddp_8gpu")
+    assert [phase.image_size[0] for phase in plan.phases] == [160, 192, 224]
+    assert [phase.magnitudes for phase in plan.phases] == [(1, 5), (7, 7), (9, 9)]
+    assert [phase.epochs for phase in plan.phases] == [180, 60, 60]
+    assert plan.operations == pytest.approx(0.6 * 0.49 + 0.2 * 0.72 + 0.2, abs=0.005)
+    assert plan.hours == pytest.approx(plan.operations * plain.hours)
+    assert sum(phase.images for phase in plan.phases) == plain.steps * plain.batch * 300
+    assert (plain.phases, plain.operations) == ([], 1.0)
+    assert "decodes" not in text_of(plan)
+    assert "160 x 160 px, magnitude 1 to 5: 180 epochs, 230.0 M images decoded" in text_of(plan)
+
+
+def test_phases__of_equal_compute_decode_more_images():
+    """EfficientTrain++ with the GPU time of 200 epochs decodes 469 epochs of images."""
+    options = ("phases=efficienttrain_pp", "epochs=469", "schedule.warmup_epochs=94", "trainer=ddp_8gpu")
+    plan = planned("experiment=deit_small_progressive", *options)
+    assert plan.equal_epochs == pytest.approx(200, abs=0.5)
+    assert "decodes 2.3 times the images of 200 epochs at 224 x 224 px" in text_of(plan)
+    assert max(plan.rates) == pytest.approx(4e-3, rel=0.01)
+    assert plan.rates.index(max(plan.rates)) == pytest.approx(218, abs=2)  # 20 % of the compute
+
+
+def text_of(plan):
+    """Return the text of the plan's table on a wide terminal."""
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(plan_table(plan))
+    return captured.get()
 
 
 @pytest.mark.slow  # builds every network

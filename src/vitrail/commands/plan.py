@@ -1,6 +1,8 @@
 """`plan=true`: estimate what a training does and costs, without running it and without its data."""
 
 import math
+from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import timm
@@ -10,13 +12,15 @@ from rich import get_console
 from torch import Tensor, UntypedStorage, nn
 
 from vitrail.data import Augmentation
+from vitrail.data.phases import Phases
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 from vitrail.models.cost import Cost, measure_cost
 from vitrail.objectives.contract import passes_of
-from vitrail.reporting.plan import PEAK, UTILISATION, Plan, plan_table
+from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, plan_table
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import instantiate, settle_model
+from vitrail.runs.phases import build_phases, fit_to_phases
 from vitrail.training import CosineSchedule, OptimizerFactory
 from vitrail.types import height_width
 
@@ -58,18 +62,28 @@ def make_plan(config: DictConfig) -> Plan:
     for group in optimizer.build(model, batch).param_groups:
         amount = float(group["weight_decay"])
         groups[amount] = groups.get(amount, 0) + sum(parameter.numel() for parameter in group["params"])
+    phases = build_phases(config, sides)
+    if phases is not None:
+        fit_to_phases(model, phases, classes)
     cost, teacher = measure_cost(model, sides), _teacher_cost(config)
     passes = passes_of(instantiate(config.objective, "objective"))
     activations = passes * activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
     states = 4 if optimizer.name in ("sgd", "momentum", "lion") else 8
     ema = 0 if config.callbacks.get("ema") is None else 4
-    # Two operations per multiply-accumulate; a backward pass costs two forward passes, and a teacher has none.
-    work = 6 * cost.macs * passes + (2 * teacher.macs if teacher else 0)
-    speed = devices * PEAK * UTILISATION / work if _on_gpus(trainer) else None
+
+    def speed_of(macs: int) -> float | None:
+        """Return the images per second of a backbone with `macs`; None for CPUs."""
+        # Two operations per multiply-accumulate; a backward pass costs two forward passes, and a teacher has none.
+        work = 6 * macs * passes + (2 * teacher.macs if teacher else 0)
+        return devices * PEAK * UTILISATION / work if _on_gpus(trainer) else None
+
+    speed = speed_of(cost.macs)
     # With FSDP each device holds one share; the gathered weights of the current block are neglected.
     shards = devices if config.strategy.get("_target_") == "vitrail.training.FSDP" else 1
     state_bytes = cost.parameters * (8 + states + ema) / shards + (4 * teacher.parameters if teacher else 0)
     epochs = int(trainer.max_epochs)
+    hours = None if steps is None or speed is None else steps * batch * epochs / speed / 3600
+    costs = [] if phases is None else phase_costs(model, phases, None if steps is None else steps * batch, speed_of)
     return Plan(
         name=model_name(config.model),
         missing=missing,
@@ -85,17 +99,43 @@ def make_plan(config: DictConfig) -> Plan:
         batch=batch,
         steps=steps,
         epochs=epochs,
-        rates=_rates(schedule, optimizer.scaled_lr(batch), epochs),
+        rates=_rates(schedule, optimizer.scaled_lr(batch), epochs, phases),
         groups=groups,
         activations=activations,
         memory=state_bytes + activations * per_device,
         images_per_second=speed,
-        hours=None if steps is None or speed is None else steps * batch * epochs / speed / 3600,
+        hours=sum(part.hours or 0 for part in costs) if costs and hours is not None else hours,
         disk=2 * cost.parameters * (4 + states + ema),
         augmentation=describe_augmentation(augment, config.data.get("hflip", 0.5), mixing),
         optimizer=optimizer.describe(batch),
+        phases=costs,
+        equal_epochs=epochs if phases is None else phases.compute(epochs),
+        by="epochs" if phases is None else phases.by,
         stored=stored,
     )
+
+
+def phase_costs(
+    model: nn.Module, phases: Phases, images_per_epoch: int | None, speed_of: Callable[[int], float | None]
+) -> list[PhaseCost]:
+    """Estimate the cost of each image size in turn.
+
+    Args:
+        model: backbone that can run at the sizes of all phases.
+        phases: phases of the training.
+        images_per_epoch: training images in an epoch; None if unknown.
+        speed_of: maps multiply-accumulates per image to images per second.
+    """
+    costs = []
+    for size, same in groupby(phases.phases, key=lambda phase: phase.size):
+        parts = list(same)
+        magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
+        epochs, macs = sum(part.epochs for part in parts), measure_cost(model, size).macs
+        images, speed = None if images_per_epoch is None else images_per_epoch * epochs, speed_of(macs)
+        hours = None if images is None or speed is None else images / speed / 3600
+        extremes = (min(magnitudes), max(magnitudes)) if magnitudes else None
+        costs.append(PhaseCost(size, extremes, epochs, macs, images, speed, hours))
+    return costs
 
 
 def _teacher_cost(config: DictConfig) -> Cost | None:
@@ -155,13 +195,15 @@ def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int,
     return None, config.model.get("num_classes") or 1000, ""
 
 
-def _rates(schedule: CosineSchedule, peak: float, epochs: int) -> list[float]:
+def _rates(schedule: CosineSchedule, peak: float, epochs: int, phases: Phases | None = None) -> list[float]:
     """Return the learning rate in the middle of each epoch, for per-step and per-epoch schedules."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = schedule.build(optimizer, epochs, steps_per_epoch=100)
     rates = []
     for epoch in range(epochs):
-        schedule.advance(scheduler, epoch, 100 * epoch + 50)
+        positions = (epoch, epoch + 0.5)
+        begin, middle = positions if phases is None else map(phases.schedule_epochs, positions)
+        schedule.advance(scheduler, begin, 100 * middle)
         rates.append(optimizer.param_groups[0]["lr"])
     return rates
 

@@ -4,6 +4,7 @@ from vitrail.data.augment import Augmentation
 from vitrail.data.datamodule import ImageDataModule, ImageFolderDataModule, ImageNetDataModule
 from vitrail.data.images import load_image
 from vitrail.data.mixing import MixToken, MixupCutMix
+from vitrail.data.phases import PhaseCalendar
 
 __all__ = [
     "Augmentation",
@@ -12,5 +13,6 @@ __all__ = [
     "ImageNetDataModule",
     "MixToken",
     "MixupCutMix",
+    "PhaseCalendar",
     "load_image",
 ]

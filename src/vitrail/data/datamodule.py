@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from vitrail.data.augment import Augmentation, Transform
 from vitrail.data.images import as_image, size_of, to_rgb
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
+from vitrail.data.phases import PhasedViews, Phases
 from vitrail.data.render import DeviceLoader, DeviceRenderer, PILRenderer, Shipped, plan_batch, ship
 from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
@@ -28,7 +29,7 @@ _GRACE_SECONDS = 60
 class TrainingTransform(NamedTuple):
     """How to view and render training images."""
 
-    views: TrainingViews
+    views: TrainingViews | PhasedViews
     renderer: PILRenderer
     on_device: bool = False
     """Whether the training device renders, so that a sample only has what it needs."""
@@ -185,6 +186,18 @@ class ImageDataModule(L.LightningDataModule):
         self.label_maps, self.on_missing_map, self.center_square_maps = label_maps, on_missing_map, center_square_maps
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
+    phases: Phases | None = None
+
+    def set_phases(self, phases: Phases) -> None:
+        """Train in phases of image size and RandAugment magnitude; to be called before `setup`.
+
+        Raises:
+            ConfigError: training images get the evaluation transform, which has no phases.
+        """
+        if not self.augment.enabled:
+            raise ConfigError("augment.enabled=false: phases change the training augmentation; set it to true.")
+        self.phases = phases
+
     @property
     def input(self) -> InputSpec:
         """Input of the network; the value range is known once the source has opened a split."""
@@ -239,7 +252,9 @@ class ImageDataModule(L.LightningDataModule):
             return self.augment.evaluation(self.input)
         augment = self.augment
         renderer = PILRenderer(self.input, augment.erase_mode, augment.operations)
-        views = augment.views(self.input, self.hflip)
+        views: TrainingViews | PhasedViews = augment.views(self.input, self.hflip)
+        if self.phases is not None:
+            views = PhasedViews(self.phases, augment, self.input, self.hflip)
         return TrainingTransform(views, renderer, self.renders_on_device, augment.warp_label_maps)
 
     @property

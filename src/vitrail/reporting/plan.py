@@ -16,6 +16,18 @@ IMAGES_PER_CORE = 160
 """Approximate number of ImageNet images that one core decodes and augments per second."""
 
 
+class PhaseCost(NamedTuple):
+    """Estimates for the epochs of one image size."""
+
+    image_size: tuple[int, int]  # height and width in pixels
+    magnitudes: tuple[int, int] | None  # lowest and highest magnitude of RandAugment; None for the augmentation's own
+    epochs: int
+    macs: int  # multiply-accumulates per image
+    images: int | None  # images that are decoded
+    images_per_second: float | None  # over all devices; None for CPUs
+    hours: float | None  # of GPU time
+
+
 class Plan(NamedTuple):
     """Estimates for a training before it starts."""
 
@@ -42,7 +54,17 @@ class Plan(NamedTuple):
     disk: float  # bytes
     augmentation: list[str]  # one description per step
     optimizer: str  # description
+    phases: list[PhaseCost]  # one for each image size in turn; empty for a training at one size
+    equal_epochs: float  # epochs at the final size that cost as much, counted in pixels
+    by: str  # what the phases share: epochs or compute
     stored: str = ""  # how the stored pixels differ from the original files
+
+    @property
+    def operations(self) -> float:
+        """Operations of the backbone, relative to those of the same epochs at the final size."""
+        if not self.phases:
+            return 1.0
+        return sum(phase.epochs * phase.macs for phase in self.phases) / (self.epochs * self.cost.macs)
 
 
 def plan_table(plan: Plan) -> Group:
@@ -63,14 +85,17 @@ def plan_table(plan: Plan) -> Group:
     table.add_row("learning rate", f"{curve(plan.rates)}\n{min(plan.rates):.2g} to {max(plan.rates):.3g}")
     total = "" if plan.steps is None else f" = {plan.steps * plan.epochs:,}"
     table.add_row("steps", f"{_number(plan.steps)} x {plan.epochs} epochs{total}")
+    if plan.phases:
+        table.add_row("phases", "\n".join(_phase_lines(plan)))
     gib = 2**30
     activations = f"{plan.activations / 2**20:,.0f} MiB of activations per image"
     table.add_row("memory", f"about {plan.memory / gib:.1f} GiB per device, eager, {activations}")
     if plan.images_per_second is None:
         table.add_row("time", "not estimated for CPUs; add trainer=gpu or trainer=ddp_8gpu")
     else:
-        cores = math.ceil(plan.images_per_second / IMAGES_PER_CORE)
-        needed = f"{plan.images_per_second:,.0f} images/s needed"
+        speeds = [plan.images_per_second, *(phase.images_per_second or 0 for phase in plan.phases)]
+        cores = math.ceil(max(speeds) / IMAGES_PER_CORE)
+        needed = f"{'up to ' if plan.phases else ''}{max(speeds):,.0f} images/s needed"
         table.add_row("loader", f"{needed}: about {cores:,} cores, {IMAGES_PER_CORE} images/s each")
         hours = "?" if plan.hours is None else f"{plan.hours:.1f}"
         gpu_hours = "?" if plan.hours is None else f"{plan.hours * plan.devices:,.0f}"
@@ -82,6 +107,27 @@ def plan_table(plan: Plan) -> Group:
         table.add_row("teacher", f"{plan.teacher_name}: {size_of}, included above")
     lines = [Text(f"still needed: {key}=...", no_wrap=True, style="bold") for key in plan.missing]
     return Group(table, *lines)
+
+
+def _phase_lines(plan: Plan) -> list[str]:
+    """Return a line for each image size, the operations of the whole training, and a warning about decoding."""
+    lines = []
+    for phase in plan.phases:
+        height, width = phase.image_size
+        low, high = phase.magnitudes or (0, 0)
+        magnitude = f", magnitude {low}" + (f" to {high}" if high > low else "") if phase.magnitudes else ""
+        decoded = "? images" if phase.images is None else f"{phase.images / 1e6:,.1f} M images"
+        time = "" if phase.hours is None else f", {phase.hours:.1f} h of GPU time"
+        speed = "" if phase.images_per_second is None else f" at {phase.images_per_second:,.0f} images/s"
+        lines.append(f"{height} x {width} px{magnitude}: {phase.epochs} epochs, {decoded} decoded{time}{speed}")
+    side = " x ".join(map(str, plan.image_size))
+    lines.append(f"{plan.operations:.2f} of the operations of {plan.epochs} epochs at {side} px")
+    if plan.by == "compute" and plan.epochs > round(plan.equal_epochs):
+        lines.append(
+            f"decodes {plan.epochs / plan.equal_epochs:.1f} times the images of {plan.equal_epochs:.0f} epochs at"
+            f" {side} px, which take as much GPU time: slower than these if the loader is the limit"
+        )
+    return lines
 
 
 def _number(value: int | None) -> str:

@@ -25,14 +25,16 @@ from vitrail.checkpoints.reading import Origin
 from vitrail.checkpoints.writing import AtomicCheckpointIO
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.heads import declared_outputs, forward_heads, token_grid
+from vitrail.models.heads import declared_outputs
 from vitrail.models.teacher import Teacher
 from vitrail.objectives.contract import passes_of
 from vitrail.runs.config import instantiate, plain
 from vitrail.runs.directory import RunDirectory, find_weights_file
 from vitrail.runs.loggers import MetricsCSV
+from vitrail.runs.outputs import check_outputs
+from vitrail.runs.phases import build_phases, fit_to_phases
 from vitrail.runs.resume import ResumePosition
-from vitrail.training import ImageClassifier
+from vitrail.training import ImageClassifier, PhaseReport
 from vitrail.training.targets import check_contracts
 from vitrail.types import InputSpec
 from vitrail_runtime.allowed_targets import resolve_target
@@ -53,8 +55,11 @@ _CHECKED = ("vitrail.models.create_model",)  # targets known to return what they
 
 
 def build_data(config: DictConfig) -> ImageDataModule:
-    """Build the data module with its augmentation."""
-    return instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+    """Build the data module with its augmentation and phases."""
+    data: ImageDataModule = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
+    if (phases := build_phases(config, data.input.size)) is not None:
+        data.set_phases(phases)
+    return data
 
 
 def model_name(node: Any) -> str:
@@ -111,28 +116,8 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model._target_={target}: returns a {type(model).__name__}, not a torch module.")
     if target not in _CHECKED:
-        _check_outputs(model, num_classes, image_size)
+        check_outputs(model, num_classes, image_size)
     return model
-
-
-def _check_outputs(model: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
-    """Check that a backbone returns what it declares, by a forward pass of two images."""
-    was_training = model.training
-    with torch.no_grad():
-        outputs = forward_heads(model.eval(), torch.zeros(2, 3, *image_size))
-    model.train(was_training)
-    expected: dict[str, tuple[int, ...]] = {"cls": (2, num_classes)}
-    if "tokens" in declared_outputs(model):
-        rows, columns = token_grid(model, image_size)
-        expected["tokens"] = (2, rows * columns, num_classes)
-    for name, shape in expected.items():
-        found = getattr(outputs, name, None)
-        described = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        if described != shape:
-            raise ConfigError(
-                f"model: returns {described} as {name} for two images of {image_size[0]} x {image_size[1]} pixels, but"
-                f" must return {shape}, because the data has {num_classes} classes."
-            )
 
 
 def fit_pretrained_classes(model: nn.Module, classes: Sequence[str]) -> None:
@@ -167,6 +152,8 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     if mixing is not None and data.batch_size % 2:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
     model = build_model(config.model, data.num_classes, data.input.size)
+    if data.phases is not None:
+        fit_to_phases(model, data.phases, data.num_classes)
     objective = instantiate(config.objective, "objective")
     taught = frozenset() if config.get("teacher") is None else Teacher.provides
     check_contracts(model, objective, mixing, data.provides | taught)
@@ -189,6 +176,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         seed=config.seed,
         compile_mode=config.compile,
         grad_checkpointing=config.grad_checkpointing,
+        phases=data.phases,
     )
     # The model summary counts operations in a forward pass of the example, which must not trigger a compilation.
     if config.compile is None:
@@ -227,6 +215,8 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     _check_callbacks(named, config.trainer, run)
     callbacks = [callback for callback in named.values() if callback is not None]
     callbacks += [_SaveConfig(redacted(plain(config)), data), ResumePosition()]
+    if data.phases is not None:
+        callbacks.append(PhaseReport(data.phases))
     loggers = [csv_log]
     for name, node in (config.logger or {}).items():
         if node is not None:

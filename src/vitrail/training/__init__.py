@@ -6,6 +6,7 @@ from vitrail.training.ema import EMA
 from vitrail.training.fsdp import FSDP
 from vitrail.training.nonfinite_guard import NonfiniteGuard
 from vitrail.training.optimizers import OptimizerFactory
+from vitrail.training.phases import PhaseReport
 from vitrail.training.schedules import CosineSchedule
 from vitrail.training.targets import TargetBuilder
 
@@ -17,6 +18,7 @@ __all__ = [
     "ImageClassifier",
     "NonfiniteGuard",
     "OptimizerFactory",
+    "PhaseReport",
     "SpeedMonitor",
     "TargetBuilder",
 ]

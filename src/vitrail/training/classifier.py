@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vitrail.checkpoints.shards import gathered
 from vitrail.data.mixing import Mixing
+from vitrail.data.phases import Phases
 from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
@@ -44,6 +45,7 @@ class ImageClassifier(L.LightningModule):
         compile_mode: mode of `torch.compile` (`default`, `max-autotune`, ...); None runs eagerly. The keys of the state
             dict are the same in both cases.
         grad_checkpointing: recompute activations in the backward pass to save memory.
+        phases: phases of image size; None for one size. The network is compiled once for each size.
     """
 
     def __init__(
@@ -58,13 +60,17 @@ class ImageClassifier(L.LightningModule):
         seed: int = 0,
         compile_mode: str | None = None,
         grad_checkpointing: bool = False,
+        phases: Phases | None = None,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.num_classes = model, objective, num_classes
         self.optimizer, self.schedule = optimizer, schedule
         self.mixing, self.targets, self.seed = mixing, targets or TargetBuilder(), seed
-        self.compile_mode = compile_mode
-        self.heads = torch.compile(forward_heads, mode=compile_mode) if compile_mode else forward_heads
+        self.compile_mode, self.phases = compile_mode, phases
+        dynamic = (
+            None if phases is None else False
+        )  # PyTorch would compile the second size for any size, which is slower
+        self.heads = torch.compile(forward_heads, mode=compile_mode, dynamic=dynamic) if compile_mode else forward_heads
         if grad_checkpointing:
             _set_grad_checkpointing(model)
         self.val_metrics = ValidationMetrics(num_classes)
@@ -106,7 +112,7 @@ class ImageClassifier(L.LightningModule):
         if self.schedule is not None and self.trainer.lr_scheduler_configs:
             scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
             epoch, batches = next_batch(self.trainer)
-            self.schedule.advance(scheduler, self.current_epoch, self._steps_until(epoch, batches))
+            self._advance(scheduler, self.current_epoch, self._steps_until(epoch, batches))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout and drop path for this batch and rank, and log the learning rate at an epoch's first batch.
@@ -207,9 +213,16 @@ class ImageClassifier(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
         """Advance timm's scheduler to the number of finished epochs and steps."""
-        assert self.schedule is not None
         batches = completed_batches(self.trainer)
-        self.schedule.advance(scheduler, self.current_epoch + 1, self._steps_until(self.current_epoch, batches))
+        self._advance(scheduler, self.current_epoch + 1, self._steps_until(self.current_epoch, batches))
+
+    def _advance(self, scheduler: CosineLRScheduler, epochs: float, steps: float) -> None:
+        """Set the learning rate after `epochs` finished epochs and `steps` optimiser steps."""
+        assert self.schedule is not None
+        if self.phases is not None:
+            length = max(1, self._steps_per_epoch)
+            epochs, steps = self.phases.schedule_epochs(epochs), self.phases.schedule_epochs(steps / length) * length
+        self.schedule.advance(scheduler, epochs, steps)
 
     # Validation
 

@@ -84,7 +84,7 @@ class CosineSchedule:
             t_in_epochs=not self.per_step,
         )
 
-    def advance(self, scheduler: CosineLRScheduler, epochs: int, steps: int) -> None:
+    def advance(self, scheduler: CosineLRScheduler, epochs: float, steps: float) -> None:
         """Set the learning rate of the step after `epochs` finished epochs and `steps` optimiser steps."""
         scheduler.step(max(0, epochs - 1) if self.epoch_lag else epochs)
         scheduler.step_update(steps)

@@ -1,0 +1,31 @@
+"""Check that a backbone returns what it declares."""
+
+import torch
+from torch import nn
+
+from vitrail.errors import ConfigError
+from vitrail.models.heads import declared_outputs, forward_heads, token_grid
+
+
+def check_outputs(model: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
+    """Check the outputs of a forward pass of two images of (height, width) pixels.
+
+    Raises:
+        ConfigError: an output is missing or has the wrong shape.
+    """
+    was_training = model.training
+    with torch.no_grad():
+        outputs = forward_heads(model.eval(), torch.zeros(2, 3, *image_size))
+    model.train(was_training)
+    expected: dict[str, tuple[int, ...]] = {"cls": (2, num_classes)}
+    if "tokens" in declared_outputs(model):
+        rows, columns = token_grid(model, image_size)
+        expected["tokens"] = (2, rows * columns, num_classes)
+    for name, shape in expected.items():
+        found = getattr(outputs, name, None)
+        described = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if described != shape:
+            raise ConfigError(
+                f"model: returns {described} as {name} for two images of {image_size[0]} x {image_size[1]} pixels, but"
+                f" must return {shape}, because the data has {num_classes} classes."
+            )
