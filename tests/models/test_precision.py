@@ -22,6 +22,7 @@ FAMILIES = [
     "vit",
 ]
 FAMILIES += ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_nano"]
+FAMILIES += ["vit5_small"]
 
 
 def small(name, **kwargs):

@@ -122,6 +122,7 @@ def google(step):
 SMALL = {
     "deit_nano": {"patch_size": 16},
     "deit_nano_distilled": {"patch_size": 16},
+    "vit5_small": {"embed_dim": 32, "depth": 2, "num_heads": 2},
     "t2t_vit_7": {"depth": 1, "token_drop": 0.0},
 }
 # recipe, backbone, loss, learning rate of each step, weight decay, parameters without it, clipping, EMA decay
@@ -130,6 +131,8 @@ FACTS = [
      0.05, {"cls_token", "pos_embed"}, None, 0.99996),
     ("deit3_small", "deit_nano", deit3, lambda s: cosine(4e-3, max(0, s // STEPS - 1), 2, 10),
      0.05, {"cls_token", "pos_embed"}, None, 0.99996),
+    ("vit5_small", "vit5_small", deit3, lambda s: cosine(4e-3, max(0, s // STEPS - 1), 2, 10),
+     0.05, {"cls_token", "pos_embed", "reg_token"}, None, 0.99996),
     ("t2t_vit_14", "t2t_vit_7", t2t, lambda s: cosine(5e-4, s // STEPS, 2, 8), 0.05, {"cls_token"}, None, 0.99996),
     ("lvvit_s", "lvvit_nano", lvvit, lambda s: cosine(1.6e-3, s // STEPS, 2, 8),
      0.05, {"cls_token", "pos_embed"}, None, 0.99992),
@@ -141,7 +144,7 @@ FACTS = [
 def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, exempt, clip, decay, tmp_path):
     images, cooldown = {
         "deit_small_distilled": (1024, 0), "deit3_small": (2048, 0), "t2t_vit_14": (512, 2), "lvvit_s": (1024, 2),
-        "vit_small_augreg": (4096, 0),
+        "vit_small_augreg": (4096, 0), "vit5_small": (2048, 0),
     }[recipe]  # fmt: skip
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [
@@ -172,7 +175,8 @@ def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, 
         {"params": [p for key, p in named if (p.ndim > 1 and key not in exempt) == decayed], "weight_decay": amount}
         for decayed, amount in ((True, weight_decay), (False, 0.0))
     ]
-    plain = Lamb(groups, lr=1.0, eps=1e-6) if recipe == "deit3_small" else torch.optim.AdamW(groups, lr=1.0, eps=1e-8)
+    lamb_eps = {"deit3_small": 1e-6, "vit5_small": 1e-8}.get(recipe)
+    plain = Lamb(groups, lr=1.0, eps=lamb_eps) if lamb_eps else torch.optim.AdamW(groups, lr=1.0, eps=1e-8)
     expected, average = [], {}
     for step in range(EPOCHS * STEPS):
         for group in plain.param_groups:
