@@ -14,6 +14,7 @@ from torch import nn
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head
 from vitrail.models.tokens_to_token import TokensToToken
+from vitrail.models.volo import declare_token_logits
 from vitrail.types import ImageSize, height_width
 from vitrail_runtime.checking import NonNegativeInt, PositiveInt, Rate, checked
 
@@ -88,7 +89,7 @@ def create_model(
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
     if constant_drop_path:
         _make_drop_path_constant(model, drop_path_rate or 0.0)
-    return add_token_head(model) if token_head else model
+    return add_token_head(model) if token_head else declare_token_logits(model)
 
 
 def _make_drop_path_constant(model: nn.Module, rate: float) -> None:
