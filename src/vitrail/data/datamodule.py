@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from vitrail.data.augment import Augmentation, Transform
 from vitrail.data.images import as_image, size_of, to_rgb
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.phases import PhasedViews, Phases
-from vitrail.data.render import DeviceLoader, PILRenderer, Shipped, plan_batch, ship
+from vitrail.data.render import DeviceLoader, DeviceRenderer, PILRenderer, Shipped, plan_batch, ship
 from vitrail.data.sampling import Draw, EpochSampler
 from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
 from vitrail.data.views import TrainingViews, geometry
@@ -274,7 +274,7 @@ class ImageDataModule(L.LightningDataModule):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def train_dataloader(self) -> Iterable[Batch]:
+    def train_dataloader(self) -> DataLoader[Item]:
         """Return a loader of shuffled and augmented images, without incomplete batches.
 
         Raises:
@@ -286,34 +286,34 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} on {sampler.world_size} devices is more than "
                 f"the {len(self.train)} training images."
             )
-        loader = self._loader(self.train, sampler, self.batch_size)
+        options = self._loader_options(sampler, self.batch_size)
         if not self.renders_on_device:
-            return loader
-        return DeviceLoader(loader, self.input, self._device, self.augment.erase_mode, self.augment.operations)
+            return DataLoader(self.train, **options)
+        renderer = DeviceRenderer(self.input, self._device, self.augment.erase_mode, self.augment.operations)
+        return DeviceLoader(renderer, self.train, **options)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """Return a loader of all images in order."""
-        return self._loader(self.val, self._sampler(self.val, shuffle=False), self.eval_batch_size)
+        return DataLoader(self.val, **self._loader_options(self._sampler(self.val, False), self.eval_batch_size))
 
     def _sampler(self, dataset: ViewDataset, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         repeats = self.repeats if shuffle else 1
         return EpochSampler(len(dataset), self.seed, shuffle, rank, world_size, self.batch_size, repeats)
 
-    def _loader(self, dataset: ViewDataset, sampler: EpochSampler, batch_size: int) -> DataLoader[Item]:
+    def _loader_options(self, sampler: EpochSampler, batch_size: int) -> dict[str, Any]:
         workers = self._workers()
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-            generator=torch.Generator().manual_seed(self.seed),  # keeps the loader off the global random stream
-            collate_fn=collate,
-            worker_init_fn=_ignore_signals,
-        )
+        return {
+            "batch_size": batch_size,
+            "sampler": sampler,
+            "num_workers": workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": workers > 0,
+            "prefetch_factor": 4 if workers else None,
+            "generator": torch.Generator().manual_seed(self.seed),  # keeps the loader off the global random stream
+            "collate_fn": collate,
+            "worker_init_fn": _ignore_signals,
+        }
 
     def _workers(self) -> int:
         if self.num_workers is not None:

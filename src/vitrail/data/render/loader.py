@@ -1,56 +1,41 @@
 """Loader that renders batches on the training device, one batch ahead of the step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data.render.device import DeviceRenderer
-from vitrail.data.views import Operation
-from vitrail.types import Batch, InputSpec
+from vitrail.types import Batch
 
 
-class DeviceLoader:
+class DeviceLoader(DataLoader[Any]):
     """Loader of batches on the training device.
 
     On a GPU, the next batch is copied and rendered on a stream of its own while the training step runs. Elsewhere each
     batch is rendered when it is asked for.
 
     Args:
-        loader: loader of batches whose images are `RenderPlan`s.
-        spec: input of the network.
-        device: training device.
-        erase_mode: content of erased boxes: `const`, `rand` or `pixel`.
-        operations: operations of your own.
+        renderer: renderer on the training device.
+        dataset: data set whose images are `Shipped`.
+        options: arguments of PyTorch's `DataLoader`.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        spec: InputSpec,
-        device: torch.device,
-        erase_mode: str = "pixel",
-        operations: Sequence[Operation] = (),
-    ) -> None:
-        self.loader, self.device = loader, device
-        self.dataset, self.sampler = loader.dataset, loader.sampler
-        self.batch_size, self.num_workers = loader.batch_size, loader.num_workers
-        self.renderer = DeviceRenderer(spec, device, erase_mode, operations)
+    def __init__(self, renderer: DeviceRenderer, dataset: Dataset[Any], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.renderer, self.device = renderer, renderer.device
 
-    def __len__(self) -> int:
-        return len(self.loader)
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # the base class returns its own iterators
+        if self.device.type == "cuda":
+            return self._one_ahead(super().__iter__())
+        return map(self._rendered, super().__iter__())
 
-    def __iter__(self) -> Iterator[Batch]:
-        if self.device.type != "cuda":
-            return map(self._rendered, self.loader)
-        return self._one_ahead()
-
-    def _one_ahead(self) -> Iterator[Batch]:
+    def _one_ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         stream = torch.cuda.Stream(self.device)
         ready: tuple[Batch, torch.cuda.Event] | None = None
-        for batch in self.loader:
+        for batch in batches:
             with torch.cuda.stream(stream):
                 following = self._rendered(batch), stream.record_event()
             if ready is not None:
