@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import Picture
@@ -168,8 +168,16 @@ def _decoded(
     except _OutsideError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise ImageError(f"{name}: not a readable image ({reason.rstrip('.')}).") from error
+        raise ImageError(f"{name}: not a readable image ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why an image cannot be read; the message names the file already."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):  # its text ends with the path, or an address in memory
+        return "cannot identify image file"
+    return str(error).rstrip(".") or type(error).__name__
 
 
 def to_rgb(picture: Picture, value_range: ValueRange | Literal["type"] | None = "type") -> Picture:
