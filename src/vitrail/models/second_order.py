@@ -209,7 +209,7 @@ class SecondOrderClassifier(nn.Module):
         """Return pooled vectors (B, K * L) of patch tokens (B, N, D)."""
         x = self.representation(patches)
         with _full_precision(x):
-            return self.drop(self.normalization(x).flatten(1))
+            return self.drop(self.normalization(x).flatten(1).to(patches.dtype))
 
     def forward(self, patches: Tensor, class_features: Tensor | None = None) -> Tensor:
         """Return logits (B, C) of patch tokens (B, N, D) and class token (B, D)."""

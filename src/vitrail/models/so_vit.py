@@ -171,11 +171,10 @@ class SoViT(SinusoidViT):
 
     def extend(self) -> None:
         """Replace timm's classifier of the class token by the second-order classifier."""
-        norm = self.get_submodule("norm")
-        del self.norm
+        norm = self._modules.pop("norm")
         self.head = nn.Identity()
         self.classifier = self.build_classifier(self.embed_dim, self.num_classes)
-        self.norm = norm  # after the classifier, as in the published checkpoints
+        self.add_module("norm", norm)  # after the classifier, as in the published checkpoints
 
     def no_weight_decay(self) -> set[str]:
         """Return an empty set: in the official training the class token is decayed, too."""
