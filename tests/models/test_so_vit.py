@@ -7,6 +7,7 @@ from vitrail.checkpoints import load_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 from vitrail.models.so_vit import VisualTokens
+from vitrail.training import OptimizerFactory
 
 NAMES = ["so_vit_7", "sot_tiny"]
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -109,6 +110,15 @@ def test_training__same_gradients_with_checkpointing(name):
         model(images).square().mean().backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_layer_decay__stem_first_and_classifier_last():
+    model = small()
+    groups = OptimizerFactory("adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5).build(model, 512).param_groups
+    rates = {id(parameter): group["lr"] * group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert rates[id(model.visual_tokens.tokens.transition.weight)] == 0.5**3
+    assert rates[id(model.blocks[0].mlp.fc1.weight)] == 0.5**2
+    assert rates[id(model.classifier.visual_fc.weight)] == rates[id(model.classifier.normalization.weight)] == 1
 
 
 def test_token_head__adds_token_logits():

@@ -93,6 +93,7 @@ class T2TViT(SinusoidViT):
     def _only_class_token_is_used(self) -> bool:
         last = self.blocks[-1]
         plain = type(last) is ClassTokenBlock and type(last.attn) is Attention
+        plain = plain and not getattr(self, "uses_patch_tokens", False)
         return plain and self.global_pool == "token" and "tokens" not in declared_outputs(self)
 
 
