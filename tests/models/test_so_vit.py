@@ -6,6 +6,7 @@ import vitrail  # noqa: F401
 from vitrail.checkpoints import load_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
+from vitrail.models.cost import measure_cost
 from vitrail.models.so_vit import VisualTokens
 from vitrail.training import OptimizerFactory
 
@@ -151,3 +152,13 @@ def test_load__official_checkpoint(name, tmp_path):
     )
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
     torch.testing.assert_close(model.cls_token, source.cls_token)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"), [("so_vit_10", 7_158_672, 1.787), ("sot_base", 76_878_982, 15.524)]
+)
+def test_cost__of_the_sizes_without_recorded_values(name, parameters, macs):
+    with torch.device("meta"):
+        cost = measure_cost(timm.create_model(name), (224, 224))
+    assert (cost.parameters, cost.tokens) == (parameters, 197)
+    assert cost.macs / 1e9 == pytest.approx(macs, rel=5e-4)
