@@ -20,7 +20,7 @@ from vitrail.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_HEADS = ("head", "head_dist", "aux_head")
+_HEADS = ("head", "head_dist", "aux_head", "second_order.visual_fc")
 _PREFIX_TOKENS = {"cls_token": "class token", "dist_token": "distillation token", "reg_token": "register tokens"}
 
 

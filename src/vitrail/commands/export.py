@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 # Keys of a model config that programs which load the export do not need: vitrail's own, and those of training.
 _NOT_EXPORTED = {
-    *("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path"),
+    *("_target_", "name", "num_classes", "pretrained", "token_head", "pool", "constant_drop_path"),
     *("drop_path_rate", "drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"),
     *("drop_block_rate", "weight_init", "fix_init", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"),
 }

@@ -94,11 +94,9 @@ def token_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
     raise ConfigError(f"model: {type(model).__name__} has no token_grid; model.token_head=true adds token logits.")
 
 
-def _class_heads(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a ViT's class and distillation logits, (B, C) each, from features (B, prefix + N, D)."""
-    if isinstance(model, VisionTransformerDistilled):  # the class token first, the distillation token second
-        return model.head(model.head_drop(features[:, 0])), model.head_dist(model.head_drop(features[:, 1]))
-    return VisionTransformer.forward_head(model, features), None
+def _class_heads(model: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a distilled ViT's class and distillation logits, (B, C) each, from features (B, 2 + N, D)."""
+    return model.head(model.head_drop(features[:, 0])), model.head_dist(model.head_drop(features[:, 1]))
 
 
 class TokenHead(VisionTransformer):
@@ -155,7 +153,10 @@ class TokenHead(VisionTransformer):
             features = self._forward_mixed(images, token_box, grid)
         else:
             features = self.forward_features(images)  # (B, prefix + N, D)
-        cls, distill = _class_heads(self, features)
+        if isinstance(self, VisionTransformerDistilled):
+            cls, distill = _class_heads(self, features)
+        else:
+            cls, distill = super().forward_head(features), None
         tokens = self.token_logits(features)
         return Outputs(cls, tokens if token_box is None else mix_tokens(tokens, token_box, grid), distill)
 
