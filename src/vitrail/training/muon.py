@@ -90,7 +90,7 @@ class _WholeNorms(TorchFunctionMode):
 class _ShardedMuon(Muon):
     """timm's Muon and AdaMuon, for parameters that FSDP may have sharded."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once."""
         with _WholeNorms():
             return super().step(closure)
