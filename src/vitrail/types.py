@@ -282,3 +282,5 @@ class Targets(NamedTuple):
     """`teacher_logits`: (B, C), in the student's class order."""
     teacher_features: Tensor | None = None
     """`teacher_features`: patch tokens (B, N, D) of the teacher, in row-major order."""
+    teacher_heads: Outputs | None = None
+    """`teacher_heads`: logits of each of the teacher's heads, in the student's class order."""

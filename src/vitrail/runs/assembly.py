@@ -159,8 +159,9 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     check_contracts(model, objective, mixing, data.provides | taught)
     check_passes(model, objective)
     if config.init_from is not None and not config.resume:
-        # A new token classifier may start untrained.
+        # A new token classifier may start untrained, and so may modules that the dense backbone lacks.
         allowed = ["aux_head.*"] if "tokens" in declared_outputs(model) else []
+        allowed += [f"{name}.*" for name in getattr(model, "new_modules", ())]
         file, _ = find_weights_file(config.init_from, "init_from")
         load_checkpoint(model, file, allow=allowed, key="init_from", classes=data.classes)
     elif config.model.get("pretrained"):

@@ -219,10 +219,14 @@ class ImageClassifier(L.LightningModule):
     def _advance(self, scheduler: CosineLRScheduler, epochs: float, steps: float) -> None:
         """Set the learning rate after `epochs` finished epochs and `steps` optimiser steps."""
         assert self.schedule is not None
+        done = steps / max(1, self._steps_per_epoch)
         if self.phases is not None:
             length = max(1, self._steps_per_epoch)
             epochs, steps = self.phases.schedule_epochs(epochs), self.phases.schedule_epochs(steps / length) * length
         self.schedule.advance(scheduler, epochs, steps)
+        for group in scheduler.optimizer.param_groups:
+            if done < group.get("freeze_epochs", 0):
+                group["lr"] = 0.0
 
     # Validation
 

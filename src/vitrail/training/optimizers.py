@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torch import nn
 
 from vitrail.errors import ConfigError
-from vitrail_runtime.checking import NonNegative, PositiveInt, Range, checked
+from vitrail_runtime.checking import NonNegative, NonNegativeInt, PositiveInt, Range, checked
 
 _LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch ratio
 
@@ -27,7 +27,12 @@ class OptimizerFactory:
         lr_scaling: `linear` multiplies `lr` by batch / reference, `sqrt` by the square root of that; `none` keeps `lr`.
         lr_reference_batch: effective batch size, in images, that `lr` is meant for.
         layer_decay: factor of the learning rate from each block to the one before it; None uses one learning rate.
-        backbone_lr_scale: factor of the learning rate of all parameters but the classifiers', for fine-tuning.
+        backbone_lr_scale: factor of the learning rate of the backbone, for fine-tuning: of all parameters except the
+            modules that the model declares as `new_modules` (DynamicViT's predictors), or else its classifiers.
+        scale_min_lr: apply `backbone_lr_scale` also to the schedule's warm-up and final learning rates, which are
+            otherwise the same for all parameters.
+        backbone_freeze_epochs: epochs at the start in which the backbone's learning rate is 0; its moments are updated.
+        untrained: names of parameters that are not trained.
         decay_also: names of parameters that get weight decay although the model exempts them.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
     """
@@ -41,13 +46,17 @@ class OptimizerFactory:
         lr_reference_batch: PositiveInt = 512,
         layer_decay: Annotated[float, Range(gt=0, le=1)] | None = None,
         backbone_lr_scale: NonNegative = 1.0,
+        scale_min_lr: bool = False,
+        backbone_freeze_epochs: NonNegativeInt = 0,
+        untrained: Sequence[str] = (),
         decay_also: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
         self.layer_decay, self.backbone_lr_scale, self.decay_also = layer_decay, backbone_lr_scale, tuple(decay_also)
-        self.options = options
+        self.scale_min_lr, self.backbone_freeze_epochs = scale_min_lr, backbone_freeze_epochs
+        self.untrained, self.options = tuple(untrained), options
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Return the peak learning rate for `effective_batch` images per optimiser step, over all devices."""
@@ -60,8 +69,9 @@ class OptimizerFactory:
             ConfigError: timm has no such optimiser, or it does not accept one of the options.
         """
         names = {name for name, _ in model.named_parameters()}
-        if unknown := [name for name in self.decay_also if name not in names]:
-            raise ConfigError(f"optimizer.decay_also: {unknown[0]} is not a parameter of {type(model).__name__}.")
+        for option in ("decay_also", "untrained"):
+            if unknown := [name for name in getattr(self, option) if name not in names]:
+                raise ConfigError(f"optimizer.{option}: {unknown[0]} is not a parameter of {type(model).__name__}.")
         lr = self.scaled_lr(effective_batch)
         try:
             optimizer = create_optimizer_v2(
@@ -80,7 +90,7 @@ class OptimizerFactory:
     def _keep_settings(self, optimizer: Any) -> None:
         """Keep the config's settings when a checkpoint is loaded; only moments and counts come from the checkpoint."""
         base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps another optimiser
-        keys = {"lr", "lr_scale", "weight_decay", *self.options}
+        keys = {"lr", "lr_scale", "weight_decay", "freeze_epochs", *self.options}
         settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
 
         def restore_settings(loaded: torch.optim.Optimizer) -> None:
@@ -95,17 +105,25 @@ class OptimizerFactory:
             groups = param_groups_layer_decay(model, self.weight_decay, exempt, layer_decay=self.layer_decay)
         else:
             groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=exempt)
-        if self.backbone_lr_scale == 1:
+        untrained = {id(model.get_parameter(name)) for name in self.untrained}
+        for group in groups if untrained else ():
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in untrained]
+        if self.backbone_lr_scale == 1 and not self.backbone_freeze_epochs:
             return groups
-        heads = model.get_classifier()
-        classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
-        of_heads = {id(parameter) for head in classifiers if head is not None for parameter in head.parameters()}
+        new = {id(parameter) for module in _new_modules(model) for parameter in module.parameters()}
         return [
-            {**group, "params": members, "lr": lr * factor}
+            {**group, "params": members, **({} if chosen else self._backbone_settings(group, lr))}
             for group in groups
-            for factor, chosen in ((1.0, True), (self.backbone_lr_scale, False))
-            if (members := [parameter for parameter in group["params"] if (id(parameter) in of_heads) == chosen])
+            for chosen in (True, False)
+            if (members := [parameter for parameter in group["params"] if (id(parameter) in new) == chosen])
         ]
+
+    def _backbone_settings(self, group: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Return the settings of a group of the backbone's parameters; `freeze_epochs` is read by the training."""
+        scaled = {"lr": lr * self.backbone_lr_scale}
+        if self.scale_min_lr:  # timm's schedules multiply every learning rate by it
+            scaled = {"lr_scale": group.get("lr_scale", 1.0) * self.backbone_lr_scale}
+        return {**scaled, "freeze_epochs": self.backbone_freeze_epochs}
 
     def describe(self, effective_batch: int) -> str:
         """Return one line for the log, so that a wrong effective batch size, a common mistake, is easy to spot."""
@@ -113,3 +131,12 @@ class OptimizerFactory:
         if self.lr_scaling != "none":
             lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"
         return f"{self.name}: {lr}, weight decay {self.weight_decay:g}, effective batch {effective_batch}"
+
+
+def _new_modules(model: Any) -> list[nn.Module]:
+    """Return the modules to train at the full learning rate: those that the model declares, or its classifiers."""
+    if declared := getattr(model, "new_modules", ()):
+        return [model.get_submodule(name) for name in declared]
+    heads = model.get_classifier()
+    classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
+    return [head for head in classifiers if head is not None]
