@@ -53,6 +53,15 @@ def soft_targets(batch, classes, seed):
     return torch.from_numpy((0.7 * target + 0.3 * target[::-1]).astype(np.float32))
 
 
+class SoftCrossEntropy(torch.nn.Module):
+    """Cross-entropy of the class logits (B, C) with probabilities (B, C)."""
+
+    needs = frozenset()
+
+    def forward(self, outputs, targets):
+        return {"loss": -(targets.cls * outputs.cls.log_softmax(-1)).sum(-1).mean()}
+
+
 def as_strings(mask):
     """Return a mask (B, N) as one string of 0 and 1 for each image."""
     return ["".join("1" if value > 0.5 else "0" for value in row) for row in mask.tolist()]

@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 
 import vitrail  # noqa: F401
-from peers.recorded import as_strings, assert_norms, assert_tensor, draw, fill, images, recorded, soft_targets
+from peers.recorded import (
+    SoftCrossEntropy,
+    as_strings,
+    assert_norms,
+    assert_tensor,
+    draw,
+    fill,
+    images,
+    recorded,
+    soft_targets,
+)
 from vitrail.models import forward_heads
 from vitrail.models.cost import measure_cost
 from vitrail.models.dynamic_vit import DynamicDeiT, DynamicLVViT, ScorePredictor
@@ -67,13 +76,6 @@ def recorded_noise(record):
         yield
     finally:
         torch.Tensor.exponential_ = original
-
-
-class SoftCrossEntropy(nn.Module):
-    needs = frozenset()
-
-    def forward(self, outputs, targets):
-        return {"loss": -(targets.cls * outputs.cls.log_softmax(-1)).sum(-1).mean()}
 
 
 @pytest.mark.parametrize("name", RECORDS)

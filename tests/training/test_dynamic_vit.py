@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
+from plain_loop import CLASSES, EPOCHS, SIDE, SMALL, STEPS, Batches, Losses
 from programs import PROJECT
 from vitrail.data.randomness import reseed
 from vitrail.models import create_model, forward_heads
@@ -19,38 +20,10 @@ from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.models.teacher import Teacher
 from vitrail.runs.config import instantiate
 from vitrail.training import ImageClassifier
-from vitrail.types import Batch
 
 pytestmark = pytest.mark.thorough
 
-EPOCHS, STEPS, BATCH, CLASSES, SIDE = 10, 3, 8, 5, 64
 NAMES = [chr(ord("a") + number) for number in range(CLASSES)]
-SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-
-
-class Batches(L.LightningDataModule):
-    def __init__(self):
-        super().__init__()
-        self.batch_size, random = BATCH, torch.Generator().manual_seed(0)
-        self.content = [
-            Batch(
-                torch.randn(BATCH, 3, SIDE, SIDE, generator=random),
-                torch.randint(0, CLASSES, (BATCH,), generator=random),
-                [""] * BATCH,
-            )
-            for _ in range(STEPS)
-        ]
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(self.content, batch_size=None, shuffle=False)
-
-
-class Losses(L.Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.values.append(outputs["loss"].item())
 
 
 def rate(step):

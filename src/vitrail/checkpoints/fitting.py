@@ -83,7 +83,8 @@ def fit_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fit weights of the same architecture to `model`'s names, image size, channels and classes.
 
-    LayerScale of the official DeiT III is renamed. Position embeddings are resized with the papers' kernel. Classifiers
+    A backbone may convert the names of its official checkpoints with a method `convert_weights(weights)`. LayerScale of
+    the official DeiT III is renamed. Position embeddings are resized with the papers' kernel. Classifiers
     for other classes are replaced by the model's own, untrained, and so is a missing one. A classifier of tokens is
     dropped if the model has none.
 
@@ -105,6 +106,11 @@ def fit_weights(
     """
     own, origin = model.state_dict(), origin or Origin()
     notes = []
+    if (convert := getattr(model, "convert_weights", None)) is not None:
+        converted = convert(weights)
+        if converted.keys() != weights.keys():
+            notes.append(f"official names converted to those of {type(model).__name__}.")
+        weights = converted
     renamed = {key: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", key) for key in weights}
     fitted = {renamed[key] if renamed[key] in own else key: value for key, value in weights.items()}
     if fitted.keys() != weights.keys():

@@ -5,6 +5,7 @@ from vitrail.objectives.contract import Objective
 from vitrail.objectives.cosub import CosubLoss
 from vitrail.objectives.distillation import DistillationLoss
 from vitrail.objectives.dynamic_vit import DynamicViTLoss
+from vitrail.objectives.evo_vit import EvoViTLoss
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CrossEntropy",
     "DistillationLoss",
     "DynamicViTLoss",
+    "EvoViTLoss",
     "Objective",
     "TokenLabelingLoss",
 ]

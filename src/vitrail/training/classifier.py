@@ -172,8 +172,13 @@ class ImageClassifier(L.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Mark the start of an epoch; its first batch logs the learning rate."""
+        """Mark the start of an epoch; its first batch logs the learning rate.
+
+        A backbone that changes during the training (Evo-ViT) has a method `begin_epoch(epoch, epochs)`.
+        """
         self._epoch_start_step = None
+        if begin_epoch := getattr(self.model, "begin_epoch", None):
+            begin_epoch(self.current_epoch, self.trainer.max_epochs)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]  # Lightning knows no timm scheduler
         """Build the optimiser and the schedule for this run's effective batch size.
