@@ -123,6 +123,21 @@ def test_keys_of_dynamic_vit__reach_their_objects(tmp_path):
     assert (module.optimizer.untrained, module.optimizer.backbone_freeze_epochs) == (("cls_token", "pos_embed"), 0)
 
 
+def test_keys_of_evo_vit__reach_their_objects(tmp_path):
+    options = (
+        "model.keep_ratio=0.4",
+        "model.stage_wise_from=0",
+        "model.stages=[6]",
+        f"model.tradeoff={[1] * 12}",
+        "data.image_size=32",
+    )
+    options += ("objective=evo_vit", "objective.class_token_weight=0.25", "model.name=evo_deit_tiny_patch16_224")
+    _, module, _ = assemble(tmp_path, "model=evo_vit", *options)
+    assert (module.model.stages, module.model.stage_wise_from) == ((6,), 0)
+    assert module.model.keep_ratios == (1.0,) * 6 + (0.4,) * 6
+    assert (module.model.tradeoff, module.objective.class_token_weight) == ((1,) * 12, 0.25)
+
+
 def test_keys_of_phases__reach_their_objects(tmp_path):
     calendar = "[{share:0.5,image_size:2,magnitude:3},{share:0.5,image_size:4}]"
     options = ("phases=efficienttrain", f"phases.calendar={calendar}", "phases.by=compute", "phases.multiple=8")

@@ -60,6 +60,8 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
     ]
     if name.startswith("dynamicvit"):
         smaller.append("+model.selection_blocks=[0]")
+    if name.startswith("evo"):
+        smaller += ["model.depth=2", "model.stages=[1]"]
     config = compose("train", [f"experiment={name}", *smaller])
     if config.objective._target_.endswith("TokenLabelingLoss"):
         config.data.label_maps = str(label_maps)
