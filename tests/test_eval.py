@@ -53,6 +53,7 @@ def lite0(tmp_path):
     return model, tmp_path / "lite0.pth"
 
 
+@pytest.mark.slow
 def test_imagenet_r__timms_weights_equal_a_plain_loop(renditions, lite0, tmp_path):
     model, path = lite0
     result = run(

@@ -57,7 +57,7 @@ def call(folder, program, *arguments):
 def test_page__has_every_kind_of_extension():
     assert len(COMMANDS) >= 9
     assert SCRIPTS == ["own_loop.py", "own_trainer.py", "notebook.py"]
-    for group in ("model", "objective", "data", "mixing"):
+    for group in ("model", "objective", "data", "augment", "mixing"):
         assert any(name.startswith(f"my_conf/{group}/") for name in FILES), group
     assert not [text for kind, text in BLOCKS if kind in ("python", "yaml") and not text.startswith("# ")]
 

@@ -72,7 +72,10 @@ def test_train__composes_the_packaged_configs_and_the_users(installed, tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
 
 
-@pytest.mark.parametrize("arguments", [("trainer=ddp_cpu_2",), ("-m", "seed=1,2", "trainer=cpu")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("trainer=ddp_cpu_2",), pytest.param(("-m", "seed=1,2", "trainer=cpu"), marks=pytest.mark.slow)],
+)
 def test_train__starts_its_other_processes_and_jobs(arguments, installed, tmp_path):
     more = [item for item in SHORTER if item != "trainer=cpu"]
     result = call(tmp_path, installed / "vitrail", "train", *arguments, *more)

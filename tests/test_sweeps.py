@@ -48,6 +48,7 @@ def study_of(directory: Path):
     return optuna.load_study(study_name="sweep", storage=f"sqlite:///{directory / 'study.db'}")
 
 
+@pytest.mark.slow
 def test_grid__new_process_per_job_also_with_ddp(tmp_path):
     """Lightning's launcher must not pass the sweep on to its ranks: two jobs with two ranks stay two jobs."""
     result = run(
@@ -99,6 +100,7 @@ def test_grid__continues_in_its_directory(tmp_path):
     assert jobs_of(tmp_path / "sweep")[1]["overrides"] == ["optimizer.lr=0.003", "epochs=2"]
 
 
+@pytest.mark.slow
 def test_grid__gpus_are_distributed(tmp_path):
     """With four GPUs, two jobs with two GPUs each run in parallel, and never share a GPU."""
     options = ("hydra.launcher.gpus=2", "hydra.launcher.parallel=null", f"hydra.sweep.dir={tmp_path}/sweep")
@@ -113,6 +115,7 @@ def test_grid__gpus_are_distributed(tmp_path):
 SEARCH = ("sweep=lr_wd", "epochs=6")
 
 
+@pytest.mark.slow
 def test_search__prunes_bad_trials(tmp_path):
     options = ("hydra.sweeper.trials=9", "hydra.sweeper.prune=median", "hydra.sweeper.prune_after=1")
     result = toy(*SEARCH, *options, "hydra.launcher.parallel=3", logs=tmp_path, TOY_SECONDS="0.7")

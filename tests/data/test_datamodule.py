@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vitrail.data import Augmentation, ImageDataModule, ImageFolderDataModule, ImageNetDataModule, MixupCutMix
-from vitrail.data.datamodule import ViewDataset
+from vitrail.data.dataset import ViewDataset
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
 from vitrail.data.sources import ArraySplit, Digits

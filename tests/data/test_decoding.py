@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vitrail.data import images
+from vitrail.data import jpeg
 from vitrail.data.images import as_array, as_image, decode_image, load_image, read_image
 from vitrail.errors import ImageError
 
@@ -39,7 +39,7 @@ def turbo(monkeypatch):
         decoded.append(len(data))
         return simplejpeg.decode_jpeg(data, colours)
 
-    monkeypatch.setattr(images, "_decode_jpeg", counting)
+    monkeypatch.setattr(jpeg, "_decode_jpeg", counting)
     return decoded
 
 
@@ -98,7 +98,7 @@ def test_jpeg__under_another_name(tmp_path):
 
 def test_jpeg__without_simplejpeg(monkeypatch):
     data = encoded(photograph())
-    monkeypatch.setattr(images, "_decode_jpeg", None)
+    monkeypatch.setattr(jpeg, "_decode_jpeg", None)
     picture = decode_image(data, "x.jpg")
     assert isinstance(picture, Image.Image)
     assert np.array_equal(as_array(picture), pillows(data))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from peers.recorded import recorded
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.datamodule import TrainingTransform, ViewDataset
+from vitrail.data.dataset import TrainingTransform, ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
 from vitrail.data.render import PILRenderer
 from vitrail.data.sampling import Draw

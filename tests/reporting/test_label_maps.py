@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.datamodule import TrainingTransform, ViewDataset
+from vitrail.data.dataset import TrainingTransform, ViewDataset
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.mixing import TokenMix
 from vitrail.data.render import PILRenderer

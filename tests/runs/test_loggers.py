@@ -154,6 +154,7 @@ def wandb_history(directory):
     return rows
 
 
+@pytest.mark.slow
 def test_several_loggers__without_key_and_network(tmp_path):
     """W&B (offline, with one warning), TensorBoard and MLflow all get the metrics, and continue in a resumed run."""
     pytest.importorskip("tensorboard")

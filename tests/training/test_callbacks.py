@@ -22,6 +22,8 @@ class Clock:
 class Recorded:
     """A module that keeps what is logged."""
 
+    device = torch.device("cpu")
+
     def __init__(self):
         self.logged = []
 
@@ -57,6 +59,42 @@ def test_speed__by_hand(world_size, monkeypatch):
     ]
 
 
+def test_speed__by_the_devices_time(monkeypatch):
+    """The host runs 3 steps ahead of a device that waits 1 s before each of 4 steps of 2 s."""
+
+    class Event:
+        """Event that the device reaches at `time`, in ms."""
+
+        recorded, reached = [], 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            number = len(self.recorded)  # start, then stop and start of each step
+            self.time = 1000 * (number // 2 * 3 + number % 2)
+            self.recorded.append(self)
+
+        def query(self):
+            return self.time <= Event.reached
+
+        def elapsed_time(self, other):
+            assert max(self.time, other.time) <= Event.reached
+            return other.time - self.time
+
+        def synchronize(self):
+            Event.reached = max(Event.reached, self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = callbacks.DeviceClock()
+    clock.start()
+    for step in range(4):
+        clock.stop()
+        Event.reached = max(0, 3000 * (step - 3))
+        clock.start()
+    assert clock.read() == (4, 12)
+
+
 def test_speed__of_an_epoch_without_batches(monkeypatch):
     clock, module, monitor = Clock(monkeypatch), Recorded(), SpeedMonitor()
     run_epoch(monitor, SimpleNamespace(world_size=1), module, clock, [])
@@ -72,7 +110,7 @@ def test_speed__counts_all_accumulated_batches(tmp_path):
     fit.fit(module, datamodule=data)
     assert fit.global_step == 2
     assert monitor.images == 64
-    seconds = monitor.ready - monitor.started
+    _, seconds = monitor.clock.read()
     assert fit.callback_metrics["speed/images_per_second"].item() == pytest.approx(64 / seconds, rel=1e-5)
     assert 0 < fit.callback_metrics["speed/data_wait"].item() < 100
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data import Augmentation, ImageDataModule
-from vitrail.data.datamodule import ViewDataset, collate
+from vitrail.data.dataset import ViewDataset, collate
 from vitrail.data.label_maps import LabelMapStore, LabelMapWriter
 from vitrail.data.label_maps.checks import measure_agreement
 from vitrail.data.sampling import Draw

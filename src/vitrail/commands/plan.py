@@ -22,8 +22,10 @@ from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import instantiate, settle_model
 from vitrail.runs.phases import build_phases, fit_to_phases
 from vitrail.training import CosineSchedule, OptimizerFactory
-from vitrail.types import height_width
+from vitrail.types import InputSpec, height_width
 
+_TYPICAL = (375, 500)  # (height, width) of an image of ImageNet, in pixels
+_SAMPLE = 1000  # views
 _NEEDED = ("data.root", "data.label_maps", "init_from")
 
 
@@ -43,7 +45,7 @@ def make_plan(config: DictConfig) -> Plan:
     """
     config = config.copy()
     missing = _take_missing(config)
-    images, classes, stored = _data_size(config, missing)
+    images, classes, source = _data_size(config, missing)
     sides = height_width(config.data.get("image_size") or 224)
     model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides)
     if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
@@ -82,6 +84,10 @@ def make_plan(config: DictConfig) -> Plan:
     shards = devices if config.strategy.get("_target_") == "vitrail.training.FSDP" else 1
     state_bytes = cost.parameters * (8 + states + ema) / shards + (4 * teacher.parameters if teacher else 0)
     epochs = int(trainer.max_epochs)
+    render = config.data.get("render") or "auto"
+    renders_on_device = render == "device" or (
+        render == "auto" and _on_gpus(trainer) and augment.device_problem() is None
+    )
     hours = None if steps is None or speed is None else steps * batch * epochs / speed / 3600
     costs = [] if phases is None else phase_costs(model, phases, None if steps is None else steps * batch, speed_of)
     return Plan(
@@ -111,7 +117,10 @@ def make_plan(config: DictConfig) -> Plan:
         phases=costs,
         equal_epochs=epochs if phases is None else phases.compute(epochs),
         by="epochs" if phases is None else phases.by,
-        stored=stored,
+        stored=_declared(source, "describe", ""),
+        storage=_declared(source, "storage", "files"),
+        render="device" if renders_on_device else "loader",
+        bytes_per_image=_bytes_per_image(augment, config, sides, renders_on_device),
     )
 
 
@@ -174,10 +183,10 @@ def _on_gpus(trainer: DictConfig) -> bool:
     return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
 
 
-def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int, str]:
-    """Return the number of training images and of classes, and how the stored pixels differ from the original files.
+def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int, Any]:
+    """Return the number of training images and of classes, and the source.
 
-    The numbers are the published ones if the files are not available.
+    The numbers are the published ones if the files are not available; there is no source then.
     """
     published = config.data.get("published_size")
     if "root" in config.data and config.data.root is None:
@@ -185,14 +194,33 @@ def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int,
     else:
         try:
             data = instantiate(config.data, "data", augment=Augmentation())
-            describe = getattr(data.source, "describe", None)
-            return len(data.source.open("train")), data.num_classes, describe() if describe else ""
+            return len(data.source.open("train")), data.num_classes, data.source
         except ConfigError:
             if published is None:
                 raise
     if published is not None:
-        return int(published[0]), int(published[1]), ""
-    return None, config.model.get("num_classes") or 1000, ""
+        return int(published[0]), int(published[1]), None
+    return None, config.model.get("num_classes") or 1000, None
+
+
+def _declared(source: Any, name: str, default: str) -> str:
+    """Return what a source declares about itself: the result of its method `name`."""
+    method = getattr(source, name, None)
+    return default if method is None else method()
+
+
+def _bytes_per_image(
+    augment: Augmentation, config: DictConfig, sides: tuple[int, int], on_device: bool
+) -> float | None:
+    """Return the bytes of an average training image on its way to the device, from a sample of views."""
+    if not on_device:
+        return 4.0 * 3 * sides[0] * sides[1]
+    if augment.crop_last or augment.shift is not None:
+        return 3.0 * _TYPICAL[0] * _TYPICAL[1]
+    mean, std = config.data.get("mean"), config.data.get("std")
+    views = augment.views(InputSpec(sides, tuple(mean or (0.5,) * 3), tuple(std or (0.5,) * 3)), 0.5)
+    crops = [views.draw_view(_TYPICAL, 0, index).steps[0].values for index in range(_SAMPLE)]
+    return 3.0 * sum(height * width for _, _, height, width, _ in crops) / _SAMPLE
 
 
 def _rates(schedule: CosineSchedule, peak: float, epochs: int, phases: Phases | None = None) -> list[float]:

@@ -15,16 +15,11 @@ from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from vitrail.data.jpeg import ORIENTATION, decode_jpeg
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import Picture
-
-try:
-    from simplejpeg import decode_jpeg as _decode_jpeg
-    from simplejpeg import decode_jpeg_header as _decode_jpeg_header
-except ImportError:  # there is no wheel for this platform; Pillow decodes the same pixels
-    _decode_jpeg = _decode_jpeg_header = None
 
 ValueRange = tuple[float, float]
 """Values that become black and white in images with more than 8 bits per channel."""
@@ -32,10 +27,7 @@ ValueRange = tuple[float, float]
 TYPE_RANGES: dict[str, ValueRange] = {"u": (0.0, 65535.0), "f": (0.0, 1.0)}
 """Value ranges by numpy's kind of type, for a data set in whose sample no image has more than 8 bits."""
 
-_JPEG_START, _EXIF = b"\xff\xd8", b"Exif\0\0"
 _JPEG_ENDINGS = (".jpg", ".jpeg")
-_MANY_PIXELS = 1 << 27
-_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -87,7 +79,7 @@ def read_image(path: str | Path, value_range: ValueRange | Literal["type"] | Non
         ImageError: the file is missing, truncated, not an image, or has a value outside `value_range`; the message
             names the file.
     """
-    if _decode_jpeg is not None and str(path).lower().endswith(_JPEG_ENDINGS):
+    if str(path).lower().endswith(_JPEG_ENDINGS):
         with suppress(OSError):  # reported below
             return decode_image(Path(path).read_bytes(), str(path), value_range)
     return _decoded(lambda: path, str(path), value_range)
@@ -106,7 +98,7 @@ def decode_image(
     Raises:
         ImageError: as `read_image`; the message starts with `name`.
     """
-    pixels = _decoded_jpeg(data)
+    pixels = decode_jpeg(data)
     return _decoded(lambda: BytesIO(data), name, value_range) if pixels is None else pixels
 
 
@@ -127,32 +119,6 @@ def size_of(picture: Picture) -> tuple[int, int]:
     return picture.height, picture.width
 
 
-def _decoded_jpeg(data: bytes | memoryview) -> NDArray[np.uint8] | None:
-    """Decode a JPEG with libjpeg-turbo, which gives Pillow's pixels in less time; None leaves it to Pillow.
-
-    Pillow decodes CMYK, damaged files, enormous ones, and those that carry an orientation.
-    """
-    if _decode_jpeg is None or bytes(data[:2]) != _JPEG_START:
-        return None
-    data = bytes(data)  # no copy if it is bytes
-    if _EXIF in data and _recorded_orientation(data) != 1:
-        return None
-    try:
-        height, width, colours, _ = _decode_jpeg_header(data)
-        if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or _MANY_PIXELS):
-            return None
-        return _decode_jpeg(data, "RGB")
-    except ValueError:  # Pillow decides whether the damage matters
-        return None
-
-
-def _recorded_orientation(data: bytes) -> int:
-    """Return the orientation in a JPEG's EXIF entries; 0 if it cannot be read."""
-    with suppress(Exception), Image.open(BytesIO(data)) as image:  # Pillow raises many kinds of exceptions for EXIF
-        return int(image.getexif().get(_ORIENTATION, 1))
-    return 0
-
-
 def _decoded(
     file: Callable[[], str | Path | IO[bytes]], name: str, value_range: ValueRange | Literal["type"] | None
 ) -> Image.Image:
@@ -168,8 +134,16 @@ def _decoded(
     except _OutsideError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise ImageError(f"{name}: not a readable image ({reason.rstrip('.')}).") from error
+        raise ImageError(f"{name}: not a readable image ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why an image cannot be read; the message names the file already."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):  # its text ends with the path, or an address in memory
+        return "cannot identify image file"
+    return str(error).rstrip(".") or type(error).__name__
 
 
 def to_rgb(picture: Picture, value_range: ValueRange | Literal["type"] | None = "type") -> Picture:
@@ -244,7 +218,7 @@ def _upright(image: Image.Image, original: Image.Image | None = None) -> Image.I
     """
     orientation: Any = None
     with suppress(Exception):  # EXIF is written by many programs; Pillow raises many kinds of exceptions for it
-        orientation = int((original or image).getexif().get(_ORIENTATION, 1))
+        orientation = int((original or image).getexif().get(ORIENTATION, 1))
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

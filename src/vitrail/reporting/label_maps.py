@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from vitrail.data import Augmentation, MixToken
-from vitrail.data.datamodule import TrainingTransform, ViewDataset
+from vitrail.data.dataset import TrainingTransform, ViewDataset
 from vitrail.data.images import as_image
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
 from vitrail.data.label_maps.checks import Agreement

@@ -1,5 +1,7 @@
 """Table with the plan of a training."""
 
+import csv
+import importlib.resources
 import math
 from typing import NamedTuple
 
@@ -12,8 +14,27 @@ from vitrail_runtime.tables import PlainTable
 PEAK, UTILISATION = 312e12, 0.3
 """Assumptions for the hours: an A100's bf16 operations per second, and the share that a training reaches."""
 
-IMAGES_PER_CORE = 160
-"""Approximate number of ImageNet images that one core decodes and augments per second."""
+
+def loader_speed(storage: str, render: str) -> int:
+    """Return the images per second of one loader core, as `benchmarks/data_path.py` measured them.
+
+    Args:
+        storage: `files`, or how a pack stores them: `packed`, `packed_256`, `packed_raw`, `packed_raw_original`.
+        render: where images are rendered, `loader` or `device`.
+    """
+    text = importlib.resources.files("vitrail.reporting").joinpath("loader_speed.csv").read_text(encoding="utf-8")
+    rows = {(row["data"], row["render"]): row for row in csv.DictReader(text.splitlines())}
+    return int(rows[storage, render]["images_per_second"])
+
+
+_STORAGES = {
+    "files": "image files",
+    "packed": "packed files",
+    "packed_256": "packed JPEGs of 256 pixels",
+    "packed_raw": "packed pixels of 256 pixels",
+    "packed_raw_original": "packed pixels",
+}
+_PLACES = {"loader": "in the loader", "device": "on the device"}
 
 
 class PhaseCost(NamedTuple):
@@ -58,6 +79,9 @@ class Plan(NamedTuple):
     equal_epochs: float  # epochs at the final size that cost as much, counted in pixels
     by: str  # what the phases share: epochs or compute
     stored: str = ""  # how the stored pixels differ from the original files
+    storage: str = "files"  # files, packed, packed_256, ...
+    render: str = "loader"  # where training images are rendered: loader or device
+    bytes_per_image: float | None = None  # from loader to device, for images of 500 x 375 pixels; None if not known
 
     @property
     def operations(self) -> float:
@@ -94,9 +118,16 @@ def plan_table(plan: Plan) -> Group:
         table.add_row("time", "not estimated for CPUs; add trainer=gpu or trainer=ddp_8gpu")
     else:
         speeds = [plan.images_per_second, *(phase.images_per_second or 0 for phase in plan.phases)]
-        cores = math.ceil(max(speeds) / IMAGES_PER_CORE)
+        per_core = loader_speed(plan.storage, plan.render)
+        cores = math.ceil(max(speeds) / per_core)
         needed = f"{'up to ' if plan.phases else ''}{max(speeds):,.0f} images/s needed"
-        table.add_row("loader", f"{needed}: about {cores:,} cores, {IMAGES_PER_CORE} images/s each")
+        where = f"{_STORAGES[plan.storage]}, rendered {_PLACES[plan.render]}"
+        table.add_row("loader", f"{needed}: about {cores:,} cores, {per_core:,} images/s each\n({where})")
+        if plan.bytes_per_image is not None:
+            rate = max(speeds) * plan.bytes_per_image / plan.devices / 1e9
+            table.add_row(
+                "", f"{plan.bytes_per_image / 1e3:,.0f} kB per image to the device, {rate:.1f} GB/s per device"
+            )
         hours = "?" if plan.hours is None else f"{plan.hours:.1f}"
         gpu_hours = "?" if plan.hours is None else f"{plan.hours * plan.devices:,.0f}"
         assumption = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (A100, bf16) per device"

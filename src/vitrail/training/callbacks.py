@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from typing import Any
 
 import lightning as L
@@ -17,8 +18,8 @@ class SpeedMonitor(L.Callback):
     """Callback that logs the training throughput of each epoch.
 
     `speed/images_per_second` counts all devices; its time includes waiting for data, but not validation.
-    `speed/data_wait` is the share of that time, in %, that a device waited for the data loader, averaged over devices.
-    `speed/gpu_memory` is the peak in GiB.
+    `speed/data_wait` is the share of that time, in %, that a device waited between two steps: for the data loader, and
+    on a GPU also for copies and rendering. It is averaged over devices. `speed/gpu_memory` is the peak in GiB.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -28,8 +29,8 @@ class SpeedMonitor(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the counters and start the clock."""
         self.images = 0
-        self.waited = 0.0
-        self.started = self.ready = time.perf_counter()
+        self.clock = DeviceClock() if pl_module.device.type == "cuda" else HostClock()
+        self.clock.start()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -37,22 +38,80 @@ class SpeedMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Add the time since the last step, which was spent waiting for this batch."""
-        self.waited += time.perf_counter() - self.ready
+        self.clock.stop()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the images; the clock of an epoch stops at its last batch, before validation."""
         self.images += len(batch.image) * trainer.world_size
-        self.ready = time.perf_counter()
+        self.clock.start()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log throughput, data wait and peak memory."""
-        seconds = max(self.ready - self.started, 1e-9)
-        figures = {"images_per_second": self.images / seconds, "data_wait": 100 * self.waited / seconds}
+        waited, seconds = self.clock.read()
+        seconds = max(seconds, 1e-9)
+        figures = {"images_per_second": self.images / seconds, "data_wait": 100 * waited / seconds}
         if torch.cuda.is_available():
             figures["gpu_memory"] = torch.cuda.max_memory_allocated() / 2**30
         pl_module.log_dict({f"speed/{name}": value for name, value in figures.items()}, sync_dist=True, batch_size=1)
+
+
+class HostClock:
+    """Clock of the intervals between `start` and `stop`, by the host's time."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.first: Any = None
+        self.last: Any = None
+
+    def start(self) -> None:
+        """Start an interval."""
+        self.last = self._now()
+        if self.first is None:
+            self.first = self.last
+
+    def stop(self) -> None:
+        """End the interval."""
+        self.total += self._now() - self.last
+
+    def read(self) -> tuple[float, float]:
+        """Return the seconds in all intervals, and those from the first start to the last one."""
+        return self.total, self.last - self.first
+
+    @staticmethod
+    def _now() -> Any:
+        return time.perf_counter()
+
+
+class DeviceClock(HostClock):
+    """Clock of the intervals between `start` and `stop` as the GPU reaches them, which may be later than the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intervals: deque[tuple[Any, Any]] = deque()
+
+    def stop(self) -> None:
+        """End the interval; add up those that the GPU has passed."""
+        self.intervals.append((self.last, self._now()))
+        while self.intervals and self.intervals[0][1].query():
+            self._add(*self.intervals.popleft())
+
+    def read(self) -> tuple[float, float]:
+        """Return the seconds in all intervals, and those from the first start to the last one."""
+        self.last.synchronize()
+        while self.intervals:
+            self._add(*self.intervals.popleft())
+        return self.total, self.first.elapsed_time(self.last) / 1e3
+
+    def _add(self, start: Any, end: Any) -> None:
+        self.total += start.elapsed_time(end) / 1e3
+
+    @staticmethod
+    def _now() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @checked

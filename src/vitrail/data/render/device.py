@@ -14,12 +14,11 @@ from torch import Tensor
 
 from vitrail.data.render.operations import Extents, affine, blur, color, flip, move, sharpness, tables
 from vitrail.data.render.pil import fill_colour
-from vitrail.data.render.plan import TABLES, Group, Operations, RenderPlan, is_vertical_first
+from vitrail.data.render.plan import Group, Operations, RenderPlan, is_vertical_first
 from vitrail.data.render.resample import resample, resize
+from vitrail.data.render.values import BOX_PASSES, TABLES
 from vitrail.data.views import Operation
 from vitrail.types import InputSpec
-
-_BOX_PASSES = 3  # of Pillow's Gaussian blur
 
 
 class DeviceRenderer:
@@ -98,7 +97,7 @@ class DeviceRenderer:
         if kind == "sharpness":
             return sharpness(images, values, extents)
         if kind == "blur":
-            return blur(images, values, extents, operations.extent, _BOX_PASSES)
+            return blur(images, values, extents, operations.extent, BOX_PASSES)
         if kind == "move":
             return move(images, values)
         if kind in ("hflip", "vflip"):

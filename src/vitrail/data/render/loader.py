@@ -34,6 +34,7 @@ class DeviceLoader(DataLoader[Any]):
 
     def _one_ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # which made the renderer's constants
         ready: tuple[Batch, torch.cuda.Event] | None = None
         for batch in batches:
             with torch.cuda.stream(stream):

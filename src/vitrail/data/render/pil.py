@@ -29,13 +29,13 @@ class PILRenderer:
     """
 
     def __init__(self, spec: InputSpec, erase_mode: str = "pixel", operations: Sequence[Operation] = ()) -> None:
-        self.mean, self.std = torch.tensor(spec.mean), torch.tensor(spec.std)
+        self.values = normalised_values(spec.mean, spec.std)
         self.erase_mode, self.own = erase_mode, {operation.name: operation for operation in operations}
         self.fill = fill_colour(spec.mean)
 
     def __call__(self, picture: Picture, view: View) -> Tensor:
         """Return the normalised pixels (3, H, W) float32 of a view of `picture`."""
-        pixels = normalise(self.image(picture, view), self.mean, self.std)
+        pixels = normalise(self.image(picture, view), self.values)
         if view.erasing:
             _erase(pixels, view.erasing, self.erase_mode, view.noise)
         return pixels
@@ -89,16 +89,19 @@ def fill_colour(mean: Sequence[float]) -> tuple[int, ...]:
     return tuple(min(255, round(255 * value)) for value in mean)
 
 
-def normalise(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
-    """Return normalised pixels (3, H, W) float32, with torchvision's arithmetic.
+def normalised_values(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """Return the normalised value of each byte and channel (3, 256), with torchvision's arithmetic."""
+    values = torch.arange(256, dtype=torch.float32).div_(255).expand(len(mean), -1)
+    return ((values - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).numpy()
 
-    Args:
-        image: RGB image.
-        mean: (3,), of pixels in [0, 1].
-        std: (3,).
-    """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-    return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+def normalise(image: Image.Image, values: NDArray[np.float32]) -> Tensor:
+    """Return the normalised pixels (3, H, W) of an RGB image, by a table (3, 256)."""
+    pixels = np.asarray(image)
+    made = np.empty((3, *pixels.shape[:2]), np.float32)
+    for channel in range(3):
+        np.take(values[channel], pixels[..., channel], out=made[channel], mode="clip")
+    return torch.from_numpy(made)
 
 
 def noise_generator(noise: tuple[int, int]) -> torch.Generator:

@@ -7,7 +7,7 @@ Shapes: B images, G images of a group.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from vitrail.data.images import size_of
 from vitrail.data.render.pil import PILRenderer
-from vitrail.data.views import rotation
+from vitrail.data.render.values import VALUES, own_values
 from vitrail.types import Picture, Step, View
 
 KERNELS = ("box", "bilinear", "hamming", "bicubic", "lanczos")
 """Kernels of the batched resize, by number; also the order of `SUPPORTS`."""
 SUPPORTS = (0.5, 1.0, 1.0, 2.0, 3.0)
-TABLES = ("autocontrast", "equalize", "contrast", "fixed")
-"""Operations that map each value on its own, by number; `fixed` tables are known in advance."""
 BATCHED = frozenset(
     (
         *("crop", "shift", "hflip", "vflip", "affine", "rotate", "blur"),
@@ -37,7 +35,6 @@ BATCHED = frozenset(
 
 _MAX_PIXELS = 1 << 20  # larger crops are rendered in the loader, which saves memory on the device
 _GROUP = 64  # images that are padded to a common size
-_BOX_PASSES = 3  # of Pillow's Gaussian blur
 
 
 class Slot(NamedTuple):
@@ -281,7 +278,7 @@ def _plan_layers(
         kinds: dict[str, list[tuple[int, Sequence[float]]]] = {}
         for index, (own, size) in enumerate(zip(steps, sizes, strict=True)):
             if layer < len(own):
-                kind, values = _VALUES.get(own[layer].name, _own)(own[layer], size)
+                kind, values = VALUES.get(own[layer].name, own_values)(own[layer], size)
                 kinds.setdefault(kind, []).append((index, values))
         layers.append(tuple(_plan_kind(numbers, kind, found) for kind, found in kinds.items()))
     return tuple(layers)
@@ -291,60 +288,3 @@ def _plan_kind(numbers: _Numbers, kind: str, found: list[tuple[int, Sequence[flo
     values = np.array([values for _, values in found], np.float64)
     extent = int(values[:, 0].max()) + 1 if kind == "blur" else 0
     return Operations(kind, numbers.add([index for index, _ in found]), numbers.add(values), extent)
-
-
-_Values = Callable[[Step, tuple[int, int]], tuple[str, Sequence[float]]]
-_IDENTITY = np.arange(256, dtype=np.float64)
-
-
-def _own(step: Step, _: tuple[int, int]) -> tuple[str, Sequence[float]]:
-    return step.name, step.values
-
-
-def _table(number: int, table: NDArray[np.float64] = _IDENTITY, factor: float = 1.0) -> tuple[str, Sequence[float]]:
-    return "table", np.concatenate(([number, factor], table))  # type: ignore[return-value]
-
-
-def _fixed(make: Callable[..., NDArray[np.float64]]) -> _Values:
-    return lambda step, _: _table(TABLES.index("fixed"), make(*step.values))
-
-
-def _brightness(factor: float) -> NDArray[np.float64]:
-    return np.trunc(np.clip(np.float32(factor) * np.arange(256, dtype=np.float32), 0, 255)).astype(np.float64)
-
-
-def _posterize(bits: int) -> NDArray[np.float64]:
-    return np.floor(_IDENTITY / 2 ** (8 - bits)) * 2 ** (8 - bits) if bits > 0 else np.zeros(256)
-
-
-def _affine(step: Step, size: tuple[int, int]) -> tuple[str, Sequence[float]]:
-    matrix = step.values[:6] if step.name == "affine" else rotation(step.values[0], size)
-    return step.values[-1], matrix
-
-
-def _blur(step: Step, _: tuple[int, int]) -> tuple[str, Sequence[float]]:
-    """Return radius and weights of the box filters that approximate a Gaussian (Gwosdek et al., SSVM 2011)."""
-    single = np.float32  # Pillow's precision
-    variance = single(step.values[0]) ** 2 / single(_BOX_PASSES)
-    length = single(math.sqrt(12.0 * float(variance) + 1.0))
-    whole = single(math.floor((float(length) - 1.0) / 2.0))
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
-    radius = single(whole + part)
-    inner = int(single(1 << 24) / (radius * 2 + 1))
-    outer = ((1 << 24) - (int(radius) * 2 + 1) * inner) // 2
-    return "blur", (int(radius), inner / (1 << 24), outer / (1 << 24))
-
-
-_VALUES: dict[str, _Values] = {
-    "autocontrast": lambda *_: _table(TABLES.index("autocontrast")),
-    "equalize": lambda *_: _table(TABLES.index("equalize")),
-    "contrast": lambda step, _: _table(TABLES.index("contrast"), factor=step.values[0]),
-    "invert": _fixed(lambda: 255 - _IDENTITY),
-    "posterize": _fixed(_posterize),
-    "solarize": _fixed(lambda threshold: np.where(threshold > _IDENTITY, _IDENTITY, 255 - _IDENTITY)),
-    "solarize_add": _fixed(lambda added: np.where(_IDENTITY < 128, np.minimum(255, _IDENTITY + added), _IDENTITY)),
-    "brightness": _fixed(_brightness),
-    "affine": _affine,
-    "rotate": _affine,
-    "blur": _blur,
-}

@@ -5,6 +5,7 @@ A source may also declare, found by name:
     splits           the splits that it has, `("val",)` for example; without it, both
     value_range      black and white of images with more than 8 bits per channel, known once a split is open
     describe()       one line about the stored pixels, if they differ from the original files; logged and shown in plans
+    storage()        how images are stored, as benchmarks/data_path.py names it: files, packed, packed_256, ...
     damaged()        yields a sentence for each file whose checksum is wrong; the doctor calls it
 
 and a split:

@@ -178,6 +178,12 @@ class Packed:
             return RawSplit(paths, table)
         return PackedSplit(paths, table, self.value_range)
 
+    def storage(self) -> str:
+        """Return how images are stored, by the names of `benchmarks/data_path.py`."""
+        if self.options.format == "raw":
+            return "packed_raw_original" if self.options.size is None else "packed_raw"
+        return "packed" if self.options.size is None else "packed_256"
+
     def describe(self) -> str:
         """Describe the stored pixels in one line; empty if they are those of the original files."""
         return self.options.describe()
