@@ -116,6 +116,36 @@ def test_keys_of_networks_and_optimisers__reach_their_objects(tmp_path):
     assert (module.optimizer.decay_also, module.optimizer.lr_scaling) == (("cls_token",), "sqrt")
 
 
+def test_keys_of_dynamic_vit__reach_their_objects(tmp_path):
+    options = ("model.keep_ratio=0.8", "model.mask_eps=0", "objective=dynamicvit", "objective.ratio_divisor=3")
+    options += (
+        "objective.distill_weight=0",
+        "optimizer.untrained=[cls_token,pos_embed]",
+        "optimizer.backbone_freeze_epochs=0",
+        "data.image_size=32",
+    )
+    _, module, _ = assemble(tmp_path, "model=dynamicvit", "model.name=dynamicvit_deit_tiny", *options)
+    assert module.model.keep_ratios == pytest.approx((0.8, 0.64, 0.512))
+    assert module.model.blocks[0].attn.mask_eps == 0
+    assert (module.objective.keep_ratio, module.objective.ratio_divisor) == (0.8, 3)
+    assert (module.optimizer.untrained, module.optimizer.backbone_freeze_epochs) == (("cls_token", "pos_embed"), 0)
+
+
+def test_keys_of_evo_vit__reach_their_objects(tmp_path):
+    options = (
+        "model.keep_ratio=0.4",
+        "model.stage_wise_from=0",
+        "model.stages=[6]",
+        f"model.tradeoff={[1] * 12}",
+        "data.image_size=32",
+    )
+    options += ("objective=evo_vit", "objective.class_token_weight=0.25", "model.name=evo_deit_tiny_patch16_224")
+    _, module, _ = assemble(tmp_path, "model=evo_vit", *options)
+    assert (module.model.stages, module.model.stage_wise_from) == ((6,), 0)
+    assert module.model.keep_ratios == (1.0,) * 6 + (0.4,) * 6
+    assert (module.model.tradeoff, module.objective.class_token_weight) == ((1,) * 12, 0.25)
+
+
 def test_keys_of_phases__reach_their_objects(tmp_path):
     calendar = "[{share:0.5,image_size:2,magnitude:3},{share:0.5,image_size:4}]"
     options = ("phases=efficienttrain", f"phases.calendar={calendar}", "phases.by=compute", "phases.multiple=8")

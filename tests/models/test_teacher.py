@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from vitrail.errors import ConfigError
-from vitrail.models import create_model
+from vitrail.models import create_model, forward_heads
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.models.teacher import Teacher
 
@@ -45,3 +45,18 @@ def test_classes__are_found_by_name():
     assert_close(Teacher(classifier(), *IMAGENET, "db")(images), whole[:, [3, 1]])
     with pytest.raises(ConfigError, match="teacher: test_resnet has 4 classes, the data has 3"):
         Teacher(classifier(), *IMAGENET, "xyz")
+
+
+def test_heads_and_features__are_those_of_the_dense_backbone():
+    torch.manual_seed(0)
+    model = create_model("lvvit_s", 4, 32, embed_dim=32, depth=1, num_heads=2)
+    dense = PretrainedClassifier(model, "lvvit_s", (32, 32), *HALF, classes=list("abcd"))
+    teacher, images = Teacher(dense, *HALF, "db"), torch.randn(2, 3, 32, 32)
+    expected = forward_heads(model, images)
+    found = teacher.heads(images)
+    assert_close(found.cls, expected.cls[:, [3, 1]])
+    assert_close(found.tokens, expected.tokens[..., [3, 1]])
+    logits, features = teacher.logits_and_features(images)
+    assert_close(logits, teacher(images))
+    assert_close(features, teacher.features(images))
+    assert_close(Teacher(dense, *HALF, "abcd").heads(images).cls, expected.cls)

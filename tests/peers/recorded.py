@@ -3,7 +3,9 @@
 Weights: every entry of a state dict is drawn from NumPy's RandomState, seeded with the CRC-32 of its key, so they are
 reproducible anywhere. With z standard normal, letter `n` means 0.02 z in recipe A and 0.05 z in recipe B (0.7 z for the
 performer's random features), `w` 1 + 0.1 z, `v` 1 + 0.1 |z|, `z` zero. Position tables and running statistics follow
-the recipe too. Attention is nearly uniform with A, but not with B. Inputs are RandomState(1234).standard_normal.
+the recipe too. Matrices of score predictors and of Evo-ViT's `qk` have a standard deviation of 1.5 / sqrt(columns), so
+that scores differ. A prefix of the key changes the seed. Attention is nearly uniform with A, but not with B. Inputs are
+RandomState(1234).standard_normal.
 """
 
 import json
@@ -21,24 +23,58 @@ def recorded(name):
     return json.loads((FOLDER / name).read_text())
 
 
-def draw(key, shape, fill, recipe):
+def draw(key, shape, fill, recipe, prefix=""):
     """Return one tensor of the weights."""
-    z = np.asarray(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape), dtype=np.float32)
+    z = np.asarray(np.random.RandomState(zlib.crc32((prefix + key).encode())).standard_normal(shape), dtype=np.float32)
     scale = 0.02 if recipe == "A" else 0.7 if key.endswith(("attention1.w", "attention2.w")) or key == "w" else 0.05
+    if key.endswith(".qk.weight") or ("score_predictor" in key and len(shape) == 2):
+        scale = np.float32(1.5 / np.sqrt(shape[1]))
     value = {"n": scale * z, "w": 1 + 0.1 * z, "v": 1 + 0.1 * np.abs(z), "z": 0 * z}[fill]
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
 
 @torch.no_grad()
-def fill(model, letters, recipe, official=lambda key: key):
+def fill(model, letters, recipe, official=lambda key: key, prefix=""):
     """Fill `model` with the recipe's weights; `official` maps its keys to the recorded ones."""
     for (key, tensor), letter in zip(model.state_dict().items(), letters, strict=True):
-        tensor.copy_(draw(official(key), tensor.shape, letter, recipe))
+        tensor.copy_(draw(official(key), tensor.shape, letter, recipe, prefix))
 
 
 def images(side, batch=2, seed=1234):
     """Return the recorded input (B, 3, side, side)."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, side, side)).astype(np.float32))
+
+
+def soft_targets(batch, classes, seed):
+    """Return recorded class probabilities (B, C): smoothed labels, mixed with those of the reversed batch."""
+    labels, off = np.random.RandomState(seed).randint(0, classes, size=batch), 0.1 / classes
+    target = np.full((batch, classes), off)
+    target[np.arange(batch), labels] = 0.9 + off
+    return torch.from_numpy((0.7 * target + 0.3 * target[::-1]).astype(np.float32))
+
+
+class SoftCrossEntropy(torch.nn.Module):
+    """Cross-entropy of the class logits (B, C) with probabilities (B, C)."""
+
+    needs = frozenset()
+
+    def forward(self, outputs, targets):
+        return {"loss": -(targets.cls * outputs.cls.log_softmax(-1)).sum(-1).mean()}
+
+
+def as_strings(mask):
+    """Return a mask (B, N) as one string of 0 and 1 for each image."""
+    return ["".join("1" if value > 0.5 else "0" for value in row) for row in mask.tolist()]
+
+
+def assert_norms(model, expected, rtol=2e-3):
+    """Check the norms of all gradients, in the order of the state dict."""
+    parameters, largest = dict(model.named_parameters()), max(norm for norm in expected if norm)
+    for key, norm in zip(model.state_dict(), expected, strict=True):
+        if key in parameters:
+            gradient = parameters[key].grad
+            found = 0.0 if gradient is None else gradient.double().norm().item()
+            assert abs(found - (norm or 0)) <= rtol * (norm or 0) + 1e-6 * largest, key
 
 
 def assert_tensor(actual, expected, rtol=1e-4):

@@ -11,6 +11,7 @@ from torch import nn
 
 from peers.recorded import recorded
 from programs import PROJECT, metrics
+from vitrail.models import create_model
 from vitrail.objectives import CrossEntropy
 from vitrail.runs.assembly import build_module, build_trainer
 from vitrail.runs.config import instantiate
@@ -70,12 +71,18 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
         ),
         *("callbacks.model_summary=null", "init_from=null", "+callbacks.checkpoint.save_weights_only=true"),
     ]
+    if name.startswith("dynamicvit"):
+        smaller.append("+model.selection_blocks=[0]")
+    if name.startswith("evo"):
+        smaller += ["model.depth=2", "model.stages=[1]"]
     config = compose("train", [f"experiment={name}", *smaller])
     if config.objective._target_.endswith("TokenLabelingLoss"):
         config.data.label_maps = str(label_maps)
     if config.teacher is not None:
-        torch.save(instantiate(config.model, "model", num_classes=2, img_size=32).state_dict(), weights)
-        extra = ["teacher=timm", f"teacher.name={config.model.name}", "teacher.num_classes=2", "teacher.image_size=32"]
+        teacher = config.teacher.name if name.startswith("dynamicvit") else config.model.name
+        dense = create_model(teacher, num_classes=2, img_size=32, depth=1)
+        torch.save(dense.state_dict(), weights)
+        extra = ["teacher=timm", f"teacher.name={teacher}", "teacher.num_classes=2", "teacher.image_size=32"]
         config = compose(
             "train", [f"experiment={name}", *smaller, *extra, f"teacher.weights={weights}", "+teacher.depth=1"]
         )

@@ -14,7 +14,7 @@ def names_of(model, optimizer, **conditions):
     wanted = {
         id(parameter)
         for group in optimizer.param_groups
-        if all(group[key] == value for key, value in conditions.items())
+        if all(group.get(key) == value for key, value in conditions.items())
         for parameter in group["params"]
     }
     return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
@@ -186,3 +186,26 @@ def test_muon__other_optimisers_have_no_routing():
     assert describe_routing(OptimizerFactory("adamw").build(model, 512), {"": model}) is None
     with pytest.raises(ConfigError, match=r"optimizer.adamw_first_last=true: adamw is no variant of Muon; omit it"):
         OptimizerFactory("adamw", adamw_first_last=True).build(model, 512)
+
+
+@pytest.mark.parametrize("scale_min_lr", [False, True])
+def test_backbone_options__apply_to_all_but_the_declared_new_modules(scale_min_lr):
+    model = create_model("dynamicvit_deit_tiny", 10, 32, depth=2, selection_blocks=[1])
+    factory = OptimizerFactory(
+        lr=1e-3, lr_scaling="none", backbone_lr_scale=0.01, scale_min_lr=scale_min_lr, backbone_freeze_epochs=5
+    )
+    optimizer = factory.build(model, 64)
+    frozen = names_of(model, optimizer, freeze_epochs=5)
+    assert frozen == {key for key, _ in model.named_parameters() if not key.startswith("score_predictor.")}
+    key, value = ("lr_scale", 0.01) if scale_min_lr else ("lr", 1e-5)
+    assert names_of(model, optimizer, **{key: value}) == frozen
+
+
+def test_untrained__parameters_are_in_no_group():
+    model = create_model("deit_nano", 10, 32)
+    optimizer = OptimizerFactory(untrained=["cls_token", "pos_embed"]).build(model, 512)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left = {key for key, value in model.named_parameters() if id(value) not in trained}
+    assert left == {"cls_token", "pos_embed"}
+    with pytest.raises(ConfigError, match=r"optimizer.untrained: cls is not a parameter of VisionTransformer"):
+        OptimizerFactory(untrained=["cls"]).build(model, 512)

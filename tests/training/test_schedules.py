@@ -97,3 +97,8 @@ def test_warmup__shortened_with_a_warning(caplog):
 def test_cooldown__as_long_as_the_training_is_refused():
     with pytest.raises(ConfigError, match=r"schedule.cooldown_epochs=4: leaves none of the 4 epochs for the cosine"):
         CosineSchedule(cooldown_epochs=4).build(optimizer(1.0), 4, 10)
+
+
+def test_warmup_reaches_peak__needs_a_schedule_per_step():
+    with pytest.raises(ConfigError, match=r"schedule.warmup_reaches_peak=true: needs schedule.per_step=true"):
+        CosineSchedule(warmup_reaches_peak=True, per_step=True)

@@ -108,7 +108,10 @@ def fit_weights(
     notes = []
     convert: Any = getattr(model, "convert_checkpoint", None)
     if convert is not None:
-        weights = convert(weights, source)
+        converted = convert(weights, source)
+        if converted.keys() - weights.keys():
+            notes.append(f"official names converted to those of {type(model).__name__}.")
+        weights = converted
     renamed = {key: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", key) for key in weights}
     fitted = {renamed[key] if renamed[key] in own else key: value for key, value in weights.items()}
     if fitted.keys() != weights.keys():

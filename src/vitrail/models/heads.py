@@ -6,8 +6,13 @@ Such a backbone has
 - `forward_outputs(images, token_box=None) -> Outputs`, and
 - with `tokens`: `token_grid(image_size) -> (rows, columns)`; `mixes_tokens = True` if it can swap tokens in a box.
 
-`add_token_head` adds both to timm's models, and `return_features` lets them also return their patch features. Callers
-use the functions of this file.
+A backbone may also have
+- `begin_epoch(epoch, epochs)`, called before each epoch of training (what it changes must be in the state dict),
+- `new_modules`, names of modules that the weights of `init_from` may lack, and
+- `convert_checkpoint(weights, source)`, which converts the names of official checkpoints.
+
+`add_token_head` adds `forward_outputs` and `token_grid` to timm's models, and `return_features` lets them also return
+their patch features. Callers use the functions of this file.
 
 Shapes: B images, N patch tokens, D channels, C classes, H x W pixels, h x w cells of the token grid.
 """

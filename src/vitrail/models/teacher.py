@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
 from vitrail.models.features import patch_features
+from vitrail.models.heads import forward_heads
 from vitrail.models.pretrained import PretrainedClassifier
+from vitrail.types import Outputs
 
 
 class Teacher(nn.Module):
@@ -32,7 +34,7 @@ class Teacher(nn.Module):
         ConfigError: the numbers of classes differ, and the student's names are not all among the classifier's.
     """
 
-    provides = frozenset({"teacher_logits", "teacher_features"})
+    provides = frozenset({"teacher_logits", "teacher_features", "teacher_heads"})
     scale: Tensor
     shift: Tensor
 
@@ -97,6 +99,24 @@ class Teacher(nn.Module):
         planes = patches.transpose(1, 2).unflatten(2, own).float()  # (B, D, rows, columns)
         planes = F.interpolate(planes, tuple(grid), mode="bilinear", align_corners=False, antialias=True)
         return planes.flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward` and `features` return, from one forward pass."""
+        model: Any = self.model
+        features = model.forward_features(self._teacher_input(images))
+        logits = model.forward_head(features)
+        tokens, _ = patch_features(self.model, features, self.image_size)
+        return (logits if self.chosen is None else logits[:, self.chosen]), tokens
+
+    @torch.no_grad()
+    def heads(self, images: Tensor) -> Outputs:
+        """Return class logits (B, C), and token logits (B, N, C) if any, for the student's images (B, 3, H, W)."""
+        found = forward_heads(self.model, self._teacher_input(images))
+        if self.chosen is None:
+            return found
+        tokens = None if found.tokens is None else found.tokens[..., self.chosen]
+        return Outputs(found.cls[:, self.chosen], tokens)
 
     def _teacher_input(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.image_size:

@@ -4,6 +4,8 @@ from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
 from vitrail.objectives.contract import Objective
 from vitrail.objectives.cosub import CosubLoss
 from vitrail.objectives.distillation import DistillationLoss
+from vitrail.objectives.dynamic_vit import DynamicViTLoss
+from vitrail.objectives.evo_vit import EvoViTLoss
 from vitrail.objectives.feature_distillation import FeatureDistillation
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
@@ -12,6 +14,8 @@ __all__ = [
     "CosubLoss",
     "CrossEntropy",
     "DistillationLoss",
+    "DynamicViTLoss",
+    "EvoViTLoss",
     "FeatureDistillation",
     "Objective",
     "TokenLabelingLoss",

@@ -4,6 +4,7 @@ Known needs:
 
 - `token_targets`: `Targets.tokens`, from label maps
 - `teacher_logits`, `teacher_features`: the fields of that name, from a teacher (logits also from label maps)
+- `teacher_heads`: the teacher's class and token logits, separately
 - `outputs.<name>`: an output of the backbone, such as `outputs.tokens`, `outputs.distill` or any other
 
 Training does not start if a need is not met; the error names it. `Targets.cls` and `Outputs.cls` are always available.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from vitrail.errors import ConfigError
 from vitrail.types import Outputs, Targets
 
-TARGET_NEEDS = ("token_targets", "teacher_logits", "teacher_features")
+TARGET_NEEDS = ("token_targets", "teacher_logits", "teacher_features", "teacher_heads")
 
 
 class Objective(nn.Module):

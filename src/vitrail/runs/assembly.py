@@ -162,8 +162,9 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     check_contracts(model, objective, mixing, data.provides | taught)
     check_passes(model, objective)
     if config.init_from is not None and not config.resume:
-        # A new classifier of tokens, or of their covariance, may start untrained.
+        # New classifiers of tokens may start untrained, and so may modules that the checkpoint's backbone lacks.
         allowed = ["second_order.*", *(["aux_head.*"] if "tokens" in declared_outputs(model) else [])]
+        allowed += [f"{name}.*" for name in getattr(model, "new_modules", ())]
         file, _ = find_weights_file(config.init_from, "init_from")
         load_checkpoint(model, file, allow=allowed, key="init_from", classes=data.classes)
     elif config.model.get("pretrained"):

@@ -180,8 +180,13 @@ class ImageClassifier(L.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Mark the start of an epoch; its first batch logs the learning rate."""
+        """Mark the start of an epoch; its first batch logs the learning rate.
+
+        A backbone that changes during the training (Evo-ViT) has a method `begin_epoch(epoch, epochs)`.
+        """
         self._epoch_start_step = None
+        if begin_epoch := getattr(self.model, "begin_epoch", None):
+            begin_epoch(self.current_epoch, self.trainer.max_epochs)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]  # Lightning knows no timm scheduler
         """Build the optimiser and the schedule for this run's effective batch size.
@@ -232,10 +237,14 @@ class ImageClassifier(L.LightningModule):
     def _advance(self, scheduler: CosineLRScheduler, epochs: float, steps: float) -> None:
         """Set the learning rate after `epochs` finished epochs and `steps` optimiser steps."""
         assert self.schedule is not None
+        done = steps / max(1, self._steps_per_epoch)
         if self.phases is not None:
             length = max(1, self._steps_per_epoch)
             epochs, steps = self.phases.schedule_epochs(epochs), self.phases.schedule_epochs(steps / length) * length
         self.schedule.advance(scheduler, epochs, steps)
+        for group in scheduler.optimizer.param_groups:
+            if done < group.get("freeze_epochs", 0):
+                group["lr"] = 0.0
 
     # Validation
 

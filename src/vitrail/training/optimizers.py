@@ -9,7 +9,7 @@ from torch import nn
 
 from vitrail.errors import ConfigError
 from vitrail.training.muon import allow_shards, first_and_last
-from vitrail_runtime.checking import NonNegative, PositiveInt, Range, checked
+from vitrail_runtime.checking import NonNegative, NonNegativeInt, PositiveInt, Range, checked
 
 _LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch ratio
 
@@ -28,7 +28,12 @@ class OptimizerFactory:
         lr_scaling: `linear` multiplies `lr` by batch / reference, `sqrt` by the square root of that; `none` keeps `lr`.
         lr_reference_batch: effective batch size, in images, that `lr` is meant for.
         layer_decay: factor of the learning rate from each block to the one before it; None uses one learning rate.
-        backbone_lr_scale: factor of the learning rate of all parameters but the classifiers', for fine-tuning.
+        backbone_lr_scale: factor of the learning rate of the backbone, for fine-tuning: of all parameters except the
+            modules that the model declares as `new_modules` (DynamicViT's predictors), or else its classifiers.
+        scale_min_lr: apply `backbone_lr_scale` also to the schedule's warm-up and final learning rates, which are
+            otherwise the same for all parameters.
+        backbone_freeze_epochs: epochs at the start in which the backbone's learning rate is 0; its moments are updated.
+        untrained: names of parameters that are not trained.
         decay_also: names of parameters that get weight decay although the model exempts them.
         adamw_first_last: for timm's Muon and its variants: update the first layer and the classifiers by AdamW, because
             Muon is meant for hidden layers. Vectors, position tables and tokens are always updated by AdamW.
@@ -44,6 +49,9 @@ class OptimizerFactory:
         lr_reference_batch: PositiveInt = 512,
         layer_decay: Annotated[float, Range(gt=0, le=1)] | None = None,
         backbone_lr_scale: NonNegative = 1.0,
+        scale_min_lr: bool = False,
+        backbone_freeze_epochs: NonNegativeInt = 0,
+        untrained: Sequence[str] = (),
         decay_also: Sequence[str] = (),
         adamw_first_last: bool = False,
         **options: Any,
@@ -51,7 +59,8 @@ class OptimizerFactory:
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
         self.layer_decay, self.backbone_lr_scale, self.decay_also = layer_decay, backbone_lr_scale, tuple(decay_also)
-        self.adamw_first_last, self.options = adamw_first_last, options
+        self.scale_min_lr, self.backbone_freeze_epochs = scale_min_lr, backbone_freeze_epochs
+        self.untrained, self.adamw_first_last, self.options = tuple(untrained), adamw_first_last, options
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Return the peak learning rate for `effective_batch` images per optimiser step, over all devices."""
@@ -72,8 +81,9 @@ class OptimizerFactory:
             ConfigError: timm has no such optimiser, or it does not accept one of the options.
         """
         names = {name for name, _ in model.named_parameters()}
-        if unknown := [name for name in self.decay_also if name not in names]:
-            raise ConfigError(f"optimizer.decay_also: {unknown[0]} is not a parameter of {type(model).__name__}.")
+        for option in ("decay_also", "untrained"):
+            if unknown := [name for name in getattr(self, option) if name not in names]:
+                raise ConfigError(f"optimizer.{option}: {unknown[0]} is not a parameter of {type(model).__name__}.")
         lr = self.scaled_lr(effective_batch)
         try:
             optimizer = create_optimizer_v2(
@@ -94,7 +104,7 @@ class OptimizerFactory:
     def _keep_settings(self, optimizer: Any) -> None:
         """Keep the config's settings when a checkpoint is loaded; only moments and counts come from the checkpoint."""
         base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps another optimiser
-        keys = {"lr", "lr_scale", "weight_decay", "use_fallback", *self.options}
+        keys = {"lr", "lr_scale", "weight_decay", "use_fallback", "freeze_epochs", *self.options}
         settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
 
         def restore_settings(loaded: torch.optim.Optimizer) -> None:
@@ -109,6 +119,9 @@ class OptimizerFactory:
             groups = param_groups_layer_decay(model, self.weight_decay, exempt, layer_decay=self.layer_decay)
         else:
             groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=exempt)
+        untrained = {id(model.get_parameter(name)) for name in self.untrained}
+        for group in groups if untrained else ():
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in untrained]
         if self.adamw_first_last:
             ends = first_and_last(model)
             groups = [
@@ -117,16 +130,14 @@ class OptimizerFactory:
                 for by_adamw in (True, False)
                 if (members := [parameter for parameter in group["params"] if (id(parameter) in ends) == by_adamw])
             ]
-        if self.backbone_lr_scale == 1:
+        if self.backbone_lr_scale == 1 and not self.backbone_freeze_epochs:
             return groups
-        heads = model.get_classifier()
-        classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
-        of_heads = {id(parameter) for head in classifiers if head is not None for parameter in head.parameters()}
+        new = {id(parameter) for module in _new_modules(model) for parameter in module.parameters()}
         return [
-            {**group, "params": members, "lr": lr * factor}
+            {**group, "params": members, **({} if chosen else self._backbone_settings(group, lr))}
             for group in groups
-            for factor, chosen in ((1.0, True), (self.backbone_lr_scale, False))
-            if (members := [parameter for parameter in group["params"] if (id(parameter) in of_heads) == chosen])
+            for chosen in (True, False)
+            if (members := [parameter for parameter in group["params"] if (id(parameter) in new) == chosen])
         ]
 
     def _other_groups(self, others: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
@@ -134,9 +145,25 @@ class OptimizerFactory:
         flag = {"use_fallback": True} if self.adamw_first_last else {}
         return [{**group, **flag} for group in groups if group["params"]]
 
+    def _backbone_settings(self, group: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Return the settings of a group of the backbone's parameters; `freeze_epochs` is read by the training."""
+        scaled = {"lr": lr * self.backbone_lr_scale}
+        if self.scale_min_lr:  # timm's schedules multiply every learning rate by it
+            scaled = {"lr_scale": group.get("lr_scale", 1.0) * self.backbone_lr_scale}
+        return {**scaled, "freeze_epochs": self.backbone_freeze_epochs}
+
     def describe(self, effective_batch: int) -> str:
         """Return one line for the log, so that a wrong effective batch size, a common mistake, is easy to spot."""
         lr = f"lr {self.scaled_lr(effective_batch):.3g}"
         if self.lr_scaling != "none":
             lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"
         return f"{self.name}: {lr}, weight decay {self.weight_decay:g}, effective batch {effective_batch}"
+
+
+def _new_modules(model: Any) -> list[nn.Module]:
+    """Return the modules to train at the full learning rate: those that the model declares, or its classifiers."""
+    if declared := getattr(model, "new_modules", ()):
+        return [model.get_submodule(name) for name in declared]
+    heads = model.get_classifier()
+    classifiers = [*(heads if isinstance(heads, tuple) else (heads,)), getattr(model, "aux_head", None)]
+    return [head for head in classifiers if head is not None]

@@ -28,12 +28,14 @@ class CosineSchedule:
         cooldown_epochs: epochs at `min_lr` at the end; the cosine covers the other epochs.
         per_step: change the learning rate after each optimiser step rather than after each epoch.
         warmup_prefix: start the cosine after the warm-up.
+        warmup_reaches_peak: the last step of the warm-up runs at the peak, as does the first one after it (DynamicViT).
+            Otherwise it runs one step below. Needs `per_step` and `warmup_prefix`.
         epoch_lag: use the learning rate of the previous epoch, as DeiT's and DeiT-III's code does: epochs 0 and 1 both
             run at `warmup_lr`.
         late: deprecated name of `epoch_lag`, for Python code.
 
     Raises:
-        ConfigError: `epoch_lag` and `per_step` are both set; no recipe combines them.
+        ConfigError: `options are set that do not fit together.
     """
 
     warmup_epochs: NonNegative = 5
@@ -42,6 +44,7 @@ class CosineSchedule:
     cooldown_epochs: NonNegativeInt = 0
     per_step: bool = False
     warmup_prefix: bool = False
+    warmup_reaches_peak: bool = False
     epoch_lag: bool = False
     late: InitVar[bool] = False
 
@@ -50,6 +53,10 @@ class CosineSchedule:
             object.__setattr__(self, "epoch_lag", True)
         if self.epoch_lag and self.per_step:
             raise ConfigError("schedule.epoch_lag=true: needs a per-epoch schedule; set schedule.per_step=false.")
+        if self.warmup_reaches_peak and not (self.per_step and self.warmup_prefix):
+            raise ConfigError(
+                "schedule.warmup_reaches_peak=true: needs schedule.per_step=true and schedule.warmup_prefix=true."
+            )
 
     def build(self, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> CosineLRScheduler:
         """Build timm's scheduler for a training of `epochs` epochs in total.
@@ -78,7 +85,7 @@ class CosineSchedule:
             optimizer,
             t_initial=cosine_epochs * unit - (warmup if self.warmup_prefix else 0),
             lr_min=self.min_lr,
-            warmup_t=warmup,
+            warmup_t=max(0, warmup - self.warmup_reaches_peak),
             warmup_prefix=self.warmup_prefix,
             warmup_lr_init=self.warmup_lr,
             t_in_epochs=not self.per_step,
@@ -86,5 +93,7 @@ class CosineSchedule:
 
     def advance(self, scheduler: CosineLRScheduler, epochs: float, steps: float) -> None:
         """Set the learning rate of the step after `epochs` finished epochs and `steps` optimiser steps."""
+        if self.warmup_reaches_peak and steps > scheduler.warmup_t:
+            steps -= 1  # the peak lasts for two steps
         scheduler.step(max(0, epochs - 1) if self.epoch_lag else epochs)
         scheduler.step_update(steps)

@@ -34,7 +34,8 @@ class TargetBuilder:
             0.1 label. `intended`, as described in a comment of the official code: half of each if they agree,
             otherwise 0.1 annotator and 0.9 label, so that the label counts more if the annotator is wrong.
         teacher: module that returns logits (B, C) and has `features(images)` (B, N, D), with a second argument `grid`
-            if the objective uses `outputs.features`; neither trained nor saved.
+            if the objective uses `outputs.features`, and `heads(images)`, as far as the objective needs them; neither
+            trained nor saved.
 
     Raises:
         ConfigError: a value is out of range.
@@ -67,13 +68,11 @@ class TargetBuilder:
             grid: rows and columns of the backbone's patch tokens; None if it returns none.
         """
         uses = uses_of(objective)
-        logits = self._teacher_logits(batch, num_classes) if "teacher_logits" in uses else None
-        aligned = grid if "outputs.features" in uses else None
-        features = self._teacher_features(batch, aligned) if "teacher_features" in uses else None
+        taught = self._teacher_targets(batch, num_classes, uses, grid if "outputs.features" in uses else None)
         if "token_targets" not in uses or grid is None:
-            return Targets(self.class_labels(batch, num_classes), None, logits, features)
+            return Targets(self.class_labels(batch, num_classes), None, **taught)
         cls, tokens = self._token_targets(batch, num_classes, grid)
-        return Targets(cls, tokens, logits, features)
+        return Targets(cls, tokens, **taught)
 
     @staticmethod
     def class_labels(batch: Batch, num_classes: int) -> Tensor:
@@ -105,6 +104,28 @@ class TargetBuilder:
             tokens = made.tokens if batch.mix is None else batch.mix.tokens(made.tokens, grid)
         return (cls if batch.mix is None else batch.mix.probabilities(cls)), tokens
 
+    def _teacher_targets(
+        self, batch: Batch, num_classes: int, uses: frozenset[str], grid: tuple[int, int] | None
+    ) -> dict[str, Any]:
+        """Return the targets from the teacher by name; logits and features together take one forward pass.
+
+        Features (B, N, D) are on `grid` (rows, columns) if it is given, else on the teacher's own grid.
+        """
+        teacher: Any = self.teacher
+        found: dict[str, Any] = {}
+        at_once = hasattr(teacher, "logits_and_features") and grid is None
+        if {"teacher_logits", "teacher_features"} <= uses and at_once:
+            found["teacher_logits"], found["teacher_features"] = teacher.logits_and_features(batch.image)
+        else:
+            if "teacher_logits" in uses:
+                found["teacher_logits"] = self._teacher_logits(batch, num_classes)
+            if "teacher_features" in uses and teacher is not None:
+                arguments = () if grid is None else (grid,)
+                found["teacher_features"] = teacher.features(batch.image, *arguments)
+        if "teacher_heads" in uses and teacher is not None:
+            found["teacher_heads"] = teacher.heads(batch.image)
+        return found
+
     def _teacher_logits(self, batch: Batch, num_classes: int) -> Tensor | None:
         """Return the teacher's logits (B, C) for the mixed images; without a teacher, those stored in label maps."""
         if self.teacher is not None:
@@ -113,13 +134,6 @@ class TargetBuilder:
             return None
         logits = pooled_scores(*batch.label_map, num_classes)
         return logits if batch.mix is None else batch.mix.probabilities(logits)
-
-    def _teacher_features(self, batch: Batch, grid: tuple[int, int] | None) -> Tensor | None:
-        """Return the teacher's features (B, N, D); on `grid` if it is given, else on the teacher's own grid."""
-        teacher: Any = self.teacher
-        if teacher is None:
-            return None
-        return teacher.features(batch.image) if grid is None else teacher.features(batch.image, grid)
 
 
 def blend_ground_truth(annotated: Tensor, truth: Tensor, mode: str) -> Tensor:
@@ -139,7 +153,7 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
         model: backbone, which declares its outputs.
         objective: objective, which declares its needs.
         mixing: mixing, which declares its needs; None for no mixing.
-        provided: what data and teacher provide: `label_maps`, `teacher_logits`, `teacher_features`.
+        provided: what data and teacher provide: `label_maps`, `teacher_logits`, `teacher_features`, `teacher_heads`.
 
     Raises:
         ConfigError: they do not fit; the message names the key to change.
@@ -212,6 +226,8 @@ def _missing(need: str, objective: str, model: nn.Module, outputs: frozenset[str
         )
     if need == "teacher_logits":
         return f"teacher: not set, but {objective} needs a teacher; set teacher=regnety_160 (DeiT's), for example."
+    if need == "teacher_heads":
+        return f"teacher: not set, but {objective} needs a teacher with token logits; set teacher=timm teacher.name=..."
     if need == "teacher_features":
         return f"teacher: not set, but {objective} needs a teacher's features; set teacher=timm teacher.name=..."
     known = ", ".join((*TARGET_NEEDS, "outputs.<name>"))

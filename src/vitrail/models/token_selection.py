@@ -1,0 +1,107 @@
+"""Selection of patch tokens by their scores, shared by DynamicViT and Evo-ViT.
+
+A model scores its patch tokens and keeps the best. Either it gathers the kept tokens and computes with those only, or
+it keeps all tokens and masks the others in attention. Tokens before the patches (the class token) are always kept.
+Positions are in ascending order, so that kept tokens stay in image order.
+
+Shapes: B images, P prefix tokens, N patch tokens, K kept patch tokens, D channels, T = P + N, H heads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor
+
+
+def stage_ratios(keep_ratio: float | Sequence[float], stages: int) -> tuple[float, ...]:
+    """Return the share of the image's patch tokens that each stage keeps: r, r^2, ... for a single number r.
+
+    Raises:
+        ValueError: a ratio is outside (0, 1], or their number is not `stages`.
+    """
+    single = isinstance(keep_ratio, int | float)
+    ratios = [keep_ratio ** (stage + 1) for stage in range(stages)] if single else list(keep_ratio)  # type: ignore
+    if len(ratios) != stages:
+        raise ValueError(f"keep_ratio={ratios}: needs one number, or {stages}, one for each stage.")
+    if any(not 0 < ratio <= 1 for ratio in ratios):
+        raise ValueError(f"keep_ratio={keep_ratio}: must be above 0 and at most 1.")
+    return tuple(float(ratio) for ratio in ratios)
+
+
+def kept_count(tokens: int, ratio: float) -> int:
+    """Return how many of `tokens` patch tokens to keep: their share, rounded down, at least one."""
+    return max(1, int(tokens * ratio))
+
+
+def best_positions(scores: Tensor, count: int) -> Tensor:
+    """Return the positions (B, K) of the `count` largest of scores (B, N), in ascending order."""
+    return scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def gather_tokens(x: Tensor, positions: Tensor, prefix: int = 0) -> Tensor:
+    """Return the prefix tokens and the patch tokens at positions (B, K) of x (B, P + N, D): (B, P + K, D)."""
+    chosen = x[:, prefix:].gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+    return torch.cat((x[:, :prefix], chosen), 1) if prefix else chosen
+
+
+def restore_tokens(x: Tensor, kept: Tensor, positions: Tensor, prefix: int = 0) -> Tensor:
+    """Return x (B, P + N, D) with prefix tokens and positions (B, K) replaced by kept (B, P + K, D); x is unchanged."""
+    index = positions[..., None].expand(-1, -1, x.shape[-1])
+    patches = x[:, prefix:].scatter(1, index, kept[:, prefix:].to(x.dtype))
+    return torch.cat((kept[:, :prefix].to(x.dtype), patches), 1) if prefix else patches
+
+
+def keep_mask(positions: Tensor, tokens: int) -> Tensor:
+    """Return a mask (B, N) with 1 at positions (B, K) and 0 elsewhere, in float32."""
+    mask = torch.zeros(len(positions), tokens, device=positions.device)
+    return mask.scatter(1, positions, 1.0)
+
+
+def draw_decisions(log_probabilities: Tensor, kept: Tensor | None) -> Tensor:
+    """Draw which tokens to keep, 1 or 0 (B, N), with the gradient of the soft probability.
+
+    Args:
+        log_probabilities: (B, N, 2), of keeping and of dropping each token.
+        kept: earlier decisions (B, N): a dropped token stays dropped. None: all tokens are still there.
+    """
+    drawn = F.gumbel_softmax(log_probabilities, tau=1.0, hard=True, dim=-1)[..., 0]
+    return drawn if kept is None else drawn * kept
+
+
+def masked_softmax(scores: Tensor, keep: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return attention weights (B, H, T, T) in which every token attends to kept tokens and to itself.
+
+    The gradient reaches `keep`. As published, the maximum is taken over all tokens, and `eps` is added to the sum and
+    spread over all tokens. If a dropped token's score exceeds all kept ones by 14 or more, the weights therefore become
+    uniform over all tokens. With `eps=0` the maximum is taken over the tokens attended to, and none of this happens.
+
+    Args:
+        scores: attention scores (B, H, T, T).
+        keep: (B, T), 1 for kept tokens, 0 for dropped ones.
+        eps: see above.
+    """
+    scores, tokens = scores.float(), scores.shape[-1]
+    diagonal = torch.eye(tokens, device=keep.device, dtype=keep.dtype)
+    allowed = (keep[:, None, None, :] * (1 - diagonal) + diagonal).float()  # (B, 1, T, T)
+    visible = scores if eps else scores.masked_fill(allowed == 0, float("-inf"))
+    shifted = scores - visible.max(-1, keepdim=True).values  # with eps, its gradient matters
+    weights = (shifted if eps else shifted.clamp(max=0)).exp() * allowed
+    return (weights + eps / tokens) / (weights.sum(-1, keepdim=True) + eps)
+
+
+class MaskedAttention(Attention):
+    """timm's attention with an option to mask dropped tokens."""
+
+    mask_eps = 1e-6
+    """See `masked_softmax`."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Map (B, T, D) to the same shape; `keep` (B, T) masks dropped tokens."""
+        if keep is None:
+            return super().forward(x)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
+        scores = (self.q_norm(q) * self.scale) @ self.k_norm(k).transpose(-2, -1)
+        weights = self.attn_drop(masked_softmax(scores, keep, self.mask_eps).to(v.dtype))
+        return self.proj_drop(self.proj(self.norm((weights @ v).transpose(1, 2).flatten(2))))
