@@ -36,6 +36,14 @@ def shared(*args, logs, ranks=2, **kwargs):
             ("model=lvvit_nano", "grad_checkpointing=true", "trainer.accumulate_grad_batches=2", "optimizer=lamb"),
         ),
         pytest.param(
+            "cpu",
+            (
+                *("model=vit5", "+model.embed_dim=32", "+model.depth=2", "+model.num_heads=2", "model.patch_size=4"),
+                *("optimizer=lamb", "optimizer.eps=1e-8", "model.drop_path_rate=0"),
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
             *(
                 "ddp_cpu_2",
                 (
@@ -57,7 +65,13 @@ def shared(*args, logs, ranks=2, **kwargs):
             marks=pytest.mark.slow,
         ),
     ],
-    ids=("distilled, clipped, EMA", "checkpointed, accumulated, LAMB", "offloaded", "second-order pooling"),
+    ids=(
+        "distilled, clipped, EMA",
+        "checkpointed, accumulated, LAMB",
+        "ViT-5, LAMB",
+        "offloaded",
+        "second-order pooling",
+    ),
 )
 def test_curve__equals_that_of_unsharded_models(trainer, options, tmp_path):
     """BatchNorm (LV-ViT, So-ViT) and dropout (T2T-ViT) differ between processes: these models are compared with DDP."""

@@ -24,6 +24,7 @@ FAMILIES = [
     "sot_tiny",
 ]
 FAMILIES += ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_nano"]
+FAMILIES += ["vit5_small"]
 
 
 def small(name, **kwargs):

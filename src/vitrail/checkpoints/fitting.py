@@ -83,9 +83,10 @@ def fit_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fit weights of the same architecture to `model`'s names, image size, channels and classes.
 
-    LayerScale of the official DeiT III is renamed. Position embeddings are resized with the papers' kernel. Classifiers
-    for other classes are replaced by the model's own, untrained, and so is a missing one. A classifier of tokens is
-    dropped if the model has none.
+    A backbone may have `convert_checkpoint(weights, source)`, which maps the names of its official checkpoints to its
+    own. LayerScale of the official DeiT III is renamed. Position embeddings are resized with the papers' kernel.
+    Classifiers for other classes are replaced by the model's own, untrained, and so is a missing one. A classifier of
+    tokens is dropped if the model has none.
 
     Args:
         weights: state dict with the backbone's names.
@@ -105,6 +106,9 @@ def fit_weights(
     """
     own, origin = model.state_dict(), origin or Origin()
     notes = []
+    convert: Any = getattr(model, "convert_checkpoint", None)
+    if convert is not None:
+        weights = convert(weights, source)
     renamed = {key: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", key) for key in weights}
     fitted = {renamed[key] if renamed[key] in own else key: value for key, value in weights.items()}
     if fitted.keys() != weights.keys():

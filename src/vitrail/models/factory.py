@@ -15,6 +15,7 @@ from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head
 from vitrail.models.second_order_head import add_second_order_head
 from vitrail.models.tokens_to_token import TokensToToken
+from vitrail.models.volo import declare_token_logits
 from vitrail.types import ImageSize, height_width
 from vitrail_runtime.checking import NonNegativeInt, PositiveInt, Rate, checked
 
@@ -94,7 +95,7 @@ def create_model(
         _make_drop_path_constant(model, drop_path_rate or 0.0)
     if pool is not None:
         model = add_second_order_head(model)
-    return add_token_head(model) if token_head else model
+    return add_token_head(model) if token_head else declare_token_logits(model)
 
 
 def _make_drop_path_constant(model: nn.Module, rate: float) -> None:

@@ -11,19 +11,21 @@ Such a backbone has
 Shapes: B images, N patch tokens, D channels, C classes, H x W pixels, h x w cells of the token grid.
 """
 
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
-import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
 from vitrail.models.features import classify_places, feature_shape, sequence_grid
+from vitrail.models.token_mixing import mix_tokens
+from vitrail.models.volo import TokenVOLO, declare_token_logits, has_token_logits
 from vitrail.types import Outputs
 
 
@@ -51,11 +53,14 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
     Raises:
         ConfigError: `token_box` is set and the backbone cannot swap tokens.
     """
-    if token_box is not None and not getattr(model, "mixes_tokens", False):
+    forward: Any = getattr(model, "forward_outputs", None)
+    mixes = getattr(model, "mixes_tokens", False)
+    if forward is None and has_token_logits(model):  # timm's VOLO as `timm.create_model` builds it
+        forward, mixes = partial(TokenVOLO.forward_outputs, model), True
+    if token_box is not None and not mixes:
         raise ConfigError(
             f"mixing: MixToken needs a backbone that swaps tokens after its stem; {type(model).__name__} does not."
         )
-    forward: Any = getattr(model, "forward_outputs", None)
     if forward is None:
         return _forward_plain(model, images)
     return forward(images) if token_box is None else forward(images, token_box)
@@ -167,18 +172,16 @@ class FeatureTokenHead(nn.Module):
     """Mixin for timm models other than ViTs: a second classifier, `aux_head`, at every position of the features.
 
     List it before the backbone's class among the bases. Each position goes separately through the model's own pooling
-    and normalisation, and then through `aux_head`. A model that already has an `aux_head` (VOLO) keeps it.
+    and normalisation, and then through `aux_head`.
     """
 
     outputs = frozenset({"tokens"})
     num_classes: int
-    has_own_aux_head: bool
 
     def reset_aux_head(self) -> None:
-        """Replace the classifier of tokens by a newly initialised one, unless it is the model's own."""
+        """Replace the classifier of tokens by a newly initialised one."""
         model: Any = self
-        if not self.has_own_aux_head:
-            self.aux_head: nn.Module = _new_head(self, getattr(model, "head_hidden_size", None) or model.num_features)
+        self.aux_head: nn.Module = _new_head(self, getattr(model, "head_hidden_size", None) or model.num_features)
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """Return both classifiers, the classifier of tokens last."""
@@ -209,10 +212,7 @@ class FeatureTokenHead(nn.Module):
         """Return class and token logits for images (B, 3, H, W)."""
         model: Any = self
         features = model.forward_features(images)
-        if self.has_own_aux_head:  # its `forward_head` merges both classifiers
-            cls = super().get_classifier()(super().forward_head(features, pre_logits=True))  # type: ignore[misc]
-        else:
-            cls = super().forward_head(features)  # type: ignore[misc]
+        cls = super().forward_head(features)  # type: ignore[misc]
         return Outputs(cls, self.token_logits(features, (images.shape[-2], images.shape[-1])))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -241,13 +241,13 @@ def add_token_head(model: nn.Module) -> nn.Module:
     """Add token logits, which token labelling needs, to a timm model; return a model that has them unchanged.
 
     The model is changed in place: its class becomes a subclass with `aux_head`, and timm's methods stay available.
-    ViTs also get MixToken. Other models (ConvNeXt, Swin, Mixer, VOLO, ResNet, ...) get a classifier at each position of
-    their feature map.
+    ViTs also get MixToken, and so does VOLO, whose own `aux_head` is used. Other models (ConvNeXt, Swin, Mixer, ResNet,
+    ...) get a classifier at each position of their feature map.
 
     Raises:
         ConfigError: the backbone has no spatial features.
     """
-    if "tokens" in declared_outputs(model):
+    if "tokens" in declared_outputs(declare_token_logits(model)):
         return model
     vit: Any = model
     backbone: Any = type(model)
@@ -255,32 +255,15 @@ def add_token_head(model: nn.Module) -> nn.Module:
         vit.__class__ = _with_head(TokenHead, backbone)
         vit.reset_aux_head()
         return model
+    if isinstance(model, VOLO):
+        raise ConfigError(
+            "model.token_head=true: this VOLO lacks its class token or its own classifier of tokens; omit"
+            " model.global_pool, model.post_layers and model.use_aux_head."
+        )
     if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features")):
         raise ConfigError(
             f"model.token_head=true: {type(model).__name__} has no spatial features; choose another backbone."
         )
     vit.__class__ = _with_head(FeatureTokenHead, backbone)
-    vit.has_own_aux_head = isinstance(getattr(model, "aux_head", None), nn.Module)
     vit.reset_aux_head()
     return model
-
-
-def mix_tokens(x: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Swap the tokens inside a box with those of the reversed batch: sample i with sample B - 1 - i.
-
-    Applying it twice restores the input.
-
-    Args:
-        x: tokens (B, N, D) of a grid in row-major order, or (B, h, w, D).
-        box: (4,) integers top, left, bottom, right in cells; bottom and right are outside the box.
-        grid: rows and columns (h, w).
-
-    Returns:
-        The swapped tokens, in the shape of `x`.
-    """
-    rows = torch.arange(grid[0], device=x.device)[:, None]
-    columns = torch.arange(grid[1], device=x.device)[None, :]
-    top, left, bottom, right = box.to(x.device).unbind()
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    inside = inside.flatten()[:, None] if x.ndim == 3 else inside[:, :, None]
-    return torch.where(inside, x.flip(0), x)

@@ -27,7 +27,8 @@ from vitrail.training.classifier import ImageClassifier
 from vitrail_runtime.checking import checked
 from vitrail_runtime.compat import set_data_parallel_size, set_device
 
-_STACKS = ("blocks", "stages", "layers")  # attributes in which timm's backbones keep their blocks
+# Attributes in which timm's backbones keep their blocks; the last two are VOLO's.
+_STACKS = ("blocks", "stages", "layers", "network", "post_network")
 
 
 @checked
@@ -222,4 +223,5 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
             f"strategy=fsdp: {type(model).__name__} has no blocks in {', '.join(_STACKS)}; use strategy=ddp instead."
         )
     for stack in stacks:
-        yield from stack.children()
+        for child in stack.children():
+            yield from child.children() if isinstance(child, nn.Sequential) else (child,)
