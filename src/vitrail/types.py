@@ -281,4 +281,5 @@ class Targets(NamedTuple):
     teacher_logits: Tensor | None = None
     """`teacher_logits`: (B, C), in the student's class order."""
     teacher_features: Tensor | None = None
-    """`teacher_features`: patch tokens (B, N, D) of the teacher, in row-major order."""
+    """`teacher_features`: patch tokens (B, N, D) of the teacher, in row-major order; on the grid of the student's
+    tokens if the objective also uses `outputs.features`."""

@@ -6,7 +6,8 @@ Such a backbone has
 - `forward_outputs(images, token_box=None) -> Outputs`, and
 - with `tokens`: `token_grid(image_size) -> (rows, columns)`; `mixes_tokens = True` if it can swap tokens in a box.
 
-`add_token_head` adds both to timm's models. Callers use the functions of this file.
+`add_token_head` adds both to timm's models, and `return_features` lets them also return their patch features. Callers
+use the functions of this file.
 
 Shapes: B images, N patch tokens, D channels, C classes, H x W pixels, h x w cells of the token grid.
 """
@@ -23,7 +24,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.models.features import classify_places, feature_shape, sequence_grid
+from vitrail.models.features import classify_places, feature_grid, patch_features
 from vitrail.models.token_mixing import mix_tokens
 from vitrail.models.volo import TokenVOLO, declare_token_logits, has_token_logits
 from vitrail.types import Outputs
@@ -34,7 +35,30 @@ def declared_outputs(model: nn.Module) -> frozenset[str]:
     own = getattr(model, "outputs", None)
     if own is None:
         own = {"distill"} if isinstance(model, VisionTransformerDistilled) else ()
-    return frozenset({"cls", *own})
+    return frozenset({"cls", *own, *({"features"} if _returns_features(model) else ())})
+
+
+def return_features(model: nn.Module) -> bool:
+    """Let `model` also return its patch features, as `outputs.features` (B, N, D); return whether it can.
+
+    They are the result of `forward_features` at all positions in row-major order, without prefix tokens. MixToken swaps
+    them back, as it does token logits. The weights stay the same. Models of timm can do it, with and without
+    `add_token_head`; a backbone with a `forward_outputs` of its own declares `features` itself.
+    """
+    methods = all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features"))
+    own = hasattr(model, "forward_outputs") and not isinstance(model, TokenHead | FeatureTokenHead)
+    if methods and not own:
+        model.returns_features = True  # type: ignore[assignment]
+    return "features" in declared_outputs(model)
+
+
+def _returns_features(model: nn.Module) -> bool:
+    return bool(getattr(model, "returns_features", False))
+
+
+def patch_drop_rate(model: nn.Module) -> float:
+    """Return the share of patch tokens that `model` drops in training (timm's PatchDropout)."""
+    return float(getattr(getattr(model, "patch_drop", None), "prob", 0.0) or 0.0)
 
 
 def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = None) -> Outputs:
@@ -67,10 +91,21 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
 
 
 def _forward_plain(model: Any, images: Tensor) -> Outputs:
-    if not isinstance(model, VisionTransformerDistilled):
+    if not isinstance(model, VisionTransformerDistilled) and not _returns_features(model):
         return Outputs(cls=model(images))
-    cls, distill = _class_heads(model, model.forward_features(images))
-    return Outputs(cls, distill=distill)
+    features = model.forward_features(images)
+    if isinstance(model, VisionTransformerDistilled):
+        cls, distill = _class_heads(model, features)
+    else:
+        cls, distill = model.forward_head(features), None
+    return Outputs(cls, distill=distill, extras=_extras(model, features, images))
+
+
+def _extras(model: nn.Module, features: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Return the patch features (B, N, D) among a model's outputs, if it was asked for them."""
+    if not _returns_features(model):
+        return {}
+    return {"features": patch_features(model, features, (images.shape[-2], images.shape[-1]))[0]}
 
 
 def bind_forward_outputs(model: nn.Module) -> None:
@@ -91,6 +126,8 @@ def token_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
     patch_embed: Any = getattr(model, "patch_embed", None)
     if hasattr(patch_embed, "dynamic_feat_size"):
         return patch_embed.dynamic_feat_size(image_size)
+    if _returns_features(model):
+        return feature_grid(model, image_size)
     raise ConfigError(f"model: {type(model).__name__} has no token_grid; model.token_head=true adds token logits.")
 
 
@@ -157,8 +194,11 @@ class TokenHead(VisionTransformer):
             cls, distill = _class_heads(self, features)
         else:
             cls, distill = super().forward_head(features), None
-        tokens = self.token_logits(features)
-        return Outputs(cls, tokens if token_box is None else mix_tokens(tokens, token_box, grid), distill)
+        tokens, extras = self.token_logits(features), _extras(self, features, images)
+        if token_box is not None:
+            tokens = mix_tokens(tokens, token_box, grid)
+            extras = {name: mix_tokens(value, token_box, grid) for name, value in extras.items()}
+        return Outputs(cls, tokens, distill, extras)
 
     def _forward_mixed(self, images: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the features (B, prefix + N, D), with MixToken between patch embedding and position table."""
@@ -194,12 +234,7 @@ class FeatureTokenHead(nn.Module):
 
     def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of positions for images of (height, width) pixels."""
-        shape = feature_shape(self, image_size)
-        if len(shape) == 3:
-            rows, columns, _ = sequence_grid(self, shape[1], image_size)
-            return rows, columns
-        channels_first = shape[1] == self.num_features and getattr(self, "output_fmt", "NCHW") != "NHWC"
-        return (shape[2], shape[3]) if channels_first else (shape[1], shape[2])
+        return feature_grid(self, image_size)
 
     def token_logits(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Return logits (B, N, C) of the positions of `features`, the result of `forward_features`."""
@@ -213,7 +248,8 @@ class FeatureTokenHead(nn.Module):
         model: Any = self
         features = model.forward_features(images)
         cls = super().forward_head(features)  # type: ignore[misc]
-        return Outputs(cls, self.token_logits(features, (images.shape[-2], images.shape[-1])))
+        tokens = self.token_logits(features, (images.shape[-2], images.shape[-1]))
+        return Outputs(cls, tokens, extras=_extras(self, features, images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return merged logits (B, C) of images (B, 3, H, W)."""

@@ -4,6 +4,15 @@ from vitrail.objectives.classification import BinaryCrossEntropy, CrossEntropy
 from vitrail.objectives.contract import Objective
 from vitrail.objectives.cosub import CosubLoss
 from vitrail.objectives.distillation import DistillationLoss
+from vitrail.objectives.feature_distillation import FeatureDistillation
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
-__all__ = ["BinaryCrossEntropy", "CosubLoss", "CrossEntropy", "DistillationLoss", "Objective", "TokenLabelingLoss"]
+__all__ = [
+    "BinaryCrossEntropy",
+    "CosubLoss",
+    "CrossEntropy",
+    "DistillationLoss",
+    "FeatureDistillation",
+    "Objective",
+    "TokenLabelingLoss",
+]

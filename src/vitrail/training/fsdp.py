@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vitrail.checkpoints.reading import read_checkpoint
@@ -69,8 +70,13 @@ class FSDP(ModelParallelStrategy):
         """Device mesh of the processes that shard the model."""
         return self.device_mesh["data_parallel"]
 
-    def shard(self, model: nn.Module, compile_mode: str | None = None) -> None:
+    def shard(self, model: nn.Module, compile_mode: str | None = None, others: Iterable[nn.Module] = ()) -> None:
         """Shard the weights of `model` over the processes, block by block, and compile each block if asked to.
+
+        Args:
+            model: backbone.
+            compile_mode: mode of `torch.compile`; None for no compilation.
+            others: further trained modules, each sharded as a whole.
 
         Raises:
             ConfigError: the backbone has no blocks, or the precision is not supported.
@@ -93,8 +99,10 @@ class FSDP(ModelParallelStrategy):
                 block.compile(mode=compile_mode)
             fully_shard(block, **options)
         fully_shard(model, **options)
+        for other in others:
+            fully_shard(other, **options)
         if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo returns the sum if asked for the mean
-            for module in model.modules():
+            for module in self.lightning_module.modules():  # type: ignore[union-attr]
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
         if declared_outputs(model) != {"cls"}:  # gather the root module's weights for `forward_outputs` too
@@ -108,10 +116,10 @@ class FSDP(ModelParallelStrategy):
         if not self.offload:
             super().model_to_device()
             return
-        for part in (module.objective, module.val_metrics):
-            part.to(self.root_device)
-        for buffer in module.model.buffers():
-            buffer.data = buffer.data.to(self.root_device)
+        module.val_metrics.to(self.root_device)
+        whole = [value for value in module.objective.parameters() if not isinstance(value, DTensor)]
+        for tensor in (*whole, *module.objective.buffers(), *module.model.buffers()):
+            tensor.data = tensor.data.to(self.root_device)
         set_device(module, self.root_device)
 
     # Checkpoints
