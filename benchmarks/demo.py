@@ -7,7 +7,8 @@
 4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
 
 `--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
-teacher or with the labels only, on crops of 60 to 100 %.
+teacher or with the labels only, on crops of 60 to 100 %. `--compare features` compares three: LV-ViT-nano with the
+convnet's features as targets of its patch tokens, with token labels, and with neither.
 
 Every step calls a program of `src/` and prints its command. Finished steps are kept, so that an interrupted demo
 resumes. `--scale 0.5` halves the number of images and epochs.
@@ -41,7 +42,13 @@ PHOTOGRAPHS = (
     *("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
     *("hubble_deep_field.jpg", "retina.jpg", "ihc.png"),
 )
-COLOURS = {"with": (0, 110, 200), "without": (220, 90, 0)}
+COLOURS = {
+    "with": (0, 110, 200),
+    "without": (220, 90, 0),
+    "features": (0, 140, 70),
+    "labels": (0, 110, 200),
+    "neither": (220, 90, 0),
+}
 console = Console()
 
 
@@ -136,11 +143,11 @@ def curve(folder: Path) -> list[float]:
 
 
 def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> None:
-    """Plot accuracy against epochs with and without `what`: a thin line per run, a thick one for the mean."""
+    """Plot accuracy against epochs of each kind of training: a thin line per run, a thick one for the mean."""
     width, height, left, bottom = 720, 420, 60, 40
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    epochs = len(curves["with"][0])
+    epochs = len(next(iter(curves.values()))[0])
     lowest = 10 * int(min(min(run) for runs in curves.values() for run in runs) // 10)
 
     def place(epoch: int, accuracy: float) -> tuple[float, float]:
@@ -159,17 +166,21 @@ def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> 
             draw.line([place(epoch + 1, value) for epoch, value in enumerate(accuracies)], fill=pale, width=1)
         mean = [statistics.mean(values) for values in zip(*runs, strict=True)]
         draw.line([place(epoch + 1, value) for epoch, value in enumerate(mean)], fill=COLOURS[name], width=3)
-        draw.text((left + 20, 24 + 18 * number), f"{name} {what}, mean of {len(runs)}", COLOURS[name], font)
+        legend = f"{name} {what}".strip()
+        draw.text((left + 20, 24 + 18 * number), f"{legend}, mean of {len(runs)}", COLOURS[name], font)
     sheet.save(path)
 
 
 def report(curves: dict[str, list[list[float]]], what: str) -> dict[str, float]:
-    """Print and return the final accuracy of each seed with and without `what`, their difference, mean and spread."""
+    """Print and return the final accuracy of each seed and kind, the differences to the last kind, mean and spread."""
     table = Table(title="Top-1 of the held-out digits after the last epoch, %")
     for name in (what, *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
         table.add_column(name, justify="right")
     final = {name: [accuracies[-1] for accuracies in runs] for name, runs in curves.items()}
-    final["difference"] = [a - b for a, b in zip(final["with"], final["without"], strict=True)]
+    *others, last = final
+    for name in others:
+        differences = [a - b for a, b in zip(final[name], final[last], strict=True)]
+        final["difference" if len(others) == 1 else f"{name}_difference"] = differences
     for name, values in final.items():
         cells = [f"{value:.2f}" for value in (*values, statistics.mean(values), statistics.stdev(values))]
         table.add_row(name, *cells)
@@ -210,7 +221,7 @@ def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
 def compare(
     out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, smallest: float, parallel: int
 ) -> dict[str, list[list[float]]]:
-    """Train both kinds on crops of `smallest` to 1 of the image; return top-1 after each epoch, for each seed."""
+    """Train all kinds on crops of `smallest` to 1 of the image; return top-1 after each epoch, for each seed."""
     recipe = (
         *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
         *("trainer.gradient_clip_val=1", f"augment.scale=[{smallest},1.0]"),
@@ -241,7 +252,9 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="output folder")
-    parser.add_argument("--compare", choices=("labels", "teacher"), default="labels", help="what to compare")
+    parser.add_argument(
+        "--compare", choices=("labels", "teacher", "features"), default="labels", help="what to compare"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
     parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
     add_json(parser)
@@ -268,13 +281,22 @@ def main() -> None:
         draw_curves(curves, "teacher", out / "teacher" / "curves.png")
         return
     maps = annotate_digits(out, data, annotator)
+    labelled = ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}")
+    plain = ("model=lvvit_nano", "objective=cross_entropy")
+    epochs = max(3, round(8 * options.scale))
+    if options.compare == "features":
+        console.print("[bold]2. Train LV-ViT-nano with the convnet's features, with token labels, and with neither")
+        taught = ("model=lvvit_nano", "objective=feature_distillation", "teacher=run", f"teacher.ckpt={annotator}")
+        (out / "features").mkdir(exist_ok=True)
+        kinds = {"features": taught, "labels": labelled, "neither": plain}
+        curves = compare(out / "features", data, kinds, epochs, 0.3, options.parallel)
+        write_figures(options.json, report(curves, ""))
+        draw_curves(curves, "", out / "features" / "curves.png")
+        return
     console.print("[bold]2. Train LV-ViT-nano with and without token labels")
-    kinds = {
-        "with": ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}"),
-        "without": ("model=lvvit_nano", "objective=cross_entropy"),
-    }
+    kinds = {"with": labelled, "without": plain}
     # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
-    curves = compare(out, data, kinds, max(3, round(8 * options.scale)), 0.3, options.parallel)
+    curves = compare(out, data, kinds, epochs, 0.3, options.parallel)
     write_figures(options.json, report(curves, "token labels"))
     draw_curves(curves, "token labels", out / "curves.png")
     console.print("[bold]3. Annotate the photographs with EfficientNet-Lite0")

@@ -100,6 +100,14 @@ def test_keys_of_token_labels__reach_their_objects(image_tree, label_maps, tmp_p
 def test_keys_of_networks_and_optimisers__reach_their_objects(tmp_path):
     options = ("model.token_drop=0", "model.performer_eps=1e-6", "+model.drop_path_by=stage", "data.image_size=32")
     assemble(tmp_path, "model=t2t_vit", "model.name=t2t_vit_dense", *options)
+    _, module, _ = assemble(tmp_path, "model=vit5", "+model.depth=1", "+model.global_pool=avg", "optimizer.eps=1e-8")
+    assert (module.model.global_pool, module.optimizer.options["eps"]) == ("avg", 1e-8)
+    options = ("model.name=sot_tiny", "+model.depth=1", "model.pool_center=channel", "model.pool_drop_rate=0.25")
+    _, module, _ = assemble(tmp_path, "model=sot", *options, "data.image_size=32")
+    classifier = module.model.classifier
+    assert (classifier.drop.p, classifier.representation.axes) == (0.25, (1,))
+    _, module, _ = assemble(tmp_path, "model=deit_nano", "model.pool=second_order")
+    assert module.model.second_order.drop.p == 0.5
     options = ("+model.proj_drop_rate=0.25", "mixing=mixup_cutmix", "mixing.mode=elem", "mixing.tokens=published")
     options += ("optimizer.decay_also=[cls_token]", "optimizer.lr_scaling=sqrt")
     _, module, _ = assemble(tmp_path, "model=deit_nano", *options)

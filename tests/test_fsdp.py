@@ -36,6 +36,14 @@ def shared(*args, logs, ranks=2, **kwargs):
             ("model=lvvit_nano", "grad_checkpointing=true", "trainer.accumulate_grad_batches=2", "optimizer=lamb"),
         ),
         pytest.param(
+            "cpu",
+            (
+                *("model=vit5", "+model.embed_dim=32", "+model.depth=2", "+model.num_heads=2", "model.patch_size=4"),
+                *("optimizer=lamb", "optimizer.eps=1e-8", "model.drop_path_rate=0"),
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
             *(
                 "ddp_cpu_2",
                 (
@@ -48,11 +56,25 @@ def shared(*args, logs, ranks=2, **kwargs):
             ),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            # Adam would amplify rounding errors in the bias of the first convolution, whose gradient is 0.
+            *(
+                "ddp_cpu_2",
+                ("model=so_vit", "model.name=so_vit_7", "+model.depth=1", "data.image_size=16", "optimizer=sgd"),
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=("distilled, clipped, EMA", "checkpointed, accumulated, LAMB", "offloaded"),
+    ids=(
+        "distilled, clipped, EMA",
+        "checkpointed, accumulated, LAMB",
+        "ViT-5, LAMB",
+        "offloaded",
+        "second-order pooling",
+    ),
 )
 def test_curve__equals_that_of_unsharded_models(trainer, options, tmp_path):
-    """BatchNorm (LV-ViT) and dropout (T2T-ViT) differ between processes, so these models are compared with DDP."""
+    """BatchNorm (LV-ViT, So-ViT) and dropout (T2T-ViT) differ between processes: these models are compared with DDP."""
     own = tuple(option for option in options if not option.startswith("strategy"))
     ranks = 1 if trainer == "cpu" else 2
     batch = f"data.batch_size={32 // ranks}"
@@ -119,6 +141,30 @@ def test_checkpoint__exports_and_evaluates_like_any_other(tmp_path):
     assert result.returncode == 0, result.stderr
     shutil.rmtree(next(file.parent.glob("best.ckpt.shards-*")))
     assert "00000.safetensors is missing" in error_of(run("eval.py", f"ckpt={directory}", logs=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "offload"),
+    [("nadamuon", "false"), *(pytest.param(name, "true", marks=pytest.mark.slow) for name in ("muon", "nadamuon"))],
+)
+def test_muon_and_trained_parts__equal_those_of_one_process(optimizer, offload, tmp_path):
+    """Muon orthogonalises in bfloat16, and other processes round differently. The projection is sharded, too."""
+    torch.save(timm.create_model("lvvit_nano", num_classes=3, img_size=64).state_dict(), tmp_path / "teacher.pth")
+    taught = ("objective=feature_distillation", "teacher=timm", "teacher.name=lvvit_nano", "teacher.image_size=64")
+    taught += ("teacher.num_classes=3", f"teacher.weights={tmp_path}/teacher.pth", "trainer.gradient_clip_val=1")
+    options = ("model=deit_nano", f"optimizer={optimizer}", *taught, *COMMON, "callbacks.ema.decay=0.9")
+    one = shared("trainer=cpu", "data.batch_size=32", *options, logs=tmp_path, ranks=1)
+    sharded = ("trainer=fsdp_cpu_2", "data.batch_size=16", f"strategy.offload={offload}")
+    two = shared(*sharded, *options, logs=tmp_path)
+    for whole, part in zip(metrics(one), metrics(two), strict=True):
+        for name, value in whole.items():
+            if "loss" in name:
+                assert part[name] == pytest.approx(value, abs=1e-2, rel=1e-2), name
+    shards = list(two.glob("checkpoints/last.ckpt.shards-*/*.safetensors"))
+    assert [load_file(file)["/state_dict/objective.projection.weight"].shape for file in shards] == [(32, 64)] * 2
+    resumed = shared(f"resume={two}", "trainer=cpu", "data.batch_size=32", "epochs=3", logs=tmp_path, ranks=1)
+    assert resumed is None
+    assert len(metrics(two)) == 3
 
 
 def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):

@@ -281,6 +281,7 @@ class Targets(NamedTuple):
     teacher_logits: Tensor | None = None
     """`teacher_logits`: (B, C), in the student's class order."""
     teacher_features: Tensor | None = None
-    """`teacher_features`: patch tokens (B, N, D) of the teacher, in row-major order."""
+    """`teacher_features`: patch tokens (B, N, D) of the teacher, in row-major order; on the grid of the student's
+    tokens if the objective also uses `outputs.features`."""
     teacher_heads: Outputs | None = None
     """`teacher_heads`: logits of each of the teacher's heads, in the student's class order."""

@@ -15,7 +15,7 @@ def test_list_models__table_of_all_backbones(tmp_path):
     row = next(line for line in out.splitlines() if line.strip().startswith("t2t_vit_14 "))
     assert row.split() == ["t2t_vit_14", "224", "21.5", "4.78", "197", "81.5", "(224)", "2"]
     names = {line.split()[0] for line in out.splitlines() if re.match(r"\s*(vit|deit|deit3|t2t|lvvit)", line)}
-    assert {"t2t_vit_t_24", "lvvit_l", "deit3_base_patch16_224", "vit_nano", "vit"} <= names
+    assert {"t2t_vit_t_24", "lvvit_l", "deit3_base_patch16_224", "vit_nano", "vit", "vit5_xlarge"} <= names
     assert max(map(len, out.splitlines())) <= 80
 
 

@@ -16,6 +16,8 @@ BACKBONES = [
     ("lvvit_nano", {"token_head": True}, 64, 48),
     ("t2t_vit_7", {"depth": 2}, 64, 48),
     ("t2t_vit_dense", {}, 64, 48),
+    ("so_vit_7", {"depth": 2}, 64, 48),
+    ("sot_tiny", {"depth": 2, "token_head": True}, 64, 48),
     ("vit_plain_small_patch16_224", {"depth": 1}, 64, 32),
     ("deit3_small_patch16_224", {"depth": 1}, 64, 32),
     ("vit_little_patch16_reg4_gap_256", {"depth": 1}, 64, 48),

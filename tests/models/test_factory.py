@@ -89,7 +89,7 @@ def test_forward_heads__one_head_of_other_models():
     torch.testing.assert_close(heads.cls, model(images))
 
 
-@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense", "t2t_vit_16_ghost", "lvvit_t"])
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense", "t2t_vit_16_ghost", "lvvit_t", "so_vit_7", "sot_tiny"])
 def test_device_and_precision__apply_to_every_layer(name):
     model = timm.create_model(name, img_size=32, device="meta", dtype=torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]

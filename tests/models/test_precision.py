@@ -20,8 +20,11 @@ FAMILIES = [
     "lvvit_t",
     "lvvit",
     "vit",
+    "so_vit_7",
+    "sot_tiny",
 ]
 FAMILIES += ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_nano"]
+FAMILIES += ["vit5_small"]
 
 
 def small(name, **kwargs):
@@ -54,7 +57,7 @@ def train_with_large_weights(name, precision, steps):
 
 
 @pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t"])
+@pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t", "so_vit_7"])
 def test_bf16__finite_with_large_weights(name, steps):
     train_with_large_weights(name, torch.bfloat16, steps)
 
@@ -69,7 +72,7 @@ def test_fp16__finite_with_large_weights_for_many_steps(name):
     train_with_large_weights(name, torch.float16, steps=200)
 
 
-@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14", "lvvit_t"])
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14", "lvvit_t", "so_vit_7", "sot_tiny"])
 def test_bf16__close_to_fp32(name):
     model = small(name).eval()
     images = torch.randn(4, 3, 32, 32)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitrail  # noqa: F401
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
-from vitrail.models.t2t_vit import sinusoid_table
+from vitrail.models.sinusoid import sinusoid_table
 from vitrail.models.tokens_to_token import TokenPerformer
 
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5}

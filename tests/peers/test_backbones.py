@@ -10,11 +10,11 @@ import vitrail  # noqa: F401
 from peers.recorded import assert_tensor, draw, fill, images, recorded
 from vitrail.models import forward_heads
 from vitrail.models.cost import measure_cost
-from vitrail.models.t2t_vit import sinusoid_table
+from vitrail.models.sinusoid import sinusoid_table
 from vitrail.models.tokens_to_token import TokenPerformer, TokenTransformer
 from vitrail.training import OptimizerFactory
 
-RECORDS = recorded("backbones.json")
+RECORDS = {**recorded("backbones.json"), **recorded("second_order.json")}
 PARTS = recorded("backbone_parts.json")
 
 LARGE = (
@@ -22,10 +22,12 @@ LARGE = (
     "deit3_base",
     "t2t_vit_t_24",
     "lvvit_s_384",
+    "so_vit_19",
+    "sot_small",
 )  # by default only with recipe B, which is the stronger test
 
 
-QUICK = ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "lvvit_t")
+QUICK = ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "lvvit_t", "so_vit_toy_112", "sot_toy_112")
 
 
 def marks_of(name, recipe):
@@ -39,9 +41,9 @@ BACKBONES = pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(n
 
 
 def build(name):
-    return (
-        timm.create_model(name.removesuffix("_384"), img_size=384) if name == "lvvit_s_384" else timm.create_model(name)
-    )
+    if name == "lvvit_s_384":
+        return timm.create_model("lvvit_s", img_size=384)
+    return timm.create_model(RECORDS[name].get("model", name), **RECORDS[name].get("kwargs", {}))
 
 
 def official(key):

@@ -83,7 +83,7 @@ def test_every_model__builds_from_its_config(monkeypatch):
                 assert instantiate(node, "model", num_classes=3, img_size=224).num_classes == 3
 
 
-@pytest.mark.parametrize("family", ["deit", "deit3", "lvvit", "t2t_vit", "t2t_vit_t", "vit"])
+@pytest.mark.parametrize("family", ["deit", "deit3", "lvvit", "so_vit", "sot", "t2t_vit", "t2t_vit_t", "vit"])
 def test_family__names_in_its_file_exist(family):
     names = re.findall(r"(\w+) \(\d", (CONF / "model" / f"{family}.yaml").read_text())
     assert len(names) > 2

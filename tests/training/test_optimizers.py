@@ -1,9 +1,13 @@
+import copy
+import re
+
 import pytest
 import torch
 
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
 from vitrail.training import OptimizerFactory
+from vitrail.training.muon import describe_routing, first_and_last
 
 
 def names_of(model, optimizer, **conditions):
@@ -115,6 +119,73 @@ def test_options__that_the_optimiser_cannot_use_are_named():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"^optimizer.name=adamw: .* \(optimizer.betas=\[0.9\]\)$"):
         OptimizerFactory("adamw", betas=[0.9]).build(model, 512)
+
+
+MUON = {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-7, "adamw_first_last": True}
+
+
+def hidden(name):
+    return re.fullmatch(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", name) is not None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "parts"),
+    [
+        ("deit_nano_distilled", {"layer_decay": 0.75}, {}),
+        ("lvvit_nano", {"token_head": True}, {"projection": torch.nn.Linear(64, 32)}),
+        ("lvvit_nano", {"backbone_lr_scale": 0.1}, {}),
+    ],
+)
+def test_muon__hidden_matrices_only(backbone, options, parts):
+    """The log line, the groups and what timm's optimiser does agree."""
+    options = dict(options)
+    model = create_model(backbone, 10, 64, token_head=options.pop("token_head", False))
+    optimizer = OptimizerFactory("nadamuon", **MUON, **options).build(model, 512, parts)
+    names = {id(value): name for name, value in model.named_parameters()}
+    names |= {id(value): f"objective.{part}.{name}" for part in parts for name, value in parts[part].named_parameters()}
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(names[id(member)] for member in members) == sorted(names.values())
+    for member in members:
+        member.grad = torch.randn_like(member)
+    optimizer.step()
+    by_muon = {names[id(member)] for member in members if optimizer.state[member]["use_muon"]}
+    assert by_muon == {name for name in names.values() if hidden(name)}
+    line = describe_routing(optimizer, {"": model, **{f"objective.{name}.": part for name, part in parts.items()}})
+    first, second = line.split("; ")
+    assert first.startswith("AdaMuon: blocks.*.attn.proj.weight, blocks.*.attn.qkv.weight, blocks.*.mlp.fc1.weight, ")
+    assert second.startswith("NAdamW: ")
+    assert {"biases", "head.weight", "patch_embed.proj.weight", "pos_embed"} <= set(re.split(r"[ ,]+", second))
+    assert ("aux_head.weight" in second) == ("aux_head.weight" in names.values())
+    assert ("objective.projection.weight" in second) == bool(parts)
+
+
+def test_muon__first_layer_of_a_model_without_timms_groups():
+    layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    layers.num_classes = 8
+    assert first_and_last(layers) == {id(layers[0].weight), *map(id, layers[2].parameters())}
+
+
+def test_muon__the_first_step_is_that_of_timm():
+    """Matrices move by lr x 0.2 sqrt(max(out, in)) x orthogonalised momentum, whose singular values are near 1."""
+    torch.manual_seed(0)
+    model = create_model("deit_nano", 10, 32)
+    before = copy.deepcopy(model)
+    optimizer = OptimizerFactory("muon", lr=1e-3, lr_scaling="none", weight_decay=0.0, **MUON).build(model, 512)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    step = (before.blocks[0].mlp.fc1.weight - model.blocks[0].mlp.fc1.weight) / (1e-3 * 0.2 * 256**0.5)
+    values = torch.linalg.svdvals(step)
+    assert 0.6 < values.min() < values.max() < 1.3
+    head = before.head.weight - model.head.weight
+    torch.testing.assert_close(head.abs(), torch.full_like(head, 1e-3), rtol=1e-3, atol=1e-6)  # AdamW's first step
+
+
+def test_muon__other_optimisers_have_no_routing():
+    model = create_model("vit_nano", 10, 32)
+    assert describe_routing(OptimizerFactory("adamw").build(model, 512), {"": model}) is None
+    with pytest.raises(ConfigError, match=r"optimizer.adamw_first_last=true: adamw is no variant of Muon; omit it"):
+        OptimizerFactory("adamw", adamw_first_last=True).build(model, 512)
 
 
 @pytest.mark.parametrize("scale_min_lr", [False, True])

@@ -8,7 +8,15 @@ from vitrail.data import MixToken, MixupCutMix
 from vitrail.data.label_maps import token_targets
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
-from vitrail.objectives import CosubLoss, CrossEntropy, DistillationLoss, Objective, TokenLabelingLoss
+from vitrail.models.heads import return_features
+from vitrail.objectives import (
+    CosubLoss,
+    CrossEntropy,
+    DistillationLoss,
+    FeatureDistillation,
+    Objective,
+    TokenLabelingLoss,
+)
 from vitrail.training import TargetBuilder
 from vitrail.training.targets import blend_ground_truth, check_contracts
 from vitrail.types import Batch, LabelMap
@@ -93,7 +101,10 @@ class Learned(Objective):
     [
         (TokenTargets(), "objective: TokenTargets needs token logits, which VisionTransformer does not have"),
         (Silent(), "objective: Silent contains TokenLabelingLoss, whose need outputs.tokens it must declare"),
-        (Learned(), "objective: Learned has parameters, and only the backbone's are trained"),
+        (
+            Learned(),
+            "objective: Learned has parameters that nothing trains; name their modules in its attribute",
+        ),
     ],
 )
 def test_contracts__objectives_of_somebody_else(objective, message):
@@ -109,6 +120,19 @@ def test_contracts__optional_token_targets_without_token_logits():
     assert TargetBuilder()(batch, objective, 10, None).tokens is None
     with pytest.raises(ConfigError, match="does not use label maps"):
         check("vit_nano", objective, None, MAPS)
+
+
+@pytest.mark.parametrize(
+    ("objective", "provided"),
+    [(TokenLabelingLoss(), MAPS), (CosubLoss(base=TokenLabelingLoss()), MAPS), (FeatureDistillation(), TEACHER)],
+)
+def test_contracts__patch_dropout_and_targets_of_patch_tokens_are_refused(objective, provided):
+    model = create_model("lvvit_nano", 10, 64, token_head=True, patch_drop_rate=0.25)
+    assert return_features(model)
+    message = r"model.patch_drop_rate=0.25: drops patch tokens, and \w+ compares every patch token with its own target"
+    with pytest.raises(ConfigError, match=message):
+        check_contracts(model, objective, None, provided)
+    check_contracts(model, CrossEntropy(), None, NOTHING)
 
 
 def test_contracts__mixtoken_needs_a_backbone_that_mixes_tokens():

@@ -61,13 +61,13 @@ class Losses(L.Callback):
         self.values.append(outputs["loss"].item())
 
 
-def cosine(peak, epoch, warmup, end, cooldown=0):
+def cosine(peak, epoch, warmup, end, low=1e-5):
     """Return the learning rate of DeiT, T2T-ViT and LV-ViT: linear warm-up, cosine counted from epoch 0, cooldown."""
     if epoch < warmup:
         return 1e-6 + epoch * (peak - 1e-6) / warmup
     if epoch >= end:
-        return 1e-5
-    return 1e-5 + 0.5 * (peak - 1e-5) * (1 + math.cos(math.pi * epoch / end))
+        return low
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * epoch / end))
 
 
 def smooth(labels):
@@ -107,6 +107,27 @@ def lvvit(model, batch, step, mixing):
     return soft(heads.cls, left * targets.cls + (1 - left) * targets.cls.flip(0)) + soft(heads.tokens, targets.tokens)
 
 
+def volo(model, batch, step, mixing):
+    """As LV-ViT, with half the weight for the patch tokens."""
+    targets = token_targets(*batch.label_map, (8, 8), CLASSES)
+    return _volo_loss(model, batch, step, mixing, targets.cls, targets.tokens)
+
+
+def volo_finetuned(model, batch, step, mixing):
+    """The label has half of the class target if the annotator agrees with it, a tenth if not."""
+    targets = token_targets(*batch.label_map, (8, 8), CLASSES)
+    share = torch.where(targets.cls.argmax(1) == batch.label, 0.5, 0.9)[:, None]
+    return _volo_loss(
+        model, batch, step, mixing, share * targets.cls + (1 - share) * smooth(batch.label), targets.tokens
+    )
+
+
+def _volo_loss(model, batch, step, mixing, cls, tokens):
+    box, left = mixing.box((8, 8), (7, step + 1, 0))
+    heads = forward_heads(model, batch.image, box)
+    return soft(heads.cls, left * cls + (1 - left) * cls.flip(0)) + 0.5 * soft(heads.tokens, tokens)
+
+
 def augreg(model, batch, step, mixing):
     targets = F.one_hot(batch.label, CLASSES).float()
     return F.binary_cross_entropy_with_logits(model(batch.image), targets, reduction="none").sum(1).mean()
@@ -122,7 +143,9 @@ def google(step):
 SMALL = {
     "deit_nano": {"patch_size": 16},
     "deit_nano_distilled": {"patch_size": 16},
+    "vit5_small": {"embed_dim": 32, "depth": 2, "num_heads": 2},
     "t2t_vit_7": {"depth": 1, "token_drop": 0.0},
+    "so_vit_7": {"depth": 1},
 }
 # recipe, backbone, loss, learning rate of each step, weight decay, parameters without it, clipping, EMA decay
 FACTS = [
@@ -130,9 +153,16 @@ FACTS = [
      0.05, {"cls_token", "pos_embed"}, None, 0.99996),
     ("deit3_small", "deit_nano", deit3, lambda s: cosine(4e-3, max(0, s // STEPS - 1), 2, 10),
      0.05, {"cls_token", "pos_embed"}, None, 0.99996),
+    ("vit5_small", "vit5_small", deit3, lambda s: cosine(4e-3, max(0, s // STEPS - 1), 2, 10),
+     0.05, {"cls_token", "pos_embed", "reg_token"}, None, 0.99996),
     ("t2t_vit_14", "t2t_vit_7", t2t, lambda s: cosine(5e-4, s // STEPS, 2, 8), 0.05, {"cls_token"}, None, 0.99996),
+    ("so_vit_14", "so_vit_7", t2t, lambda s: cosine(1e-3, s // STEPS, 2, 8), 0.05, set(), None, 0.99996),
     ("lvvit_s", "lvvit_nano", lvvit, lambda s: cosine(1.6e-3, s // STEPS, 2, 8),
      0.05, {"cls_token", "pos_embed"}, None, 0.99992),
+    ("volo_d1", "lvvit_nano", volo, lambda s: cosine(1.6e-3, s // STEPS, 2, 8),
+     0.05, {"cls_token", "pos_embed"}, None, None),
+    ("volo_d1_384", "lvvit_nano", volo_finetuned, lambda s: cosine(8e-6, s // STEPS, 2, 8, low=4e-6),
+     1e-8, {"cls_token", "pos_embed"}, None, None),
     ("vit_small_augreg", "deit_nano", augreg, google, 0.1, {"cls_token", "pos_embed"}, 1.0, None),
 ]  # fmt: skip
 
@@ -141,7 +171,8 @@ FACTS = [
 def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, exempt, clip, decay, tmp_path):
     images, cooldown = {
         "deit_small_distilled": (1024, 0), "deit3_small": (2048, 0), "t2t_vit_14": (512, 2), "lvvit_s": (1024, 2),
-        "vit_small_augreg": (4096, 0),
+        "vit_small_augreg": (4096, 0), "vit5_small": (2048, 0), "volo_d1": (1024, 2),
+        "volo_d1_384": (512, 2), "so_vit_14": (512, 2),
     }[recipe]  # fmt: skip
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [
@@ -150,13 +181,15 @@ def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, 
         ])  # fmt: skip
         objective, schedule = instantiate(config.objective, "objective"), instantiate(config.schedule, "schedule")
         optimizer = instantiate(config.optimizer, "optimizer")
-        mixing = instantiate(config.mixing, "mixing") if recipe == "lvvit_s" else None
+        token_labels = name == "lvvit_nano"
+        mixing = instantiate(config.mixing, "mixing") if token_labels else None
         teacher = ColourTeacher() if recipe == "deit_small_distilled" else None
         targets = instantiate(config.targets, "targets", teacher=teacher)
     torch.manual_seed(0)
-    model = create_model(name, CLASSES, SIDE, token_head=name == "lvvit_nano", **SMALL.get(name, {}))
-    nn.init.trunc_normal_(model.head.weight, std=0.02)
-    reference, content = copy.deepcopy(model).train(), batches(recipe == "lvvit_s")
+    model = create_model(name, CLASSES, SIDE, token_head=token_labels, **SMALL.get(name, {}))
+    if name != "so_vit_7":  # which has another classifier
+        nn.init.trunc_normal_(model.head.weight, std=0.02)
+    reference, content = copy.deepcopy(model).train(), batches(token_labels)
     module = ImageClassifier(model, objective, CLASSES, optimizer, schedule, mixing, targets, seed=7)
     losses, ema = Losses(), None if config.callbacks.ema is None else instantiate(config.callbacks.ema, "ema")
     assert (ema is None) == (decay is None)
@@ -172,7 +205,8 @@ def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, 
         {"params": [p for key, p in named if (p.ndim > 1 and key not in exempt) == decayed], "weight_decay": amount}
         for decayed, amount in ((True, weight_decay), (False, 0.0))
     ]
-    plain = Lamb(groups, lr=1.0, eps=1e-6) if recipe == "deit3_small" else torch.optim.AdamW(groups, lr=1.0, eps=1e-8)
+    lamb_eps = {"deit3_small": 1e-6, "vit5_small": 1e-8}.get(recipe)
+    plain = Lamb(groups, lr=1.0, eps=lamb_eps) if lamb_eps else torch.optim.AdamW(groups, lr=1.0, eps=1e-8)
     expected, average = [], {}
     for step in range(EPOCHS * STEPS):
         for group in plain.param_groups:

@@ -20,7 +20,7 @@ from vitrail.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_HEADS = ("head", "head_dist", "aux_head")
+_HEADS = ("head", "head_dist", "aux_head", "second_order.visual_fc")
 _PREFIX_TOKENS = {"cls_token": "class token", "dist_token": "distillation token", "reg_token": "register tokens"}
 
 
@@ -83,10 +83,10 @@ def fit_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fit weights of the same architecture to `model`'s names, image size, channels and classes.
 
-    A backbone may convert the names of its official checkpoints with a method `convert_weights(weights)`. LayerScale of
-    the official DeiT III is renamed. Position embeddings are resized with the papers' kernel. Classifiers
-    for other classes are replaced by the model's own, untrained, and so is a missing one. A classifier of tokens is
-    dropped if the model has none.
+    A backbone may have `convert_checkpoint(weights, source)`, which maps the names of its official checkpoints to its
+    own. LayerScale of the official DeiT III is renamed. Position embeddings are resized with the papers' kernel.
+    Classifiers for other classes are replaced by the model's own, untrained, and so is a missing one. A classifier of
+    tokens is dropped if the model has none.
 
     Args:
         weights: state dict with the backbone's names.
@@ -106,9 +106,10 @@ def fit_weights(
     """
     own, origin = model.state_dict(), origin or Origin()
     notes = []
-    if (convert := getattr(model, "convert_weights", None)) is not None:
-        converted = convert(weights)
-        if converted.keys() != weights.keys():
+    convert: Any = getattr(model, "convert_checkpoint", None)
+    if convert is not None:
+        converted = convert(weights, source)
+        if converted.keys() - weights.keys():
             notes.append(f"official names converted to those of {type(model).__name__}.")
         weights = converted
     renamed = {key: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", key) for key in weights}

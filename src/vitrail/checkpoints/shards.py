@@ -69,11 +69,15 @@ def as_sharded(part: Tensor, shape: torch.Size, mesh: Any) -> DTensor:
 def split_shards(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Return `tree` with sharded tensors replaced by `meta` tensors, and this process's rows of them by path."""
     parts: dict[str, Tensor] = {}
+    written: set[int] = set()
 
     def take(path: str, leaf: Tensor) -> Tensor:
         if not isinstance(leaf, DTensor):
             return leaf
-        parts[path] = local(leaf).detach().cpu().contiguous()
+        part = local(leaf).detach().cpu().contiguous()
+        # safetensors refuses two names for the same memory: weights without EMA weights are in a checkpoint twice
+        parts[path] = part.clone() if part.numel() and part.data_ptr() in written else part
+        written.add(part.data_ptr())
         return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
 
     return _mapped(tree, take), parts

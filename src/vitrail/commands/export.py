@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.models.licences import PERMISSIVE
 from vitrail.runs.config import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.trained import TrainedModel, load_run
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4
 
 # Keys of a model config that programs which load the export do not need: vitrail's own, and those of training.
 _NOT_EXPORTED = {
-    *("_target_", "name", "num_classes", "pretrained", "token_head", "constant_drop_path"),
+    *("_target_", "name", "num_classes", "pretrained", "token_head", "pool", "constant_drop_path"),
     *("drop_path_rate", "drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"),
     *("drop_block_rate", "weight_init", "fix_init", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"),
 }
@@ -101,6 +102,8 @@ def describe_export(trained: TrainedModel) -> Exported:
     arguments = {key: value for key, value in node.items() if key not in _NOT_EXPORTED and value is not None}
     classes = trained.classes or [str(number) for number in range(trained.num_classes)]
     card = _card(trained, classes, fed)
+    if trained.licence:
+        fed["license"] = trained.licence
     return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, card, more)
 
 
@@ -110,9 +113,16 @@ def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str
     reached = json.loads(results.read_text()) if results.is_file() else {}
     top1 = reached.get("val/top1_ema" if trained.weights == "ema" else "val/top1")
     epochs = f" for {trained.config['epochs']} epochs" if "epochs" in trained.config else ""
+    licence = trained.licence
     lines = [
         *("---", "library_name: timm", "pipeline_tag: image-classification", "tags: [image-classification, timm]"),
+        *(_licence_tags(licence) if licence else ()),
         *("---", f"# {trained.name}", ""),
+        *(
+            [f"Licence: trained from published weights under `{licence}`, whose terms apply here too."]
+            if licence
+            else ()
+        ),
         f"Trained with vitrail{epochs}, {len(classes)} classes; {trained.weights} weights.",
         "" if top1 is None else f"Top-1 on its validation images: {top1:.2f} % (best epoch).",
         *("", "| Images | |", "|---|---|"),
@@ -120,6 +130,12 @@ def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str
         *("", f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.", ""),
     ]
     return "\n".join(lines)
+
+
+def _licence_tags(licence: str) -> list[str]:
+    """Return the licence as the Hugging Face Hub's metadata of a model card."""
+    known = licence in PERMISSIVE or licence.startswith("cc-")
+    return [f"license: {licence}"] if known else ["license: other", f"license_name: {licence}"]
 
 
 def compare(exported: Exported, load: Callable[[], Callable[[Tensor], Tensor]]) -> float:

@@ -14,6 +14,7 @@ from vitrail.reporting.backbones import (
     BackboneRow,
     backbone_table,
     layer_tree,
+    licences,
     published,
     published_names,
     released_weights,
@@ -62,4 +63,6 @@ def measure(node: DictConfig, image_size: Any, num_classes: int) -> tuple[Backbo
         cost = measure_cost(model, sides)
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"image_size={image_size}: {name} does not support this size ({error}).") from error
-    return BackboneRow(name, sides, cost, published(name), released_weights(name)), model
+    base, _, tag = name.partition(".") if timm.is_model(name) else (name, "", "")
+    tags = [tag] if tag else released_weights(base)
+    return BackboneRow(base, sides, cost, published(base), tags, licences(base, tags)), model

@@ -47,7 +47,8 @@ def make_plan(config: DictConfig) -> Plan:
     missing = _take_missing(config)
     images, classes, source = _data_size(config, missing)
     sides = height_width(config.data.get("image_size") or 224)
-    model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides)
+    untrained = {"pretrained": False} if "pretrained" in config.model else {}  # a plan downloads no weights
+    model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides, **untrained)
     if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing()
     optimizer: OptimizerFactory = instantiate(config.optimizer, "optimizer")
@@ -70,7 +71,7 @@ def make_plan(config: DictConfig) -> Plan:
     cost, teacher = measure_cost(model, sides), _teacher_cost(config)
     passes = passes_of(instantiate(config.objective, "objective"))
     activations = passes * activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
-    states = 4 if optimizer.name in ("sgd", "momentum", "lion") else 8
+    states = 4 if optimizer.name in ("sgd", "momentum", "lion", "muon", "nmuon") else 8
     ema = 0 if config.callbacks.get("ema") is None else 4
 
     def speed_of(macs: int) -> float | None:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +48,7 @@ def measure_cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3)
     finally:
         model.train(training)
     tokens = None
-    if isinstance(model, VisionTransformer):  # timm's or a subclass of it
+    if isinstance(model, VisionTransformer | Eva):  # timm's or a subclass of it
         rows, columns = model.patch_embed.dynamic_feat_size(img_size)
         tokens = rows * columns + model.num_prefix_tokens
     return Cost(count_parameters(model), counter.get_total_flops() // 2, tokens)

@@ -139,7 +139,7 @@ class EvoViT(VisionTransformer):
         """Choose the mode of training epoch `epoch`, counted from 0, of `epochs`."""
         self.stage_wise_prune = epoch >= self.stage_wise_from * epochs - 1e-6
 
-    def convert_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert_checkpoint(self, weights: Mapping[str, Tensor], _: str) -> dict[str, Tensor]:
         """Return weights under this model's names; those of official checkpoints are converted."""
         return convert_evo_deit(weights)
 

@@ -3,7 +3,7 @@
 import difflib
 import os
 import socket
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import huggingface_hub
@@ -13,7 +13,9 @@ from torch import nn
 
 from vitrail.errors import ConfigError
 from vitrail.models.heads import add_token_head
+from vitrail.models.second_order_head import add_second_order_head
 from vitrail.models.tokens_to_token import TokensToToken
+from vitrail.models.volo import declare_token_logits
 from vitrail.types import ImageSize, height_width
 from vitrail_runtime.checking import NonNegativeInt, PositiveInt, Rate, checked
 
@@ -24,6 +26,7 @@ def create_model(
     num_classes: NonNegativeInt,
     img_size: ImageSize | None = None,
     token_head: bool = False,
+    pool: Literal["second_order"] | None = None,
     constant_drop_path: bool = False,
     drop_path_rate: Rate | None = None,
     drop_rate: Rate | None = None,
@@ -40,6 +43,8 @@ def create_model(
         img_size: side of the input in pixels, or (height, width). Passed only to backbones whose weights depend on it
             (ViTs); convolutional networks do not accept it.
         token_head: add a classifier of patch tokens, as token labelling needs; works for any ViT.
+        pool: "second_order" also classifies the covariance of the patch tokens, as So-ViT does; works for ViTs with one
+            classifier. None means the backbone's own pooling.
         constant_drop_path: use `drop_path_rate` in every block, as DeiT-III does, instead of a linear ramp from 0.
         drop_path_rate: probability of dropping the last block (stochastic depth); None means timm's default.
         drop_rate: dropout of the classifier's input; None means timm's default.
@@ -88,7 +93,9 @@ def create_model(
         _check_patches(name, img_size, getattr(patch, "patch_size", None))
     if constant_drop_path:
         _make_drop_path_constant(model, drop_path_rate or 0.0)
-    return add_token_head(model) if token_head else model
+    if pool is not None:
+        model = add_second_order_head(model)
+    return add_token_head(model) if token_head else declare_token_logits(model)
 
 
 def _make_drop_path_constant(model: nn.Module, rate: float) -> None:

@@ -52,6 +52,35 @@ def classify_places(
     return scores.reshape(len(features), rows * columns, -1), (rows, columns)
 
 
+def patch_features(model: nn.Module, features: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Return the features (B, N, D) of all positions in row-major order, without prefix tokens, and their grid.
+
+    Args:
+        model: backbone that computed the features.
+        features: result of `model.forward_features`: (B, D, H, W), (B, H, W, D) or (B, prefix + N, D).
+        image_size: (height, width) of the images in pixels.
+
+    Raises:
+        ConfigError: the features do not form a grid.
+    """
+    return classify_places(model, features, image_size, _last_token)
+
+
+def _last_token(position: Tensor) -> Tensor:
+    """Return the features (M, D) of positions given as (M, prefix + 1, D), (M, 1, 1, D) or (M, D, 1, 1)."""
+    return position[:, -1] if position.ndim == 3 else position.flatten(1)
+
+
+def feature_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of the features of images of (height, width) pixels, without computing them."""
+    shape = feature_shape(model, image_size)
+    if len(shape) == 3:
+        rows, columns, _ = sequence_grid(model, shape[1], image_size)
+        return rows, columns
+    channels_first = shape[1] == model.num_features and getattr(model, "output_fmt", "NCHW") != "NHWC"
+    return (shape[2], shape[3]) if channels_first else (shape[1], shape[2])
+
+
 def sequence_grid(model: nn.Module, tokens: int, image_size: tuple[int, int]) -> tuple[int, int, int]:
     """Return rows and columns of the patch tokens in a sequence, and the number of tokens before them.
 

@@ -9,26 +9,29 @@ Such a backbone has
 A backbone may also have
 - `begin_epoch(epoch, epochs)`, called before each epoch of training (what it changes must be in the state dict),
 - `new_modules`, names of modules that the weights of `init_from` may lack, and
-- `convert_weights(weights)`, which converts the names of official checkpoints.
+- `convert_checkpoint(weights, source)`, which converts the names of official checkpoints.
 
-`add_token_head` adds `forward_outputs` and `token_grid` to timm's models. Callers use the functions of this file.
+`add_token_head` adds `forward_outputs` and `token_grid` to timm's models, and `return_features` lets them also return
+their patch features. Callers use the functions of this file.
 
 Shapes: B images, N patch tokens, D channels, C classes, H x W pixels, h x w cells of the token grid.
 """
 
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
-import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.models.features import classify_places, feature_shape, sequence_grid
+from vitrail.models.features import classify_places, feature_grid, patch_features
+from vitrail.models.token_mixing import mix_tokens
+from vitrail.models.volo import TokenVOLO, declare_token_logits, has_token_logits
 from vitrail.types import Outputs
 
 
@@ -37,7 +40,30 @@ def declared_outputs(model: nn.Module) -> frozenset[str]:
     own = getattr(model, "outputs", None)
     if own is None:
         own = {"distill"} if isinstance(model, VisionTransformerDistilled) else ()
-    return frozenset({"cls", *own})
+    return frozenset({"cls", *own, *({"features"} if _returns_features(model) else ())})
+
+
+def return_features(model: nn.Module) -> bool:
+    """Let `model` also return its patch features, as `outputs.features` (B, N, D); return whether it can.
+
+    They are the result of `forward_features` at all positions in row-major order, without prefix tokens. MixToken swaps
+    them back, as it does token logits. The weights stay the same. Models of timm can do it, with and without
+    `add_token_head`; a backbone with a `forward_outputs` of its own declares `features` itself.
+    """
+    methods = all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features"))
+    own = hasattr(model, "forward_outputs") and not isinstance(model, TokenHead | FeatureTokenHead)
+    if methods and not own:
+        model.returns_features = True  # type: ignore[assignment]
+    return "features" in declared_outputs(model)
+
+
+def _returns_features(model: nn.Module) -> bool:
+    return bool(getattr(model, "returns_features", False))
+
+
+def patch_drop_rate(model: nn.Module) -> float:
+    """Return the share of patch tokens that `model` drops in training (timm's PatchDropout)."""
+    return float(getattr(getattr(model, "patch_drop", None), "prob", 0.0) or 0.0)
 
 
 def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = None) -> Outputs:
@@ -56,21 +82,35 @@ def forward_heads(model: nn.Module, images: Tensor, token_box: Tensor | None = N
     Raises:
         ConfigError: `token_box` is set and the backbone cannot swap tokens.
     """
-    if token_box is not None and not getattr(model, "mixes_tokens", False):
+    forward: Any = getattr(model, "forward_outputs", None)
+    mixes = getattr(model, "mixes_tokens", False)
+    if forward is None and has_token_logits(model):  # timm's VOLO as `timm.create_model` builds it
+        forward, mixes = partial(TokenVOLO.forward_outputs, model), True
+    if token_box is not None and not mixes:
         raise ConfigError(
             f"mixing: MixToken needs a backbone that swaps tokens after its stem; {type(model).__name__} does not."
         )
-    forward: Any = getattr(model, "forward_outputs", None)
     if forward is None:
         return _forward_plain(model, images)
     return forward(images) if token_box is None else forward(images, token_box)
 
 
 def _forward_plain(model: Any, images: Tensor) -> Outputs:
-    if not isinstance(model, VisionTransformerDistilled):
+    if not isinstance(model, VisionTransformerDistilled) and not _returns_features(model):
         return Outputs(cls=model(images))
-    cls, distill = _class_heads(model, model.forward_features(images))
-    return Outputs(cls, distill=distill)
+    features = model.forward_features(images)
+    if isinstance(model, VisionTransformerDistilled):
+        cls, distill = _class_heads(model, features)
+    else:
+        cls, distill = model.forward_head(features), None
+    return Outputs(cls, distill=distill, extras=_extras(model, features, images))
+
+
+def _extras(model: nn.Module, features: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Return the patch features (B, N, D) among a model's outputs, if it was asked for them."""
+    if not _returns_features(model):
+        return {}
+    return {"features": patch_features(model, features, (images.shape[-2], images.shape[-1]))[0]}
 
 
 def bind_forward_outputs(model: nn.Module) -> None:
@@ -91,14 +131,14 @@ def token_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
     patch_embed: Any = getattr(model, "patch_embed", None)
     if hasattr(patch_embed, "dynamic_feat_size"):
         return patch_embed.dynamic_feat_size(image_size)
+    if _returns_features(model):
+        return feature_grid(model, image_size)
     raise ConfigError(f"model: {type(model).__name__} has no token_grid; model.token_head=true adds token logits.")
 
 
-def _class_heads(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a ViT's class and distillation logits, (B, C) each, from features (B, prefix + N, D)."""
-    if isinstance(model, VisionTransformerDistilled):  # the class token first, the distillation token second
-        return model.head(model.head_drop(features[:, 0])), model.head_dist(model.head_drop(features[:, 1]))
-    return VisionTransformer.forward_head(model, features), None
+def _class_heads(model: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a distilled ViT's class and distillation logits, (B, C) each, from features (B, 2 + N, D)."""
+    return model.head(model.head_drop(features[:, 0])), model.head_dist(model.head_drop(features[:, 1]))
 
 
 class TokenHead(VisionTransformer):
@@ -155,9 +195,15 @@ class TokenHead(VisionTransformer):
             features = self._forward_mixed(images, token_box, grid)
         else:
             features = self.forward_features(images)  # (B, prefix + N, D)
-        cls, distill = _class_heads(self, features)
-        tokens = self.token_logits(features)
-        return Outputs(cls, tokens if token_box is None else mix_tokens(tokens, token_box, grid), distill)
+        if isinstance(self, VisionTransformerDistilled):
+            cls, distill = _class_heads(self, features)
+        else:
+            cls, distill = super().forward_head(features), None
+        tokens, extras = self.token_logits(features), _extras(self, features, images)
+        if token_box is not None:
+            tokens = mix_tokens(tokens, token_box, grid)
+            extras = {name: mix_tokens(value, token_box, grid) for name, value in extras.items()}
+        return Outputs(cls, tokens, distill, extras)
 
     def _forward_mixed(self, images: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the features (B, prefix + N, D), with MixToken between patch embedding and position table."""
@@ -171,18 +217,16 @@ class FeatureTokenHead(nn.Module):
     """Mixin for timm models other than ViTs: a second classifier, `aux_head`, at every position of the features.
 
     List it before the backbone's class among the bases. Each position goes separately through the model's own pooling
-    and normalisation, and then through `aux_head`. A model that already has an `aux_head` (VOLO) keeps it.
+    and normalisation, and then through `aux_head`.
     """
 
     outputs = frozenset({"tokens"})
     num_classes: int
-    has_own_aux_head: bool
 
     def reset_aux_head(self) -> None:
-        """Replace the classifier of tokens by a newly initialised one, unless it is the model's own."""
+        """Replace the classifier of tokens by a newly initialised one."""
         model: Any = self
-        if not self.has_own_aux_head:
-            self.aux_head: nn.Module = _new_head(self, getattr(model, "head_hidden_size", None) or model.num_features)
+        self.aux_head: nn.Module = _new_head(self, getattr(model, "head_hidden_size", None) or model.num_features)
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """Return both classifiers, the classifier of tokens last."""
@@ -195,12 +239,7 @@ class FeatureTokenHead(nn.Module):
 
     def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of positions for images of (height, width) pixels."""
-        shape = feature_shape(self, image_size)
-        if len(shape) == 3:
-            rows, columns, _ = sequence_grid(self, shape[1], image_size)
-            return rows, columns
-        channels_first = shape[1] == self.num_features and getattr(self, "output_fmt", "NCHW") != "NHWC"
-        return (shape[2], shape[3]) if channels_first else (shape[1], shape[2])
+        return feature_grid(self, image_size)
 
     def token_logits(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Return logits (B, N, C) of the positions of `features`, the result of `forward_features`."""
@@ -213,11 +252,9 @@ class FeatureTokenHead(nn.Module):
         """Return class and token logits for images (B, 3, H, W)."""
         model: Any = self
         features = model.forward_features(images)
-        if self.has_own_aux_head:  # its `forward_head` merges both classifiers
-            cls = super().get_classifier()(super().forward_head(features, pre_logits=True))  # type: ignore[misc]
-        else:
-            cls = super().forward_head(features)  # type: ignore[misc]
-        return Outputs(cls, self.token_logits(features, (images.shape[-2], images.shape[-1])))
+        cls = super().forward_head(features)  # type: ignore[misc]
+        tokens = self.token_logits(features, (images.shape[-2], images.shape[-1]))
+        return Outputs(cls, tokens, extras=_extras(self, features, images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return merged logits (B, C) of images (B, 3, H, W)."""
@@ -245,13 +282,13 @@ def add_token_head(model: nn.Module) -> nn.Module:
     """Add token logits, which token labelling needs, to a timm model; return a model that has them unchanged.
 
     The model is changed in place: its class becomes a subclass with `aux_head`, and timm's methods stay available.
-    ViTs also get MixToken. Other models (ConvNeXt, Swin, Mixer, VOLO, ResNet, ...) get a classifier at each position of
-    their feature map.
+    ViTs also get MixToken, and so does VOLO, whose own `aux_head` is used. Other models (ConvNeXt, Swin, Mixer, ResNet,
+    ...) get a classifier at each position of their feature map.
 
     Raises:
         ConfigError: the backbone has no spatial features.
     """
-    if "tokens" in declared_outputs(model):
+    if "tokens" in declared_outputs(declare_token_logits(model)):
         return model
     vit: Any = model
     backbone: Any = type(model)
@@ -259,32 +296,15 @@ def add_token_head(model: nn.Module) -> nn.Module:
         vit.__class__ = _with_head(TokenHead, backbone)
         vit.reset_aux_head()
         return model
+    if isinstance(model, VOLO):
+        raise ConfigError(
+            "model.token_head=true: this VOLO lacks its class token or its own classifier of tokens; omit"
+            " model.global_pool, model.post_layers and model.use_aux_head."
+        )
     if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features")):
         raise ConfigError(
             f"model.token_head=true: {type(model).__name__} has no spatial features; choose another backbone."
         )
     vit.__class__ = _with_head(FeatureTokenHead, backbone)
-    vit.has_own_aux_head = isinstance(getattr(model, "aux_head", None), nn.Module)
     vit.reset_aux_head()
     return model
-
-
-def mix_tokens(x: Tensor, box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Swap the tokens inside a box with those of the reversed batch: sample i with sample B - 1 - i.
-
-    Applying it twice restores the input.
-
-    Args:
-        x: tokens (B, N, D) of a grid in row-major order, or (B, h, w, D).
-        box: (4,) integers top, left, bottom, right in cells; bottom and right are outside the box.
-        grid: rows and columns (h, w).
-
-    Returns:
-        The swapped tokens, in the shape of `x`.
-    """
-    rows = torch.arange(grid[0], device=x.device)[:, None]
-    columns = torch.arange(grid[1], device=x.device)[None, :]
-    top, left, bottom, right = box.to(x.device).unbind()
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    inside = inside.flatten()[:, None] if x.ndim == 3 else inside[:, :, None]
-    return torch.where(inside, x.flip(0), x)

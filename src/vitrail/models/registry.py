@@ -4,11 +4,11 @@ from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from vitrail.checkpoints.fitting import checkpoint_filter
 
-Backbone = TypeVar("Backbone", bound=VisionTransformer)
+Backbone = TypeVar("Backbone", bound=nn.Module)
 
 
 def vit_cfg(**kwargs: Any) -> dict[str, Any]:

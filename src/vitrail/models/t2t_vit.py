@@ -23,11 +23,10 @@ Shapes: B images, C channels, N tokens, H x W pixels.
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from timm.layers import Attention, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Attention, calculate_drop_path_rates
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitrail.models.cnn_designs import (
@@ -41,28 +40,21 @@ from vitrail.models.cnn_designs import (
 from vitrail.models.heads import declared_outputs
 from vitrail.models.mlp import LeanMlp, normed_mlp
 from vitrail.models.registry import build, vit_cfg
+from vitrail.models.sinusoid import SinusoidViT
 from vitrail.models.tokens_to_token import TokensToToken
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
-def sinusoid_table(positions: int, dim: int) -> Tensor:
-    """Return the position table (1, positions, dim) of arXiv:1706.03762: sine in even columns, cosine in odd ones."""
-    frequencies = 10000 ** -(2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-    table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())
-    return table.float().unsqueeze(0)
-
-
-class T2TViT(VisionTransformer):
-    """timm's ViT with a tokens-to-token stem and a fixed position table, whose first row is the class token's.
+class T2TViT(SinusoidViT):
+    """ViT with a tokens-to-token stem and a fixed position table, whose first row is the class token's.
 
     Args:
         tokens_type, token_dim, token_drop, performer_eps: see `TokensToToken`.
         kwargs: arguments of timm's VisionTransformer.
     """
 
-    pos_embed: Tensor
+    stem_name = "tokens_to_token"
 
     def __init__(
         self,
@@ -70,7 +62,6 @@ class T2TViT(VisionTransformer):
         token_dim: int = 64,
         token_drop: float = 0.1,
         performer_eps: float = 1e-8,
-        weight_init: str = "",
         **kwargs: Any,
     ) -> None:
         stem = partial(
@@ -81,30 +72,7 @@ class T2TViT(VisionTransformer):
             performer_eps=performer_eps,
         )
         defaults = {"qkv_bias": False, "norm_layer": _NORM, "block_fn": ClassTokenBlock, "mlp_layer": LeanMlp}
-        super().__init__(embed_layer=stem, weight_init="skip", **{**defaults, **kwargs})
-        table = self.pos_embed.data
-        del self.pos_embed  # in timm it is a parameter
-        self.register_buffer("pos_embed", table)
-        self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
-        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
-        if weight_init != "skip":
-            self.init_weights(needs_reset=False)
-
-    # timm names the stem `patch_embed`, the published checkpoints name it `tokens_to_token`.
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__("tokens_to_token" if name == "patch_embed" else name, value)
-
-    @property
-    def patch_embed(self) -> TokensToToken:
-        """The stem, under timm's name."""
-        return self.tokens_to_token
-
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialise weights as the official code does: truncated normal of 0.02 for linear layers and class token."""
-        super().init_weights(mode, needs_reset)
-        trunc_normal_(self.cls_token, std=0.02)
-        with torch.no_grad():
-            self.pos_embed.copy_(sinusoid_table(*self.pos_embed.shape[1:]))
+        super().__init__(embed_layer=stem, **{**defaults, **kwargs})
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
         """Map images (B, C, H, W) to logits (B, num_classes).
@@ -125,19 +93,8 @@ class T2TViT(VisionTransformer):
     def _only_class_token_is_used(self) -> bool:
         last = self.blocks[-1]
         plain = type(last) is ClassTokenBlock and type(last.attn) is Attention
+        plain = plain and not getattr(self, "uses_patch_tokens", False)
         return plain and self.global_pool == "token" and "tokens" not in declared_outputs(self)
-
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Resize the position table to another image size with timm's kernel, and keep it a buffer."""
-        super().set_input_size(img_size, patch_size)
-        table = self.pos_embed.data
-        del self.pos_embed
-        self.register_buffer("pos_embed", table)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's pattern of layers, with the stem under the name `tokens_to_token`."""
-        groups = super().group_matcher(coarse)
-        return {**groups, "stem": r"^cls_token|pos_embed|tokens_to_token"}
 
 
 class ClassTokenBlock(Block):

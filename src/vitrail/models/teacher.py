@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.models.features import classify_places
+from vitrail.models.features import patch_features
 from vitrail.models.heads import forward_heads
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.types import Outputs
@@ -27,7 +27,8 @@ class Teacher(nn.Module):
         classifier: the trained network with its normalisation, image size and classes.
         mean: mean of the student's normalisation, for R, G and B in [0, 1].
         std: standard deviation of the student's normalisation.
-        classes: names of the student's classes; they are looked up among the classifier's.
+        classes: names of the student's classes; they are looked up among the classifier's. None if only the teacher's
+            features are used: it then needs no classes.
 
     Raises:
         ConfigError: the numbers of classes differ, and the student's names are not all among the classifier's.
@@ -38,12 +39,25 @@ class Teacher(nn.Module):
     shift: Tensor
 
     def __init__(
-        self, classifier: PretrainedClassifier, mean: Sequence[float], std: Sequence[float], classes: Sequence[str]
+        self,
+        classifier: PretrainedClassifier,
+        mean: Sequence[float],
+        std: Sequence[float],
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.model = classifier.model.requires_grad_(False).eval()
         self.name, self.image_size = classifier.name, classifier.image_size
         self.interpolation = classifier.interpolation
+        self.chosen = None if classes is None else self._find(classifier, classes)
+        own_mean, own_std = torch.tensor(classifier.mean), torch.tensor(classifier.std)
+        student_mean, student_std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
+        # (x * student_std + student_mean - own_mean) / own_std
+        self.register_buffer("scale", (student_std / own_std)[:, None, None])
+        self.register_buffer("shift", ((student_mean - own_mean) / own_std)[:, None, None])
+
+    def _find(self, classifier: PretrainedClassifier, classes: Sequence[str]) -> list[int] | None:
+        """Return the indices of `classes` among the classifier's; None if they are the same."""
         unknown = [name for name in classes if classifier.classes is not None and name not in classifier.classes]
         if classifier.num_classes != len(classes) and (unknown or classifier.classes is None):
             raise ConfigError(
@@ -56,12 +70,12 @@ class Teacher(nn.Module):
                 f" ({unknown[0]}, for example); use a teacher that was trained on the data's classes, or set"
                 " teacher.classes=data if only their names differ and the order is the same."
             )
-        self.chosen = classifier.matching(classes)
-        own_mean, own_std = torch.tensor(classifier.mean), torch.tensor(classifier.std)
-        student_mean, student_std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
-        # (x * student_std + student_mean - own_mean) / own_std
-        self.register_buffer("scale", (student_std / own_std)[:, None, None])
-        self.register_buffer("shift", ((student_mean - own_mean) / own_std)[:, None, None])
+        return classifier.matching(classes)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the features, D."""
+        return int(self.model.num_features)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -70,11 +84,21 @@ class Teacher(nn.Module):
         return logits if self.chosen is None else logits[:, self.chosen]
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Return the last features (B, N, D), in row-major order, for the student's images (B, 3, H, W)."""
+    def features(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Return the last features (B, N, D), in row-major order, for the student's images (B, 3, H, W).
+
+        Args:
+            images: (B, 3, H, W).
+            grid: (rows, columns) to resample the features to (bilinear, antialiased); None keeps the teacher's grid.
+        """
         model: Any = self.model
         features = model.forward_features(self._teacher_input(images))
-        return classify_places(self.model, features, self.image_size, _last_token)[0]
+        patches, own = patch_features(self.model, features, self.image_size)
+        if grid is None or tuple(grid) == own:
+            return patches
+        planes = patches.transpose(1, 2).unflatten(2, own).float()  # (B, D, rows, columns)
+        planes = F.interpolate(planes, tuple(grid), mode="bilinear", align_corners=False, antialias=True)
+        return planes.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +106,7 @@ class Teacher(nn.Module):
         model: Any = self.model
         features = model.forward_features(self._teacher_input(images))
         logits = model.forward_head(features)
-        tokens = classify_places(self.model, features, self.image_size, _last_token)[0]
+        tokens, _ = patch_features(self.model, features, self.image_size)
         return (logits if self.chosen is None else logits[:, self.chosen]), tokens
 
     @torch.no_grad()
@@ -107,8 +131,3 @@ class Teacher(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         """Return the teacher itself: it is never trained, so copies of the student share it."""
         return self
-
-
-def _last_token(position: Tensor) -> Tensor:
-    """Return the features (M, D) of positions given as (M, prefix + 1, D), (M, 1, 1, D) or (M, D, 1, 1)."""
-    return position[:, -1] if position.ndim == 3 else position.flatten(1)

@@ -6,6 +6,7 @@ from vitrail.objectives.cosub import CosubLoss
 from vitrail.objectives.distillation import DistillationLoss
 from vitrail.objectives.dynamic_vit import DynamicViTLoss
 from vitrail.objectives.evo_vit import EvoViTLoss
+from vitrail.objectives.feature_distillation import FeatureDistillation
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DistillationLoss",
     "DynamicViTLoss",
     "EvoViTLoss",
+    "FeatureDistillation",
     "Objective",
     "TokenLabelingLoss",
 ]

@@ -8,11 +8,16 @@ Known needs:
 - `outputs.<name>`: an output of the backbone, such as `outputs.tokens`, `outputs.distill` or any other
 
 Training does not start if a need is not met; the error names it. `Targets.cls` and `Outputs.cls` are always available.
-An objective has no parameters of its own, because only the backbone's are trained. One that contains another declares
-its needs too.
+An objective that contains another declares its needs too.
+
+An objective may have modules of its own to train, such as a projection between two widths: it names them in `trained`
+and builds them in `build_parts`. They are optimised, sharded and saved in checkpoints with the backbone. They have no
+EMA weights, and exports do not contain them.
 
 Shapes: B images.
 """
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -30,11 +35,20 @@ class Objective(nn.Module):
         optional: inputs that are used if they are available.
         passes: forward passes per image and step. Outputs of all passes are concatenated, (passes * B, ...); targets
             have B rows.
+        trained: names of its modules that are trained with the backbone.
     """
 
     needs: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     passes: int = 1
+    trained: frozenset[str] = frozenset()
+
+    def build_parts(self, widths: Mapping[str, int]) -> None:
+        """Build the modules named in `trained`; called once, before the optimiser is built.
+
+        Args:
+            widths: channels of `outputs.features` and `teacher_features`, if the objective needs them.
+        """
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Return scalar losses by name; `loss` is minimised, the others are logged."""
@@ -87,6 +101,24 @@ def check_losses(losses: object, objective: nn.Module) -> None:
         if not isinstance(value, Tensor) or value.ndim:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"objective: {name} returns {what} as {key}; it must be a scalar tensor.")
+
+
+def trained_parts(objective: nn.Module) -> dict[str, nn.Module]:
+    """Return the trained modules of an objective and of the objectives inside it, by their dotted names."""
+    parts = {}
+    for prefix, module in objective.named_modules():
+        for name in sorted(_names(module, "trained")):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                parts[f"{prefix}.{name}".lstrip(".")] = part
+    return parts
+
+
+def build_parts(objective: nn.Module, widths: Mapping[str, int]) -> None:
+    """Build the trained modules of an objective and of the objectives inside it."""
+    for module in list(objective.modules()):
+        if _names(module, "trained"):
+            module.build_parts(widths)  # type: ignore[operator]
 
 
 def passes_of(objective: nn.Module) -> int:

@@ -15,6 +15,7 @@ from rich.tree import Tree
 from torch import nn
 
 from vitrail.models.cost import Cost
+from vitrail.models.licences import licence_of
 from vitrail_runtime.tables import PlainTable
 
 _PUBLISHED = Path(__file__).with_name("published.csv")  # a link to results/published.csv in a checkout
@@ -36,6 +37,8 @@ class BackboneRow(NamedTuple):
     cost: Cost
     published: list[Published]
     weights: list[str]
+    licences: list[str]
+    """Licence of each of the weights, in the same order."""
 
     @property
     def family(self) -> str:
@@ -68,6 +71,22 @@ def released_weights(name: str) -> list[str]:
     return [full.partition(".")[2] or "yes" for full in timm.list_pretrained(f"{name}.*")]
 
 
+def licences(name: str, tags: Sequence[str]) -> list[str]:
+    """Return the licence of each of the released weights of timm's backbone `name`."""
+    return [licence_of(name if tag == "yes" else f"{name}.{tag}") or "unknown" for tag in tags]
+
+
+def _licence_line(rows: Sequence[BackboneRow]) -> str:
+    """Return the licences of all released weights, with the families that use them."""
+    families: dict[str, set[str]] = {}
+    for row in rows:
+        for licence in row.licences:
+            families.setdefault(licence, set()).add(row.family)
+    most = max(families, key=lambda licence: len(families[licence]), default="")
+    others = [f"{licence} ({', '.join(sorted(families[licence]))})" for licence in sorted(families) if licence != most]
+    return f"licence of the weights: {', '.join([most or 'none released', *others])}"
+
+
 def backbone_table(rows: Sequence[BackboneRow]) -> Table:
     """Return a table with one row per backbone, narrow enough for 80 columns."""
     table = PlainTable(
@@ -95,13 +114,17 @@ def backbone_table(rows: Sequence[BackboneRow]) -> Table:
             "\n".join(f"{entry.top1} ({entry.side})" for entry in row.published),
             str(len(row.weights) or ""),
         )
-    table.caption = "MACs per image of this size; published top-1 on ImageNet-1k; number of released weights files"
+    table.caption = (
+        "MACs per image of this size; published top-1 on ImageNet-1k; number of released weights files;"
+        f" {_licence_line(rows)}"
+    )
     return table
 
 
 def weights_line(row: BackboneRow) -> str:
-    """Return the paper, and the names of all released weights."""
-    names = ", ".join(f"{row.name}.{tag}" for tag in row.weights)
+    """Return the paper, and the names and licences of all released weights."""
+    weights = zip(row.weights, row.licences, strict=True)
+    names = ", ".join(f"{row.name}.{tag} (licence: {licence})" for tag, licence in weights)
     paper = f"Paper: arXiv:{row.published[0].arxiv}\n" if row.published else ""
     return f"{paper}Released weights (model.pretrained=true model.name=...): {names or 'none'}"
 

@@ -25,9 +25,10 @@ from vitrail.checkpoints.reading import Origin
 from vitrail.checkpoints.writing import AtomicCheckpointIO
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.heads import declared_outputs
+from vitrail.models.heads import declared_outputs, return_features
+from vitrail.models.licences import inherited_licence
 from vitrail.models.teacher import Teacher
-from vitrail.objectives.contract import passes_of
+from vitrail.objectives.contract import passes_of, uses_of
 from vitrail.runs.config import instantiate, plain
 from vitrail.runs.directory import RunDirectory, find_weights_file
 from vitrail.runs.loggers import MetricsCSV
@@ -136,8 +137,8 @@ def fit_pretrained_classes(model: nn.Module, classes: Sequence[str]) -> None:
         log.info("model.pretrained=true: %s", note)
 
 
-def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str]) -> Teacher | None:
-    """Build the distillation teacher; None if the config has none."""
+def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str] | None) -> Teacher | None:
+    """Build the distillation teacher; None if the config has none. `classes` is None if its logits are not used."""
     node = config.get("teacher")
     return None if node is None else Teacher(instantiate(node, "teacher"), spec.mean, spec.std, classes)
 
@@ -155,17 +156,22 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     if data.phases is not None:
         fit_to_phases(model, data.phases, data.num_classes)
     objective = instantiate(config.objective, "objective")
+    if "outputs.features" in uses_of(objective):
+        return_features(model)
     taught = frozenset() if config.get("teacher") is None else Teacher.provides
     check_contracts(model, objective, mixing, data.provides | taught)
     check_passes(model, objective)
     if config.init_from is not None and not config.resume:
-        # A new token classifier may start untrained, and so may modules that the dense backbone lacks.
-        allowed = ["aux_head.*"] if "tokens" in declared_outputs(model) else []
+        # New classifiers of tokens may start untrained, and so may modules that the checkpoint's backbone lacks.
+        allowed = ["second_order.*", *(["aux_head.*"] if "tokens" in declared_outputs(model) else [])]
         allowed += [f"{name}.*" for name in getattr(model, "new_modules", ())]
         file, _ = find_weights_file(config.init_from, "init_from")
         load_checkpoint(model, file, allow=allowed, key="init_from", classes=data.classes)
     elif config.model.get("pretrained"):
+        licence = inherited_licence(config) or "not recorded"
+        log.info("model.name=%s: licence of the weights: %s", model_name(config.model), licence)
         fit_pretrained_classes(model, data.classes)
+    taught_classes = data.classes if "teacher_logits" in uses_of(objective) else None
     module = ImageClassifier(
         model,
         objective,
@@ -173,7 +179,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         optimizer=instantiate(config.optimizer, "optimizer"),
         schedule=instantiate(config.schedule, "schedule"),
         mixing=mixing,
-        targets=instantiate(config.targets, "targets", teacher=build_teacher(config, data.input, data.classes)),
+        targets=instantiate(config.targets, "targets", teacher=build_teacher(config, data.input, taught_classes)),
         seed=config.seed,
         compile_mode=config.compile,
         grad_checkpointing=config.grad_checkpointing,

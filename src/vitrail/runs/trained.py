@@ -14,6 +14,7 @@ from torch import nn
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import backbone_weights, read_checkpoint, weight_sets
 from vitrail.errors import ConfigError
+from vitrail.models.licences import inherited_licence, licence_of
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import plain
@@ -37,6 +38,7 @@ class TrainedModel:
         weights: which weights are loaded: `raw` or `ema`.
         weight_sets: which weights the file contains.
         path: file of the weights; None for weights that timm downloaded.
+        licence: licence of the published weights from which the network was trained; None if it started from none.
         classes_recorded: whether `classes` come with the weights; ImageNet's are assumed for others by their number.
     """
 
@@ -48,6 +50,7 @@ class TrainedModel:
     weight_sets: tuple[str, ...]
     path: Path | None = field(default=None)
     classes_recorded: bool = True
+    licence: str | None = None
 
     @property
     def name(self) -> str:
@@ -130,10 +133,11 @@ def _open_run(
     sets = tuple(weight_sets(checkpoint))
     chosen = _choose(sets, weights, file)
     spec = _input_of(checkpoint, config, image_size)
+    licence = inherited_licence(config)
     config["model"] = _as_trained(config["model"])
     model = build_model(config["model"], len(classes), spec.size)
     load_checkpoint(model, file or "", ema=chosen == "ema", same_classes=True, key=key)
-    return TrainedModel(model.eval(), spec, classes, config, chosen, sets, file)
+    return TrainedModel(model.eval(), spec, classes, config, chosen, sets, file, licence=licence)
 
 
 def _as_trained(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +182,9 @@ def _open_export(
         fed.get("crop_mode") or "center",
         tuple(described["value_range"]) if described.get("value_range") else None,
     )
-    return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, ("raw",), file)
+    return TrainedModel(
+        model.eval(), spec, classes, {"model": node}, chosen, ("raw",), file, licence=fed.get("license")
+    )
 
 
 def _open_published(
@@ -210,7 +216,11 @@ def _open_published(
     spec = InputSpec(
         sides, tuple(fed["mean"]), tuple(fed["std"]), fed["interpolation"], fed["crop_pct"], fed["crop_mode"]
     )
-    return TrainedModel(model.eval(), spec, classes, {"model": node}, chosen, sets, file, classes_recorded=False)
+    return TrainedModel(
+        *(model.eval(), spec, classes, {"model": node}, chosen, sets, file),
+        classes_recorded=False,
+        licence=licence_of(str(name)) if name else None,
+    )
 
 
 def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:

@@ -3,6 +3,7 @@
 Shapes: B images, C classes, H x W pixels.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -19,13 +20,16 @@ from vitrail.data.phases import Phases
 from vitrail.data.randomness import reseed
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
-from vitrail.models.heads import declared_outputs, token_grid
-from vitrail.objectives.contract import check_losses, passes_of
+from vitrail.models.heads import declared_outputs, return_features, token_grid
+from vitrail.objectives.contract import build_parts, check_losses, passes_of, trained_parts, uses_of
+from vitrail.training.muon import describe_routing
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
 from vitrail.training.targets import TargetBuilder
 from vitrail.types import IGNORE, Batch
 from vitrail_runtime.compat import batches_seen, completed_batches, next_batch
+
+log = logging.getLogger(__name__)
 
 
 class ImageClassifier(L.LightningModule):
@@ -64,6 +68,9 @@ class ImageClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.objective, self.num_classes = model, objective, num_classes
+        if "outputs.features" in uses_of(objective):
+            return_features(model)
+        build_parts(objective, _Widths(model, None if targets is None else targets.teacher))
         self.optimizer, self.schedule = optimizer, schedule
         self.mixing, self.targets, self.seed = mixing, targets or TargetBuilder(), seed
         self.compile_mode, self.phases = compile_mode, phases
@@ -83,8 +90,8 @@ class ImageClassifier(L.LightningModule):
         return self.heads(self.model, images).merged()
 
     def token_grid(self, images: Tensor) -> tuple[int, int] | None:
-        """Return the rows and columns of patch tokens for images (B, 3, H, W); None without token logits."""
-        if "tokens" not in declared_outputs(self.model):
+        """Return the rows and columns of patch tokens for images (B, 3, H, W); None if the backbone returns none."""
+        if not {"tokens", "features"} & declared_outputs(self.model):
             return None
         size = (images.shape[-2], images.shape[-1])
         if size not in self._grids:
@@ -94,9 +101,9 @@ class ImageClassifier(L.LightningModule):
     # Training
 
     def configure_model(self) -> None:
-        """Shard the backbone, if the strategy does that, before the optimiser is built."""
+        """Shard the backbone and the objective's trained modules, if the strategy shards; the optimiser comes later."""
         if shard := getattr(self.trainer.strategy, "shard", None):
-            shard(self.model, self.compile_mode)
+            shard(self.model, self.compile_mode, trained_parts(self.objective).values())
             self.heads = forward_heads  # the blocks are compiled instead
 
     def on_fit_start(self) -> None:
@@ -161,7 +168,8 @@ class ImageClassifier(L.LightningModule):
         """Log the gradient norm before clipping, at each epoch's first step and every `log_every_n_steps` steps."""
         step_of_epoch = self.global_step - (self._epoch_start_step or 0)
         if step_of_epoch % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # the norm costs time
-            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            trained = (self.model, *trained_parts(self.objective).values())
+            grads = [value.grad for module in trained for value in module.parameters() if value.grad is not None]
             self.log(
                 "train/grad_norm",
                 gathered(nn.utils.get_total_norm(grads)),
@@ -194,7 +202,12 @@ class ImageClassifier(L.LightningModule):
         steps = (
             self._steps_per_epoch
         )  # must come before `effective_batch`: it opens the loader if there is no data module
-        optimizer = self.optimizer.build(self.model, self.effective_batch)
+        parts = trained_parts(self.objective)
+        optimizer = self.optimizer.build(self.model, self.effective_batch, parts)
+        if routing := describe_routing(
+            optimizer, {"": self.model, **{f"objective.{name}.": part for name, part in parts.items()}}
+        ):
+            log.info("%s", routing)
         scheduler = self.schedule.build(optimizer, epochs, steps)
         interval = "step" if self.schedule.per_step else "epoch"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
@@ -275,6 +288,22 @@ class ValidationMetrics(nn.Module):
         self.loss.reset()
         self.accuracies.reset()
         return result
+
+
+class _Widths(dict[str, int]):
+    """Channels of the features of a backbone and its teacher, looked up when an objective asks for them."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        super().__init__()
+        self._owners = {"outputs.features": model, "teacher_features": teacher}
+
+    def __missing__(self, name: str) -> int:
+        owner = self._owners.get(name)
+        width = getattr(owner, "num_features", None)
+        if width is None:
+            what = "the teacher" if name == "teacher_features" else type(owner).__name__
+            raise ConfigError(f"objective: the width of {name} is not known; {what} needs an attribute num_features.")
+        return int(width)
 
 
 def _set_grad_checkpointing(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vitrail.checkpoints.reading import read_checkpoint
@@ -27,7 +28,8 @@ from vitrail.training.classifier import ImageClassifier
 from vitrail_runtime.checking import checked
 from vitrail_runtime.compat import set_data_parallel_size, set_device
 
-_STACKS = ("blocks", "stages", "layers")  # attributes in which timm's backbones keep their blocks
+# Attributes in which timm's backbones keep their blocks; the last two are VOLO's.
+_STACKS = ("blocks", "stages", "layers", "network", "post_network")
 
 
 @checked
@@ -68,8 +70,13 @@ class FSDP(ModelParallelStrategy):
         """Device mesh of the processes that shard the model."""
         return self.device_mesh["data_parallel"]
 
-    def shard(self, model: nn.Module, compile_mode: str | None = None) -> None:
+    def shard(self, model: nn.Module, compile_mode: str | None = None, others: Iterable[nn.Module] = ()) -> None:
         """Shard the weights of `model` over the processes, block by block, and compile each block if asked to.
+
+        Args:
+            model: backbone.
+            compile_mode: mode of `torch.compile`; None for no compilation.
+            others: further trained modules, each sharded as a whole.
 
         Raises:
             ConfigError: the backbone has no blocks, or the precision is not supported.
@@ -92,8 +99,10 @@ class FSDP(ModelParallelStrategy):
                 block.compile(mode=compile_mode)
             fully_shard(block, **options)
         fully_shard(model, **options)
+        for other in others:
+            fully_shard(other, **options)
         if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo returns the sum if asked for the mean
-            for module in model.modules():
+            for module in self.lightning_module.modules():  # type: ignore[union-attr]
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
         if declared_outputs(model) != {"cls"}:  # gather the root module's weights for `forward_outputs` too
@@ -107,10 +116,10 @@ class FSDP(ModelParallelStrategy):
         if not self.offload:
             super().model_to_device()
             return
-        for part in (module.objective, module.val_metrics):
-            part.to(self.root_device)
-        for buffer in module.model.buffers():
-            buffer.data = buffer.data.to(self.root_device)
+        module.val_metrics.to(self.root_device)
+        whole = [value for value in module.objective.parameters() if not isinstance(value, DTensor)]
+        for tensor in (*whole, *module.objective.buffers(), *module.model.buffers()):
+            tensor.data = tensor.data.to(self.root_device)
         set_device(module, self.root_device)
 
     # Checkpoints
@@ -222,4 +231,5 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
             f"strategy=fsdp: {type(model).__name__} has no blocks in {', '.join(_STACKS)}; use strategy=ddp instead."
         )
     for stack in stacks:
-        yield from stack.children()
+        for child in stack.children():
+            yield from child.children() if isinstance(child, nn.Sequential) else (child,)

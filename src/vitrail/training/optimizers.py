@@ -1,6 +1,6 @@
 """Optimisers of the recipes: timm's by name, with the learning rate scaled to the effective batch size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torch import nn
 
 from vitrail.errors import ConfigError
+from vitrail.training.muon import allow_shards, first_and_last
 from vitrail_runtime.checking import NonNegative, NonNegativeInt, PositiveInt, Range, checked
 
 _LR_RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # exponent of the batch ratio
@@ -34,6 +35,8 @@ class OptimizerFactory:
         backbone_freeze_epochs: epochs at the start in which the backbone's learning rate is 0; its moments are updated.
         untrained: names of parameters that are not trained.
         decay_also: names of parameters that get weight decay although the model exempts them.
+        adamw_first_last: for timm's Muon and its variants: update the first layer and the classifiers by AdamW, because
+            Muon is meant for hidden layers. Vectors, position tables and tokens are always updated by AdamW.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
     """
 
@@ -50,20 +53,29 @@ class OptimizerFactory:
         backbone_freeze_epochs: NonNegativeInt = 0,
         untrained: Sequence[str] = (),
         decay_also: Sequence[str] = (),
+        adamw_first_last: bool = False,
         **options: Any,
     ) -> None:
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
         self.layer_decay, self.backbone_lr_scale, self.decay_also = layer_decay, backbone_lr_scale, tuple(decay_also)
         self.scale_min_lr, self.backbone_freeze_epochs = scale_min_lr, backbone_freeze_epochs
-        self.untrained, self.options = tuple(untrained), options
+        self.untrained, self.adamw_first_last, self.options = tuple(untrained), adamw_first_last, options
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Return the peak learning rate for `effective_batch` images per optimiser step, over all devices."""
         return self.lr * (effective_batch / self.lr_reference_batch) ** _LR_RULES[self.lr_scaling]
 
-    def build(self, model: nn.Module, effective_batch: int) -> torch.optim.Optimizer:
+    def build(
+        self, model: nn.Module, effective_batch: int, others: Mapping[str, nn.Module] | None = None
+    ) -> torch.optim.Optimizer:
         """Build the optimiser for all trainable parameters of `model`.
+
+        Args:
+            model: backbone.
+            effective_batch: images per optimiser step, over all devices.
+            others: further trained modules by name, such as an objective's. They are trained like a classifier: at the
+                full learning rate, with weight decay of their matrices only.
 
         Raises:
             ConfigError: timm has no such optimiser, or it does not accept one of the options.
@@ -78,19 +90,21 @@ class OptimizerFactory:
                 model,
                 opt=self.name,
                 lr=lr,
-                param_group_fn=lambda model: self._groups(model, lr),
+                param_group_fn=lambda model: [*self._groups(model, lr), *self._other_groups(others or {})],
                 **self.options,
             )
         except (TypeError, ValueError, IndexError) as error:
             given = ", ".join(f"optimizer.{name}={value}" for name, value in self.options.items())
             raise ConfigError(f"optimizer.name={self.name}: {error}{f' ({given})' if given else ''}") from error
+        if not allow_shards(optimizer) and self.adamw_first_last:
+            raise ConfigError(f"optimizer.adamw_first_last=true: {self.name} is no variant of Muon; omit it.")
         self._keep_settings(optimizer)
         return optimizer
 
     def _keep_settings(self, optimizer: Any) -> None:
         """Keep the config's settings when a checkpoint is loaded; only moments and counts come from the checkpoint."""
         base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps another optimiser
-        keys = {"lr", "lr_scale", "weight_decay", "freeze_epochs", *self.options}
+        keys = {"lr", "lr_scale", "weight_decay", "use_fallback", "freeze_epochs", *self.options}
         settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
 
         def restore_settings(loaded: torch.optim.Optimizer) -> None:
@@ -108,6 +122,14 @@ class OptimizerFactory:
         untrained = {id(model.get_parameter(name)) for name in self.untrained}
         for group in groups if untrained else ():
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in untrained]
+        if self.adamw_first_last:
+            ends = first_and_last(model)
+            groups = [
+                {**group, "params": members, "use_fallback": by_adamw}
+                for group in groups
+                for by_adamw in (True, False)
+                if (members := [parameter for parameter in group["params"] if (id(parameter) in ends) == by_adamw])
+            ]
         if self.backbone_lr_scale == 1 and not self.backbone_freeze_epochs:
             return groups
         new = {id(parameter) for module in _new_modules(model) for parameter in module.parameters()}
@@ -117,6 +139,11 @@ class OptimizerFactory:
             for chosen in (True, False)
             if (members := [parameter for parameter in group["params"] if (id(parameter) in new) == chosen])
         ]
+
+    def _other_groups(self, others: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+        groups = [group for module in others.values() for group in param_groups_weight_decay(module, self.weight_decay)]
+        flag = {"use_fallback": True} if self.adamw_first_last else {}
+        return [{**group, **flag} for group in groups if group["params"]]
 
     def _backbone_settings(self, group: dict[str, Any], lr: float) -> dict[str, Any]:
         """Return the settings of a group of the backbone's parameters; `freeze_epochs` is read by the training."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vitrail.data.label_maps import pooled_scores, sparse_token_targets
 from vitrail.errors import ConfigError
-from vitrail.models.heads import declared_outputs
-from vitrail.objectives.contract import TARGET_NEEDS, needs_of, uses_of
+from vitrail.models.heads import declared_outputs, patch_drop_rate
+from vitrail.objectives.contract import TARGET_NEEDS, needs_of, trained_parts, uses_of
 from vitrail.types import Batch, LabelMap, SparseTokens, Targets
 from vitrail_runtime.checking import Rate, checked
 
@@ -33,8 +33,9 @@ class TargetBuilder:
             all. `published`: half of each if annotator and label agree on the best class, otherwise 0.9 annotator and
             0.1 label. `intended`, as described in a comment of the official code: half of each if they agree,
             otherwise 0.1 annotator and 0.9 label, so that the label counts more if the annotator is wrong.
-        teacher: module that returns logits (B, C) and has `features(images)` (B, N, D) and `heads(images)`, as far as
-            the objective needs them; neither trained nor saved.
+        teacher: module that returns logits (B, C) and has `features(images)` (B, N, D), with a second argument `grid`
+            if the objective uses `outputs.features`, and `heads(images)`, as far as the objective needs them; neither
+            trained nor saved.
 
     Raises:
         ConfigError: a value is out of range.
@@ -64,10 +65,10 @@ class TargetBuilder:
             batch: mixed images (B, 3, H, W), with labels (B,) and label maps from before mixing.
             objective: objective whose declared targets are built.
             num_classes: number of classes, C.
-            grid: rows and columns of the backbone's patch tokens; None if it has no token logits.
+            grid: rows and columns of the backbone's patch tokens; None if it returns none.
         """
         uses = uses_of(objective)
-        taught = self._teacher_targets(batch, num_classes, uses)
+        taught = self._teacher_targets(batch, num_classes, uses, grid if "outputs.features" in uses else None)
         if "token_targets" not in uses or grid is None:
             return Targets(self.class_labels(batch, num_classes), None, **taught)
         cls, tokens = self._token_targets(batch, num_classes, grid)
@@ -103,17 +104,24 @@ class TargetBuilder:
             tokens = made.tokens if batch.mix is None else batch.mix.tokens(made.tokens, grid)
         return (cls if batch.mix is None else batch.mix.probabilities(cls)), tokens
 
-    def _teacher_targets(self, batch: Batch, num_classes: int, uses: frozenset[str]) -> dict[str, Any]:
-        """Return the targets from the teacher by name; logits and features together take one forward pass."""
+    def _teacher_targets(
+        self, batch: Batch, num_classes: int, uses: frozenset[str], grid: tuple[int, int] | None
+    ) -> dict[str, Any]:
+        """Return the targets from the teacher by name; logits and features together take one forward pass.
+
+        Features (B, N, D) are on `grid` (rows, columns) if it is given, else on the teacher's own grid.
+        """
         teacher: Any = self.teacher
         found: dict[str, Any] = {}
-        if {"teacher_logits", "teacher_features"} <= uses and hasattr(teacher, "logits_and_features"):
+        at_once = hasattr(teacher, "logits_and_features") and grid is None
+        if {"teacher_logits", "teacher_features"} <= uses and at_once:
             found["teacher_logits"], found["teacher_features"] = teacher.logits_and_features(batch.image)
         else:
             if "teacher_logits" in uses:
                 found["teacher_logits"] = self._teacher_logits(batch, num_classes)
             if "teacher_features" in uses and teacher is not None:
-                found["teacher_features"] = teacher.features(batch.image)
+                arguments = () if grid is None else (grid,)
+                found["teacher_features"] = teacher.features(batch.image, *arguments)
         if "teacher_heads" in uses and teacher is not None:
             found["teacher_heads"] = teacher.heads(batch.image)
         return found
@@ -161,6 +169,11 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
     if "tokens" not in outputs:
         uses -= {"token_targets"}
     _check_objective(objective)
+    if (rate := patch_drop_rate(model)) and uses & {"token_targets", "outputs.tokens", "outputs.features"}:
+        raise ConfigError(
+            f"model.patch_drop_rate={rate:g}: drops patch tokens, and {name} compares every patch token with its own"
+            " target; set model.patch_drop_rate=0, or an objective of the class token such as objective=cross_entropy."
+        )
     if has_maps and not uses & {"token_targets", "teacher_logits"}:
         raise ConfigError(f"data.label_maps: {name} does not use label maps; set objective=token_labeling.")
     if taught and not uses & taught:
@@ -180,16 +193,17 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
 
 
 def _check_objective(objective: nn.Module) -> None:
-    """Check that an objective declares the needs of the objectives inside it, and has nothing to train."""
+    """Check that an objective declares the needs of the objectives inside it, and the modules that it trains."""
     if not isinstance(objective, nn.Module):
         return
     name, uses = type(objective).__name__, uses_of(objective)
     for part in objective.modules():
         for need in sorted(needs_of(part) - uses):
             raise ConfigError(f"objective: {name} contains {type(part).__name__}, whose need {need} it must declare.")
-    if any(parameter.requires_grad for parameter in objective.parameters()):
+    declared = {id(parameter) for part in trained_parts(objective).values() for parameter in part.parameters()}
+    if any(parameter.requires_grad and id(parameter) not in declared for parameter in objective.parameters()):
         raise ConfigError(
-            f"objective: {name} has parameters, and only the backbone's are trained; move them to the backbone."
+            f"objective: {name} has parameters that nothing trains; name their modules in its attribute `trained`."
         )
 
 
@@ -201,6 +215,8 @@ def _missing(need: str, objective: str, model: nn.Module, outputs: frozenset[str
             f"objective: {objective} needs token logits, which {backbone} does not have; set model.token_head=true or"
             " choose one of lvvit_t to lvvit_l."
         )
+    if need == "outputs.features":
+        return f"objective: {objective} needs patch features, which {backbone} does not return; use a backbone of timm."
     if need.startswith("outputs."):
         return f"objective: {objective} needs {need}; {backbone} has {', '.join(sorted(outputs))}."
     if need == "token_targets":
