@@ -1,5 +1,7 @@
 """The device renderer gives Pillow's pixels: each operation within 1 of 255, whole pipelines almost equal."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from vitrail.data.views import TrainingViews
 from vitrail.types import InputSpec, Step, View
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("VITRAIL_TEST_DEVICE", "cpu"))
 SIDE = 96
 SPEC = InputSpec((SIDE, SIDE), MEAN, STD)
 OPERATIONS = [
@@ -58,11 +60,11 @@ OPERATIONS = [
 def difference(pictures, views, spec=SPEC, erase_mode="const", operations=(), group_size=5):
     """Return the differences of the two renderers (B, 3, H, W) in steps of 1 of 255."""
     here = PILRenderer(spec, erase_mode, operations)
-    there = DeviceRenderer(spec, CPU, erase_mode, operations)
+    there = DeviceRenderer(spec, DEVICE, erase_mode, operations)
     expected = torch.stack([here(picture, view) for picture, view in zip(pictures, views, strict=True)])
     shipped = [ship(picture, view, here) for picture, view in zip(pictures, views, strict=True)]
     scale = 255 * torch.tensor(STD)[:, None, None]
-    return ((there(plan_batch(shipped, group_size)) - expected) * scale).abs().round()
+    return ((there(plan_batch(shipped, group_size)).cpu() - expected) * scale).abs().round()
 
 
 @pytest.mark.parametrize(("name", "values"), OPERATIONS, ids=str)
@@ -183,7 +185,7 @@ def test_own_operation__both_renderings():
             return image
 
         def render_batch(self, images, values):
-            rows = torch.arange(images.shape[2]) == values[:, :1]
+            rows = torch.arange(images.shape[2], device=images.device) == values[:, :1]
             return torch.where(rows[:, None, :, None], 255, images)
 
     augment = Augmentation(auto_augment="3a", operations=[Stripe()])
@@ -201,11 +203,11 @@ def test_erasing__same_boxes_and_a_content_that_depends_on_the_image(mode):
     views = augment.views(SPEC, 0.5)
     pictures = photographs(8)
     views = [views.draw_view(picture.shape[:2], 3, index) for index, picture in enumerate(pictures)]
-    here, there = PILRenderer(SPEC, mode), DeviceRenderer(SPEC, CPU, mode)
+    here, there = PILRenderer(SPEC, mode), DeviceRenderer(SPEC, DEVICE, mode)
     shipped = [ship(picture, view, here) for picture, view in zip(pictures, views, strict=True)]
-    together, apart = there(plan_batch(shipped)), there(plan_batch(shipped[5:6]))
+    together, apart = there(plan_batch(shipped)).cpu(), there(plan_batch(shipped[5:6])).cpu()
     torch.testing.assert_close(together[5], apart[0], atol=0, rtol=0)
-    plain = there(plan_batch([part._replace(view=part.view._replace(erasing=())) for part in shipped]))
+    plain = there(plan_batch([part._replace(view=part.view._replace(erasing=())) for part in shipped])).cpu()
     for index, view in enumerate(views):
         erased = torch.zeros(SIDE, SIDE, dtype=torch.bool)
         for top, left, height, width in view.erasing:
