@@ -51,7 +51,9 @@ class DeviceRenderer:
         count = sum(group.images.shape[0] for group in plan.groups)
         images = torch.empty((count, 3, *plan.crop_size), dtype=torch.uint8, device=self.device)
         for group in plan.groups:
-            images[plan.array(group.images, numbers).long()] = self._group(plan, group, pixels, numbers)
+            images[plan.array(group.images, numbers).long()] = self._crops(plan, group, pixels, numbers)
+        height, width = (torch.full((count,), side, device=self.device) for side in plan.crop_size)
+        images = self._layers(images, Extents(height, width, are_canvas=True), plan.after, plan, numbers)
         if plan.output != plan.crop_size:
             images = resize(images, plan.output, is_vertical_first(plan.crop_size, plan.output))
         normalised = torch.sub(images, self.mean).div_(self.std)
@@ -59,16 +61,14 @@ class DeviceRenderer:
             self._erase(normalised, plan, numbers)
         return normalised
 
-    def _group(self, plan: RenderPlan, group: Group, pixels: Tensor, numbers: Tensor) -> Tensor:
-        """Return the images (G, 3, h, w) uint8 of a group."""
+    def _crops(self, plan: RenderPlan, group: Group, pixels: Tensor, numbers: Tensor) -> Tensor:
+        """Return the crops (G, 3, h, w) uint8 of a group."""
         sources = plan.array(group.sources, numbers).long()
         canvas = _unpacked(pixels, sources, plan.array(group.mirrored, numbers), group.canvas)
         extents = Extents(sources[:, 1], sources[:, 2], are_canvas=False)
         canvas = self._layers(canvas, extents, group.before, plan, numbers)
         boxes, flips = plan.array(group.boxes, numbers), plan.array(group.flips, numbers)
-        images = resample(canvas, boxes, flips, plan.crop_size, group.taps, group.vertical_first, group.kernels)
-        height, width = (torch.full((len(images),), side, device=self.device) for side in plan.crop_size)
-        return self._layers(images, Extents(height, width, are_canvas=True), group.after, plan, numbers)
+        return resample(canvas, boxes, flips, plan.crop_size, group.taps, group.vertical_first, group.kernels)
 
     def _layers(
         self,

@@ -45,11 +45,11 @@ class Slot(NamedTuple):
 
 
 class Operations(NamedTuple):
-    """One kind of operation on some images of a group."""
+    """One kind of operation on some images of a group or a batch."""
 
     kind: str
     images: Slot
-    """(G,) numbers of the images within their group."""
+    """(G,) numbers of the images within the group or batch."""
     values: Slot
     """(G, V)."""
     extent: int = 0
@@ -77,8 +77,6 @@ class Group(NamedTuple):
     kernels: tuple[str, ...]
     before: tuple[tuple[Operations, ...], ...]
     """Operations before the crop, by layer."""
-    after: tuple[tuple[Operations, ...], ...]
-    """Operations after the crop, by layer."""
 
 
 class RenderPlan(NamedTuple):
@@ -89,6 +87,8 @@ class RenderPlan(NamedTuple):
     numbers: Tensor
     """(V,) float64: all numbers of the views."""
     groups: tuple[Group, ...]
+    after: tuple[tuple[Operations, ...], ...]
+    """Operations after the crop, by layer, on images of all groups: a few large operations cost less than many."""
     crop_size: tuple[int, int]
     """(height, width) to which crops are resized."""
     output: tuple[int, int]
@@ -166,6 +166,7 @@ def plan_batch(shipped: Sequence[Shipped], group_size: int = _GROUP) -> RenderPl
         sources = np.column_stack((starts[:-1], sizes))[members]
         chosen = [parts[index] for index in members]
         groups.append(_plan_group(numbers, members, sources, chosen, crop_size, bool(tall[members[0]])))
+    after = _plan_layers(numbers, [part.after for part in parts], [crop_size] * len(parts))
     erased = [index for index, view in enumerate(views) if view.erasing]
     count = max((len(views[index].erasing) for index in erased), default=1)
     boxes = np.zeros((len(erased), count, 4))
@@ -173,7 +174,7 @@ def plan_batch(shipped: Sequence[Shipped], group_size: int = _GROUP) -> RenderPl
         boxes[row, : len(views[index].erasing)] = views[index].erasing
     noise = [((views[index].noise[0] >> 32), views[index].noise[0] & 0xFFFFFFFF) for index in erased]
     slots = numbers.add(erased), numbers.add(boxes), numbers.add(np.array(noise).reshape(-1, 2))
-    return RenderPlan(pixels, numbers.tensor(), tuple(groups), crop_size, views[0].output, *slots)
+    return RenderPlan(pixels, numbers.tensor(), tuple(groups), after, crop_size, views[0].output, *slots)
 
 
 def tap_count(support: float, scale: float) -> int:
@@ -265,7 +266,6 @@ def _plan_group(
         vertical_first,
         tuple(sorted(set(kernels))),
         _plan_layers(numbers, [part.before for part in parts], sizes),
-        _plan_layers(numbers, [part.after for part in parts], [output] * len(parts)),
     )
 
 

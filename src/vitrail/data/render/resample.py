@@ -39,8 +39,12 @@ def resample(
     """
     used = [(number, name) for number, name in enumerate(KERNELS) if name in kernels]
     top, left, height, width, number, support = boxes.unbind(1)  # an index list would wait for the device
-    rows = _matrix(torch.stack((top, height, number, support), 1), flips[:, 1], output[0], canvas.shape[2], taps[0], used)
-    columns = _matrix(torch.stack((left, width, number, support), 1), flips[:, 0], output[1], canvas.shape[3], taps[1], used)
+    rows = _matrix(
+        torch.stack((top, height, number, support), 1), flips[:, 1], output[0], canvas.shape[2], taps[0], used
+    )
+    columns = _matrix(
+        torch.stack((left, width, number, support), 1), flips[:, 0], output[1], canvas.shape[3], taps[1], used
+    )
     values = canvas.to(torch.float32)
     if vertical_first:
         return _across(_down(values, rows), columns).to(torch.uint8)
