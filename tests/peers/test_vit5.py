@@ -79,7 +79,8 @@ def test_outputs_and_gradients__as_official(name, recipe):
     assert loss.item() == pytest.approx(golden["grad"]["loss"], rel=1e-5)
     parameters, norms = dict(model.named_parameters()), golden["grad"]["norms"]
     for key, norm in zip(sorted(parameters), norms, strict=True):
-        assert parameters[key].grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6 * max(norms)), key
+        own = parameters[key].grad.double().norm().item()  # PyTorch's own sum of float32 loses 1e-4 in large matrices
+        assert own == pytest.approx(norm, rel=1e-4, abs=1e-6 * max(norms)), key
 
 
 @pytest.mark.parametrize("case", RECORDS["rope_tables"], ids=lambda case: f"{case['head_dim']}_{case['grid']}")

@@ -70,6 +70,14 @@ def test_every_debug__composes(name):
     assert composed(f"debug={name}").epochs == 1
 
 
+FIRST_NAMES = {
+    "vit": "vit_tiny_patch16_224",
+    "lvvit": "lvvit_t",
+    "dinov3": "vit_small_patch16_dinov3.lvd1689m",
+    "eupe": "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m",
+}
+
+
 @pytest.mark.thorough
 def test_every_model__builds_from_its_config(monkeypatch):
     import torch
@@ -78,7 +86,9 @@ def test_every_model__builds_from_its_config(monkeypatch):
         if path.stem not in ("timm", "_timm"):
             node = composed(f"model={path.stem}").model
             if OmegaConf.is_missing(node, "name"):
-                node.name = {"vit": "vit_tiny_patch16_224", "lvvit": "lvvit_t"}[path.stem]
+                node.name = FIRST_NAMES[path.stem]
+            if "pretrained" in node:
+                node.pretrained = False
             with torch.device("meta"):
                 assert instantiate(node, "model", num_classes=3, img_size=224).num_classes == 3
 
