@@ -20,11 +20,11 @@ RECORDS = recorded("volo.json")
 MODELS = RECORDS["models"]
 
 
-def marks_of(name, recipe):
+def marks_of(name):
     """Which suites skip a record: the toys are run by default, the largest models by the slow suite only."""
     if name.startswith("volo_toy"):
         return []
-    large = name == "volo_d5" or (recipe == "A" and name != "volo_d1")
+    large = name != "volo_d1"
     return [pytest.mark.thorough, *([pytest.mark.slow] if large else [])]
 
 
@@ -70,7 +70,7 @@ def test_names_decay_and_cost__as_official(name):
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        pytest.param(name, recipe, marks=marks_of(name, recipe))
+        pytest.param(name, recipe, marks=marks_of(name))
         for name in MODELS
         for recipe in ("A", "B")
         if recipe in MODELS[name]
@@ -106,7 +106,7 @@ def loss_of(model, x, box=None):
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        pytest.param(name, recipe, marks=marks_of(name, recipe))
+        pytest.param(name, recipe, marks=marks_of(name))
         for name in MODELS
         for recipe in ("A", "B")
         if "mixtoken" in MODELS[name].get(recipe, {})
