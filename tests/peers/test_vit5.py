@@ -25,7 +25,10 @@ def marks_of(name, recipe):
     """Which suites skip a record: the toys are run by default, the larger models by the slow suite only."""
     if name.startswith("vit5_toy"):
         return []
-    return [pytest.mark.thorough, *([pytest.mark.slow] if name in ("vit5_base", "vit5_base_192", "vit5_xlarge") else [])]
+    return [
+        pytest.mark.thorough,
+        *([pytest.mark.slow] if name in ("vit5_base", "vit5_base_192", "vit5_xlarge") else []),
+    ]
 
 
 def build(name, **kwargs):

@@ -49,7 +49,7 @@ def fill(model, recipe):
     model.load_state_dict(weights)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name, "B")) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in MODELS])
 def test_names_decay_and_cost__as_official(name):
     record = MODELS[name]
     with torch.device("meta"):
