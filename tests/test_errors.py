@@ -44,6 +44,8 @@ from programs import PROJECT, QUICK, environment, error_of, run, run_directories
         (["-m", "hydra/launcher=joblib"], "hydra/launcher=joblib: not available; choose launcher= one of local, ray"),
         (["-m", "hydra/sweeper=ax"], "hydra/sweeper=ax: not available; choose sweep= one of grid, lr_wd"),
         (["+trainer.devices=1"], "trainer.devices: this config has it already; write trainer.devices=..."),
+        (["callbacks=null"], "callbacks=null: train needs one of the files in conf/callbacks: default."),
+        (["-m", "mixing=null,none"], "null: cannot be one of a sweep's values for a config group"),
         (["--lr=0.1"], "--lr=0.1: no such option; keys have no dashes: optimizer.lr=0.1."),
     ],
 )

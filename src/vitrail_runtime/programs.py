@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from vitrail_runtime import invocation, resolvers
 from vitrail_runtime.allowed_targets import allow, guarded
+from vitrail_runtime.null_groups import without_null_groups
 from vitrail_runtime.project import CONF, home
 from vitrail_runtime.renames import check_overrides
 from vitrail_runtime.secrets import redacted
@@ -97,6 +98,7 @@ def run_program(name: str) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; `_fail` prints the error
         _check_launcher()
         check_overrides(sys.argv[1:], name)
+        sys.argv[1:] = without_null_groups(sys.argv[1:], program.config_name)
         resolvers.register()
         with guarded():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(job)()

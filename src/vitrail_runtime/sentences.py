@@ -30,6 +30,8 @@ def sentence(error: BaseException) -> str:
         return message if name.rsplit(".", 1)[-1] in _OURS else last
     if type(error).__name__ in _OURS:
         return text
+    if text.startswith("Config group override must be a string"):
+        return "null: cannot be one of a sweep's values for a config group; use a file, such as mixing=none."
     if type(error).__module__.startswith(("hydra.", "omegaconf.")):
         return _composition(error, text)
     if isinstance(error, OSError):

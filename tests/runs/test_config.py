@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from programs import PROJECT
@@ -49,6 +50,22 @@ def test_every_group_file__composes_and_is_documented(group, name):
         if not line.strip().startswith(("- override", "root: ${data.root}", "mixing: null", "phases: null"))
     ]
     assert not [line for line in values if "#" not in line]
+
+
+NULLABLE = ("teacher", "mixing", "phases", "logger", "experiment", "debug")
+
+
+@pytest.mark.parametrize("group", NULLABLE)
+def test_null_group__is_left_out(group):
+    composing = ["augment=deit", "mixing=none"] if group != "mixing" else ["augment=deit"]  # which selects a mixing
+    assert compose_program("train", ["augment=deit"]).mixing is not None
+    config = compose_program("train", [*composing, f"{group}=null"])
+    assert not config.get(group)
+
+
+def test_null_group__of_a_needed_group_is_refused():
+    with pytest.raises(HydraException, match="data=null: train needs one of the files in conf/data: "):
+        compose_program("train", ["data=null"])
 
 
 @pytest.mark.thorough

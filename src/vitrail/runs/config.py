@@ -25,6 +25,7 @@ from vitrail_runtime.checking import (
     check_arguments,
     check_value,
 )
+from vitrail_runtime.null_groups import without_null_groups
 from vitrail_runtime.project import CONF
 from vitrail_runtime.renames import upgraded
 
@@ -44,7 +45,7 @@ def compose(program: str = "train", overrides: Sequence[str] = ()) -> DictConfig
     resolvers.register()
     resolvers.renew()
     with _initialised():
-        config = hydra.compose(program, overrides=list(overrides), return_hydra_config=True)
+        config = hydra.compose(program, overrides=without_null_groups(overrides, program), return_hydra_config=True)
     with open_dict(config):
         config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
     HydraConfig.instance().set_config(config)
