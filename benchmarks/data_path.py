@@ -134,7 +134,8 @@ def loading(data: ImageDataModule, count: int) -> Callable[[int], Any]:
 
     def run(epoch: int) -> None:
         for start in range(0, count, BATCH):
-            collate([data.train[Draw(index, epoch + 1, False)] for index in range(start, min(start + BATCH, count))])
+            indices = range(start, min(start + BATCH, count))
+            collate(data.train.__getitems__([Draw(index, epoch + 1, False) for index in indices]))
 
     return run
 
@@ -171,7 +172,7 @@ _NO_ARITHMETIC |= {"t", "clone", "_to_copy", "detach", "empty", "alias", "copy_"
 
 def render_share(data: ImageDataModule, count: int) -> float:
     """Return the operations of rendering over those of a training step of DeiT-S, for the same images."""
-    shipped = [data.train[Draw(index, 0, False)].image for index in range(count)]
+    shipped = [item.image for item in data.train.__getitems__([Draw(index, 0, False) for index in range(count)])]
     renderer = DeviceRenderer(data.input, torch.device("cpu"), data.augment.erase_mode)
     elements = ElementCounter()
     with FlopCounterMode(display=False) as products, elements:

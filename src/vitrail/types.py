@@ -151,7 +151,7 @@ class Item(NamedTuple):
     """A sample after augmentation, ready to be collated."""
 
     image: Any
-    """(3, H, W) float32, normalised; a `vitrail.data.render.plan.Shipped` if the device renders it."""
+    """(3, H, W) float32, normalised; on its way to a batch a `vitrail.data.render.Rendered` or `Shipped`."""
     label: int
     """Class index, or `IGNORE`."""
     key: str

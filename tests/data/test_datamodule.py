@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vitrail.data import Augmentation, ImageDataModule, ImageFolderDataModule, ImageNetDataModule, MixupCutMix
-from vitrail.data.dataset import ViewDataset
+from vitrail.data.dataset import ViewDataset, collate
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
 from vitrail.data.sources import ArraySplit, Digits
@@ -42,6 +42,13 @@ def test_views__depend_only_on_seed_epoch_and_index():
     assert torch.equal(view, second.train[Draw(5, 0, False)].image)
     assert not torch.equal(view, first.train[Draw(5, 1, False)].image)
     assert not torch.equal(view, digits(seed=1).train[Draw(5, 0, False)].image)
+
+
+def test_batches__have_the_pixels_of_single_items():
+    data = digits(seed=0)
+    draws = [Draw(index, 0, False) for index in range(4)]
+    batch = collate(data.train.__getitems__(draws))
+    assert torch.equal(batch.image, torch.stack([data.train[draw].image for draw in draws]))
 
 
 def test_padding__has_the_ignored_label():

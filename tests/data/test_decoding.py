@@ -65,6 +65,15 @@ def test_jpeg__pillows_pixels(mode, options, size, turbo):
     assert len(turbo) == (mode != "CMYK" and "keep_rgb" not in options)
 
 
+@pytest.mark.parametrize("options", [{}, {"icc_profile": bytes(200_000)}, {"comment": b"Exif\0\0"}])
+def test_jpeg__exif_is_found_among_the_segments(options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert not jpeg._has_exif(encoded(photograph(), **options))
+    assert jpeg._has_exif(encoded(photograph(), exif=exif, **options))
+    assert jpeg._has_exif(encoded(photograph())[:10])  # cut short: Pillow decides
+
+
 @pytest.mark.parametrize("orientation", range(9))
 def test_jpeg__orientation_is_applied(orientation, turbo):
     exif = Image.Exif()

@@ -1,7 +1,8 @@
 """Datasets of transformed images, and how their items become batches."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, default_collate
@@ -10,7 +11,7 @@ from vitrail.data.augment import Transform
 from vitrail.data.images import as_image, size_of, to_rgb
 from vitrail.data.label_maps import LabelMapJoin
 from vitrail.data.phases import PhasedViews
-from vitrail.data.render import PILRenderer, Shipped, plan_batch, ship
+from vitrail.data.render import PILRenderer, Rendered, Shipped, finish_batch, plan_batch, ship
 from vitrail.data.sampling import Draw
 from vitrail.data.sources import Split
 from vitrail.data.views import TrainingViews, geometry
@@ -60,6 +61,14 @@ class ViewDataset(Dataset[Item]):
         return len(self.split)
 
     def __getitem__(self, draw: Draw | int) -> Item:
+        item = self._item(draw)
+        return item._replace(image=finish_batch([item.image])[0]) if isinstance(item.image, Rendered) else item
+
+    def __getitems__(self, draws: Sequence[Draw | int]) -> list[Item]:
+        """Return the items of a batch for `collate`, which normalises images straight into the batch."""
+        return [self._item(draw) for draw in draws]
+
+    def _item(self, draw: Draw | int) -> Item:
         if isinstance(draw, int):
             if not -len(self) <= draw < len(self):
                 raise IndexError(f"image {draw} of {len(self)}.")
@@ -89,18 +98,32 @@ class ViewDataset(Dataset[Item]):
         size = size_of(picture)
         view = self.transform.views.draw_view(size, self.seed or 0, draw.epoch, draw.sample, draw.repeat)
         renderer = self.transform.renderer
-        image = ship(picture, view, renderer) if self.transform.on_device else renderer(picture, view)
+        image = (
+            ship(picture, view, renderer)
+            if self.transform.on_device
+            else Rendered(renderer.image(picture, view), view, renderer)
+        )
         label_map = None
         if self.maps is not None:
             label_map = self.maps(index, sample.label, geometry(view, self.transform.warps), (size[1], size[0]))
         return Item(image, sample.label, sample.key, label_map, view)
 
 
+_JOIN: dict[type, Callable[[list[Any]], Any]] = {Shipped: plan_batch, Rendered: finish_batch}
+
+
 def collate(items: list[Item]) -> Batch:
-    """Join items into a batch; `Batch.image` is a `RenderPlan` if the device renders the images."""
+    """Join items into a batch.
+
+    Args:
+        items: what `ViewDataset.__getitems__` returns, or its single items.
+
+    Returns:
+        The batch; its image is a `RenderPlan` if the device renders.
+    """
     images, labels, keys, maps, _ = zip(*items, strict=True)
     label_map = (
         None if maps[0] is None else LabelMap(*(default_collate(list(parts)) for parts in zip(*maps, strict=True)))
     )
-    image = plan_batch(images) if isinstance(images[0], Shipped) else default_collate(list(images))
-    return Batch(image, torch.tensor(labels), list(keys), label_map)  # type: ignore[arg-type]  # a plan until rendered
+    image = _JOIN.get(type(images[0]), default_collate)(list(images))
+    return Batch(image, torch.tensor(labels), list(keys), label_map)

@@ -17,6 +17,7 @@ ORIENTATION = 0x0112
 """EXIF tag of the camera's orientation."""
 
 _JPEG_START, _EXIF = b"\xff\xd8", b"Exif\0\0"
+_MARKER, _APP1, _PIXELS = b"\xff", b"\xe1", b"\xda"
 _MANY_PIXELS = 1 << 27
 
 
@@ -28,7 +29,7 @@ def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8] | None:
     if _decode_jpeg is None or bytes(data[:2]) != _JPEG_START:
         return None
     data = bytes(data)  # no copy if it is bytes
-    if _EXIF in data and _recorded_orientation(data) != 1:
+    if _has_exif(data) and _recorded_orientation(data) != 1:
         return None
     try:
         height, width, colours, _ = _decode_jpeg_header(data)
@@ -37,6 +38,16 @@ def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8] | None:
         return _decode_jpeg(data, "RGB")
     except ValueError:  # Pillow decides whether the damage matters
         return None
+
+
+def _has_exif(data: bytes) -> bool:
+    """Return whether a JPEG has a segment of EXIF entries before its pixels; also true if its segments are damaged."""
+    place = len(_JPEG_START)
+    while data[place : place + 1] == _MARKER and data[place + 1 : place + 2] != _PIXELS:
+        if data[place + 1 : place + 2] == _APP1 and data[place + 4 : place + 10] == _EXIF:
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data[place : place + 2] != _MARKER + _PIXELS
 
 
 def _recorded_orientation(data: bytes) -> int:

@@ -6,7 +6,17 @@ Both renderers give the same result: Pillow's are timm's pixels, bit for bit; th
 
 from vitrail.data.render.device import DeviceRenderer
 from vitrail.data.render.loader import DeviceLoader
-from vitrail.data.render.pil import PILRenderer
+from vitrail.data.render.pil import PILRenderer, Rendered, finish_batch
 from vitrail.data.render.plan import RenderPlan, Shipped, plan_batch, ship
 
-__all__ = ["DeviceLoader", "DeviceRenderer", "PILRenderer", "RenderPlan", "Shipped", "plan_batch", "ship"]
+__all__ = [
+    "DeviceLoader",
+    "DeviceRenderer",
+    "PILRenderer",
+    "RenderPlan",
+    "Rendered",
+    "Shipped",
+    "finish_batch",
+    "plan_batch",
+    "ship",
+]

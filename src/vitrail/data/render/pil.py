@@ -3,20 +3,43 @@
 Shapes: H x W pixels.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from vitrail.data.images import as_image
 from vitrail.data.views import Operation
 from vitrail.types import Erasing, InputSpec, Picture, Step, View
 
 _KERNELS = {kernel.name.lower(): kernel for kernel in Image.Resampling}
+
+
+class Rendered(NamedTuple):
+    """Image on its way to a batch, into which it is normalised: that saves a copy of its floats."""
+
+    image: Image.Image
+    view: View
+    renderer: "PILRenderer"
+
+
+def finish_batch(rendered: Sequence[Rendered]) -> Tensor:
+    """Return the normalised pixels (B, 3, H, W) float32 of rendered images, in shared memory in a loader process."""
+    shape = (len(rendered), 3, *rendered[0].view.output)
+    if get_worker_info() is None:
+        batch = torch.empty(shape)
+    else:  # as PyTorch's default_collate does
+        storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+        batch = torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]  # its stubs want a typed storage
+    for item, out in zip(rendered, batch, strict=True):
+        item.renderer.finish(item.image, item.view, out)
+    return batch
 
 
 class PILRenderer:
@@ -35,10 +58,15 @@ class PILRenderer:
 
     def __call__(self, picture: Picture, view: View) -> Tensor:
         """Return the normalised pixels (3, H, W) float32 of a view of `picture`."""
-        pixels = normalise(self.image(picture, view), self.values)
-        if view.erasing:
-            _erase(pixels, view.erasing, self.erase_mode, view.noise)
+        pixels = torch.empty((3, *view.output))
+        self.finish(self.image(picture, view), view, pixels)
         return pixels
+
+    def finish(self, image: Image.Image, view: View, out: Tensor) -> None:
+        """Normalise and erase an image, and write its pixels to `out` (3, H, W) float32."""
+        _normalise(image, self.values, out.numpy())
+        if view.erasing:
+            _erase(out, view.erasing, self.erase_mode, view.noise)
 
     def image(self, picture: Picture, view: View) -> Image.Image:
         """Return a view of `picture` before normalisation and erasing."""
@@ -95,13 +123,11 @@ def normalised_values(mean: Sequence[float], std: Sequence[float]) -> NDArray[np
     return ((values - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).numpy()
 
 
-def normalise(image: Image.Image, values: NDArray[np.float32]) -> Tensor:
-    """Return the normalised pixels (3, H, W) of an RGB image, by a table (3, 256)."""
+def _normalise(image: Image.Image, values: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Write the normalised pixels of an RGB image to `out` (3, H, W), by a table (3, 256)."""
     pixels = np.asarray(image)
-    made = np.empty((3, *pixels.shape[:2]), np.float32)
     for channel in range(3):
-        np.take(values[channel], pixels[..., channel], out=made[channel], mode="clip")
-    return torch.from_numpy(made)
+        np.take(values[channel], pixels[..., channel], out=out[channel], mode="clip")
 
 
 def noise_generator(noise: tuple[int, int]) -> torch.Generator:
