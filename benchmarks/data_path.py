@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.data import Augmentation, ImageDataModule
-from vitrail.data.render import DeviceRenderer, plan_batch
+from vitrail.data.render import DeviceRenderer, device_renderer, plan_batch
 from vitrail.data.sampling import Draw
 from vitrail.data.sources import ImageFolder, Packed
 from vitrail.data.sources.packed import PackOptions, PackWriter
@@ -225,7 +225,7 @@ def gpu_figures(raw: Packed, batch: int = 256, steps: int = 30) -> dict[str, flo
     device = torch.device("cuda")
     data = data_module(raw, "device", num_workers=0)
     shipped = [data.train[Draw(index % len(data.train), index, False)].image for index in range(batch)]
-    plan, renderer = plan_batch(shipped), DeviceRenderer(data.input, device, data.augment.erase_mode)
+    plan, renderer = plan_batch(shipped), device_renderer(data.input, device, data.augment.erase_mode)
     model = torch.compile(create_model("deit_small_patch16_224", 1000).to(device))
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3)
     labels = torch.randint(1000, (batch,), device=device)

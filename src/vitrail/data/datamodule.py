@@ -15,7 +15,7 @@ from vitrail.data.augment import Augmentation, Transform
 from vitrail.data.dataset import TrainingTransform, ViewDataset, collate
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.phases import PhasedViews, Phases
-from vitrail.data.render import DeviceLoader, DeviceRenderer, PILRenderer
+from vitrail.data.render import DeviceLoader, PILRenderer, device_renderer
 from vitrail.data.sampling import EpochSampler
 from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
 from vitrail.data.views import TrainingViews
@@ -201,7 +201,7 @@ class ImageDataModule(L.LightningDataModule):
         options = self._loader_options(sampler, self.batch_size)
         if not self.renders_on_device:
             return DataLoader(self.train, **options)
-        renderer = DeviceRenderer(self.input, self._device, self.augment.erase_mode, self.augment.operations)
+        renderer = device_renderer(self.input, self._device, self.augment.erase_mode, self.augment.operations)
         return DeviceLoader(renderer, self.train, **options)
 
     def val_dataloader(self) -> DataLoader[Item]:

@@ -16,6 +16,14 @@ from vitrail.types import InputSpec, Step, View
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEVICE = torch.device(os.environ.get("VITRAIL_TEST_DEVICE", "cpu"))
+RENDERER = DeviceRenderer
+if DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    from vitrail.data.render import kernels
+    from vitrail.data.render.gpu import GPURenderer
+
+    RENDERER = GPURenderer
+    if DEVICE.type == "cpu":
+        kernels.BLOCK = 1 << 14  # each program of the interpreter takes about a millisecond
 SIDE = 96
 SPEC = InputSpec((SIDE, SIDE), MEAN, STD)
 OPERATIONS = [
@@ -60,7 +68,7 @@ OPERATIONS = [
 def difference(pictures, views, spec=SPEC, erase_mode="const", operations=(), group_size=5):
     """Return the differences of the two renderers (B, 3, H, W) in steps of 1 of 255."""
     here = PILRenderer(spec, erase_mode, operations)
-    there = DeviceRenderer(spec, DEVICE, erase_mode, operations)
+    there = RENDERER(spec, DEVICE, erase_mode, operations)
     expected = torch.stack([here(picture, view) for picture, view in zip(pictures, views, strict=True)])
     shipped = [ship(picture, view, here) for picture, view in zip(pictures, views, strict=True)]
     scale = 255 * torch.tensor(STD)[:, None, None]
@@ -203,7 +211,7 @@ def test_erasing__same_boxes_and_a_content_that_depends_on_the_image(mode):
     views = augment.views(SPEC, 0.5)
     pictures = photographs(8)
     views = [views.draw_view(picture.shape[:2], 3, index) for index, picture in enumerate(pictures)]
-    here, there = PILRenderer(SPEC, mode), DeviceRenderer(SPEC, DEVICE, mode)
+    here, there = PILRenderer(SPEC, mode), RENDERER(SPEC, DEVICE, mode)
     shipped = [ship(picture, view, here) for picture, view in zip(pictures, views, strict=True)]
     together, apart = there(plan_batch(shipped)).cpu(), there(plan_batch(shipped[5:6])).cpu()
     torch.testing.assert_close(together[5], apart[0], atol=0, rtol=0)

@@ -4,7 +4,7 @@ Both renderers give the same result: Pillow's are timm's pixels, bit for bit; th
 255 in each operation.
 """
 
-from vitrail.data.render.device import DeviceRenderer
+from vitrail.data.render.device import DeviceRenderer, device_renderer
 from vitrail.data.render.loader import DeviceLoader
 from vitrail.data.render.pil import PILRenderer, Rendered, finish_batch
 from vitrail.data.render.plan import RenderPlan, Shipped, plan_batch, ship
@@ -16,6 +16,7 @@ __all__ = [
     "RenderPlan",
     "Rendered",
     "Shipped",
+    "device_renderer",
     "finish_batch",
     "plan_batch",
     "ship",

@@ -8,6 +8,7 @@ Shapes: B images, G images of a group, h x w pixels of the network's input.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,8 +22,20 @@ from vitrail.data.views import Operation
 from vitrail.types import InputSpec
 
 
+def device_renderer(
+    spec: InputSpec, device: torch.device, erase_mode: str = "pixel", operations: Sequence[Operation] = ()
+) -> "DeviceRenderer":
+    """Return the fastest renderer for a device: on a GPU one with kernels of its own, if Triton is installed."""
+    if device.type == "cuda":
+        with suppress(ImportError):  # of Triton, which PyTorch brings along on Linux
+            from vitrail.data.render.gpu import GPURenderer
+
+            return GPURenderer(spec, device, erase_mode, operations)
+    return DeviceRenderer(spec, device, erase_mode, operations)
+
+
 class DeviceRenderer:
-    """Renderer of planned batches.
+    """Renderer of planned batches with PyTorch's operations, on any device; see `device_renderer`.
 
     Args:
         spec: input of the network.
@@ -48,12 +61,13 @@ class DeviceRenderer:
     def __call__(self, plan: RenderPlan) -> Tensor:
         """Return the normalised images (B, 3, h, w) float32 of a plan."""
         pixels, numbers = (part.to(self.device, non_blocking=True) for part in (plan.pixels, plan.numbers))
-        count = sum(group.images.shape[0] for group in plan.groups)
+        count = plan.order.shape[0]
         images = torch.empty((count, 3, *plan.crop_size), dtype=torch.uint8, device=self.device)
+        order = plan.array(plan.order, numbers).long()
         for group in plan.groups:
-            images[plan.array(group.images, numbers).long()] = self._crops(plan, group, pixels, numbers)
-        height, width = (torch.full((count,), side, device=self.device) for side in plan.crop_size)
-        images = self._layers(images, Extents(height, width, are_canvas=True), plan.after, plan, numbers)
+            chosen = order[group.first : group.first + group.size]
+            images[chosen] = self._crops(plan, group, pixels, numbers)
+        images = self._layers(images, self._whole(count, plan.crop_size), plan.after, plan, numbers)
         if plan.output != plan.crop_size:
             images = resize(images, plan.output, is_vertical_first(plan.crop_size, plan.output))
         normalised = torch.sub(images, self.mean).div_(self.std)
@@ -61,13 +75,21 @@ class DeviceRenderer:
             self._erase(normalised, plan, numbers)
         return normalised
 
+    def _whole(self, count: int, size: tuple[int, int]) -> Extents:
+        """Return the extents of images that fill their canvas."""
+        height, width = (torch.full((count,), side, device=self.device) for side in size)
+        return Extents(height, width, are_canvas=True)
+
     def _crops(self, plan: RenderPlan, group: Group, pixels: Tensor, numbers: Tensor) -> Tensor:
         """Return the crops (G, 3, h, w) uint8 of a group."""
-        sources = plan.array(group.sources, numbers).long()
-        canvas = _unpacked(pixels, sources, plan.array(group.mirrored, numbers), group.canvas)
+        members = slice(group.first, group.first + group.size)
+        sources, mirrored, boxes, flips = (
+            plan.array(slot, numbers)[members] for slot in (plan.sources, plan.mirrored, plan.boxes, plan.flips)
+        )
+        sources = sources.long()
+        canvas = _unpacked(pixels, sources, mirrored, group.canvas)
         extents = Extents(sources[:, 1], sources[:, 2], are_canvas=False)
         canvas = self._layers(canvas, extents, group.before, plan, numbers)
-        boxes, flips = plan.array(group.boxes, numbers), plan.array(group.flips, numbers)
         return resample(canvas, boxes, flips, plan.crop_size, group.taps, group.vertical_first, group.kernels)
 
     def _layers(

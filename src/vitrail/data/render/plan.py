@@ -57,18 +57,12 @@ class Operations(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Images of a batch that are resized together."""
+    """Neighbours in the order of a plan that are resized together."""
 
-    images: Slot
-    """(G,) numbers within the batch."""
-    sources: Slot
-    """(G, 3): first pixel in the flat tensor, height, width."""
-    boxes: Slot
-    """(G, 6): top, left, height and width of the crop in the source, and number and support of the kernel."""
-    flips: Slot
-    """(G, 2): flip horizontally and vertically after the crop, 0 or 1."""
-    mirrored: Slot
-    """(G,): mirror the source before its operations, 0 or 1."""
+    first: int
+    """Place of the first image in the plan's order."""
+    size: int
+    """Number of images."""
     canvas: tuple[int, int]
     """(height, width) that holds all sources."""
     taps: tuple[int, int]
@@ -86,6 +80,18 @@ class RenderPlan(NamedTuple):
     """(P, 3) uint8: the pixels of all images, row by row."""
     numbers: Tensor
     """(V,) float64: all numbers of the views."""
+    order: Slot
+    """(B,) numbers of the images in the order of the groups, which the next five arrays have too."""
+    sources: Slot
+    """(B, 3): first pixel in `pixels`, height, width."""
+    boxes: Slot
+    """(B, 6): top, left, height and width of the crop in the source, and number and support of the kernel."""
+    flips: Slot
+    """(B, 2): flip horizontally and vertically after the crop, 0 or 1."""
+    mirrored: Slot
+    """(B,): mirror the source before its operations, 0 or 1."""
+    vertical_first: Slot
+    """(B,): resize rows before columns, 0 or 1."""
     groups: tuple[Group, ...]
     after: tuple[tuple[Operations, ...], ...]
     """Operations after the crop, by layer, on images of all groups: a few large operations cost less than many."""
@@ -161,20 +167,32 @@ def plan_batch(shipped: Sequence[Shipped], group_size: int = _GROUP) -> RenderPl
     parts = [_split(view) for view in views]
     crop_size = views[0].crop_size
     tall = np.array([is_vertical_first(part.crop.values[2:4], crop_size) for part in parts])
-    groups = []
-    for members in _grouped(sizes.prod(1), tall, group_size):
-        sources = np.column_stack((starts[:-1], sizes))[members]
-        chosen = [parts[index] for index in members]
-        groups.append(_plan_group(numbers, members, sources, chosen, crop_size, bool(tall[members[0]])))
+    grouped = list(_grouped(sizes.prod(1), tall, group_size))
+    order = np.concatenate(grouped)
+    parts_in_order = [parts[index] for index in order]
+    boxes = np.array([_box(part.crop) for part in parts_in_order], np.float64)
+    in_order = (
+        numbers.add(order),
+        numbers.add(np.column_stack((starts[:-1], sizes))[order]),
+        numbers.add(boxes),
+        numbers.add([(part.hflip, part.vflip) for part in parts_in_order]),
+        numbers.add([part.mirrored for part in parts_in_order]),
+        numbers.add(tall[order]),
+    )
+    groups, first = [], 0
+    for members in grouped:
+        chosen = slice(first, first + len(members))
+        groups.append(_plan_group(numbers, first, sizes[members], parts_in_order[chosen], boxes[chosen], crop_size))
+        first += len(members)
     after = _plan_layers(numbers, [part.after for part in parts], [crop_size] * len(parts))
     erased = [index for index, view in enumerate(views) if view.erasing]
     count = max((len(views[index].erasing) for index in erased), default=1)
-    boxes = np.zeros((len(erased), count, 4))
+    erasing = np.zeros((len(erased), count, 4))
     for row, index in enumerate(erased):
-        boxes[row, : len(views[index].erasing)] = views[index].erasing
+        erasing[row, : len(views[index].erasing)] = views[index].erasing
     noise = [((views[index].noise[0] >> 32), views[index].noise[0] & 0xFFFFFFFF) for index in erased]
-    slots = numbers.add(erased), numbers.add(boxes), numbers.add(np.array(noise).reshape(-1, 2))
-    return RenderPlan(pixels, numbers.tensor(), tuple(groups), after, crop_size, views[0].output, *slots)
+    slots = numbers.add(erased), numbers.add(erasing), numbers.add(np.array(noise).reshape(-1, 2))
+    return RenderPlan(pixels, numbers.tensor(), *in_order, tuple(groups), after, crop_size, views[0].output, *slots)
 
 
 def tap_count(support: float, scale: float) -> int:
@@ -242,30 +260,29 @@ def _grouped(areas: NDArray[np.int64], tall: NDArray[np.bool_], group_size: int)
             yield from np.array_split(members, -(-len(members) // group_size))
 
 
+def _box(crop: Step) -> tuple[float, ...]:
+    number = KERNELS.index(crop.values[4])
+    return *crop.values[:4], number, SUPPORTS[number]
+
+
 def _plan_group(
     numbers: _Numbers,
-    members: NDArray[np.int64],
-    sources: NDArray[np.int64],
+    first: int,
+    sizes: NDArray[np.int64],
     parts: list[_Parts],
+    boxes: NDArray[np.float64],
     output: tuple[int, int],
-    vertical_first: bool,
 ) -> Group:
-    kernels = [part.crop.values[4] for part in parts]
-    supports = np.array([SUPPORTS[KERNELS.index(kernel)] for kernel in kernels])
-    boxes = np.array([part.crop.values[:4] for part in parts], np.float64)
-    taps = [max(map(tap_count, supports.tolist(), (boxes[:, 2 + axis] / output[axis]).tolist())) for axis in (0, 1)]
-    sizes = [(int(height), int(width)) for _, height, width in sources]
+    supports = boxes[:, 5].tolist()
+    taps = [max(map(tap_count, supports, (boxes[:, 2 + axis] / output[axis]).tolist())) for axis in (0, 1)]
     return Group(
-        numbers.add(members),
-        numbers.add(sources),
-        numbers.add(np.column_stack((boxes, [KERNELS.index(kernel) for kernel in kernels], supports))),
-        numbers.add([(part.hflip, part.vflip) for part in parts]),
-        numbers.add([part.mirrored for part in parts]),
-        (int(sources[:, 1].max()), int(sources[:, 2].max())),
+        first,
+        len(parts),
+        (int(sizes[:, 0].max()), int(sizes[:, 1].max())),
         (taps[0], taps[1]),
-        vertical_first,
-        tuple(sorted(set(kernels))),
-        _plan_layers(numbers, [part.before for part in parts], sizes),
+        is_vertical_first(boxes[0, 2:4].tolist(), output),
+        tuple(sorted({part.crop.values[4] for part in parts})),
+        _plan_layers(numbers, [part.before for part in parts], [(int(height), int(width)) for height, width in sizes]),
     )
 
 
