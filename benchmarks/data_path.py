@@ -13,8 +13,9 @@ Figures:
 - `bytes_per_image`: from loader to device, if the device renders; `bytes_per_image_float` otherwise.
 - `timm_images_per_second`, `loader_images_per_second`, `device_images_per_second`: whole DataLoaders with two workers;
   the last one only loads, without rendering.
-- On a GPU also `render_over_step` (time of rendering over that of a DeiT-S step in bf16) and
-  `end_to_end_over_synthetic` (throughput of DeiT-S steps with rendering, over steps without).
+- On a GPU also `render_over_step` (time of rendering 256 images over that of a compiled DeiT-S step in bf16) and
+  `end_to_end_over_synthetic` (throughput of such steps on packed pixels from four loader processes, over steps on one
+  batch).
 
 Command: python benchmarks/data_path.py [--images 256] [--rounds 5] [--json FILE]
 `--csv src/vitrail/reporting/loader_speed.csv` renews the figures that `plan=true` uses.
@@ -26,7 +27,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ import torch
 from figures import add_json, write_figures
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.data import Augmentation, ImageDataModule
-from vitrail.data.render import DeviceRenderer, device_renderer, plan_batch
+from vitrail.data.dataset import collate
+from vitrail.data.render import DeviceLoader, DeviceRenderer, device_renderer, plan_batch
 from vitrail.data.sampling import Draw
 from vitrail.data.sources import ImageFolder, Packed
 from vitrail.data.sources.packed import PackOptions, PackWriter
@@ -220,14 +221,31 @@ def loader_figures(root: Path, folder: ImageFolder, count: int) -> dict[str, flo
     }
 
 
-def gpu_figures(raw: Packed, batch: int = 256, steps: int = 30) -> dict[str, float]:
-    """Return the time of rendering over that of a DeiT-S step in bf16, and the end-to-end throughput."""
+WARM_UP = 10
+
+
+class Batches(Dataset[Any]):
+    """Whole batches of a data module, as its loader processes make them."""
+
+    def __init__(self, data: ImageDataModule, batch: int, count: int) -> None:
+        self.data, self.batch, self.count = data, batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Any:
+        size = len(self.data.train)
+        indices = range(number * self.batch, (number + 1) * self.batch)
+        return collate(self.data.train.__getitems__([Draw(index % size, index // size, False) for index in indices]))
+
+
+def gpu_figures(raw: Packed, batch: int = 256, steps: int = 60) -> dict[str, float]:
+    """Return the time of rendering over that of a compiled DeiT-S step in bf16, and the end-to-end throughput."""
     device = torch.device("cuda")
     data = data_module(raw, "device", num_workers=0)
-    shipped = [data.train[Draw(index % len(data.train), index, False)].image for index in range(batch)]
-    plan, renderer = plan_batch(shipped), device_renderer(data.input, device, data.augment.erase_mode)
+    renderer = device_renderer(data.input, device, data.augment.erase_mode)
     model = torch.compile(create_model("deit_small_patch16_224", 1000).to(device))
-    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     labels = torch.randint(1000, (batch,), device=device)
 
     def step(images: torch.Tensor) -> None:
@@ -237,21 +255,31 @@ def gpu_figures(raw: Packed, batch: int = 256, steps: int = 30) -> dict[str, flo
         optimizer.step()
         optimizer.zero_grad()
 
-    def milliseconds(run: Callable[[], Any]) -> float:
-        for _ in range(5):
-            run()
+    def milliseconds(batches: Iterable[Any], run: Callable[[Any], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(steps):
-            run()
+        for number, item in enumerate(batches):
+            if number == WARM_UP:
+                start.record()
+            run(item)
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / steps
+        return start.elapsed_time(end) / (number + 1 - WARM_UP)
 
+    loader = DeviceLoader(
+        renderer, Batches(data, batch, WARM_UP + steps), batch_size=None, num_workers=4, pin_memory=True
+    )
+    plan = next(iter(Batches(data, batch, 1))).image
+    plan = plan._replace(pixels=plan.pixels.to(device))
     images = renderer(plan)
-    training, rendering = milliseconds(lambda: step(images)), milliseconds(lambda: renderer(plan))
-    both = milliseconds(lambda: step(renderer(plan)))
-    return {"render_over_step": rendering / training, "end_to_end_over_synthetic": training / both}
+    repeated = range(WARM_UP + steps)
+    training = milliseconds(repeated, lambda _: step(images))
+    rendering = milliseconds(repeated, lambda _: renderer(plan))
+    both = milliseconds(loader, lambda made: step(made.image))
+    return {
+        "step_milliseconds": training,
+        "render_over_step": rendering / training,
+        "end_to_end_over_synthetic": training / both,
+    }
 
 
 def measure(images: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -16,7 +16,6 @@ from vitrail.data.render import kernels
 from vitrail.data.render.device import DeviceRenderer
 from vitrail.data.render.pil import fill_colour
 from vitrail.data.render.plan import KERNELS, SUPPORTS, Operations, RenderPlan, is_vertical_first, tap_count
-from vitrail.data.render.resample import coefficients
 from vitrail.data.render.values import BOX_PASSES
 from vitrail.data.views import Operation
 from vitrail.types import InputSpec
@@ -48,7 +47,6 @@ class _Crops(NamedTuple):
 
     places: _Places
     taps: int
-    kernels: tuple[tuple[int, str], ...]
     apart: int
     """Pixels of the largest crop after one axis was resized."""
 
@@ -154,25 +152,19 @@ class GPURenderer(DeviceRenderer):
 
     def _resized(self, pixels: Tensor, numbers: Tensor, crops: _Crops, count: int, output: tuple[int, int]) -> Tensor:
         """Return the resized crops (B, h, w, 3) uint8."""
-        at = crops.places
-        boxes = numbers[at.boxes : at.boxes + 6 * count].view(count, 6)
-        flips = numbers[at.flips : at.flips + 2 * count].view(count, 2)
-        side = max(output)
-        lengths, reversed_ = boxes[:, 2:4].T.reshape(-1), flips.flip(1).T.reshape(-1)  # rows, then columns
-        kernel, support = boxes[:, 4].repeat(2), boxes[:, 5].repeat(2)
-        outs = torch.empty_like(lengths)
-        outs[:count], outs[count:] = output  # fills: no copy from the host
-        first, weights = (
-            part.to(torch.int32)
-            for part in coefficients(lengths, kernel, support, reversed_, outs, side, crops.taps, crops.kernels)
+        at, side = crops.places, max(output)
+        first = torch.empty((2, count, side), dtype=torch.int32, device=self.device)
+        weights = torch.empty((2, count, side, crops.taps), dtype=torch.int32, device=self.device)
+        sizes, tile = (*output, side, crops.taps), {"TAPS": triton.next_power_of_2(crops.taps), "PLACES": 32}
+        kernels.coefficients[(count, 2, triton.cdiv(side, 32))](
+            numbers, first, weights, at.boxes, at.flips, *sizes, **tile, num_warps=4, **kernels.OPTIONS
         )
         between = torch.empty((count, crops.apart, 3), dtype=torch.uint8, device=self.device)
         images = torch.empty((count, *output, 3), dtype=torch.uint8, device=self.device)
         places = (at.sources, at.boxes, at.vertical_first, at.order)
-        sizes = (*output, side, crops.taps, crops.apart)
         for source, target, is_second in ((pixels, between, False), (between, images, True)):
             area = math.prod(output) if is_second else crops.apart
-            arguments = (source, numbers, target, first, weights, *places, *sizes)
+            arguments = (source, numbers, target, first, weights, *places, *sizes, crops.apart)
             _launch(kernels.resize, count, area, *arguments, SECOND=is_second)
         return images
 
@@ -191,18 +183,16 @@ class GPURenderer(DeviceRenderer):
         places = _Places(0, 3 * count, 9 * count, 11 * count, 12 * count)
         taps = max(tap_count(SUPPORTS[number], side / out) for side, out in zip(size, output, strict=True))
         apart = output[0] * size[1] if is_vertical else size[0] * output[1]
-        return numbers, _Crops(places, taps, ((number, "lanczos"),), apart)
+        return numbers, _Crops(places, taps, apart)
 
 
 def _crops(plan: RenderPlan) -> _Crops:
     boxes, is_vertical = (plan.array(slot, plan.numbers).numpy() for slot in (plan.boxes, plan.vertical_first))
     height, width = plan.crop_size
     between = (is_vertical > 0) * height * boxes[:, 3] + (is_vertical == 0) * boxes[:, 2] * width
-    used = {name for group in plan.groups for name in group.kernels}
     return _Crops(
         _Places(plan.sources.start, plan.boxes.start, plan.flips.start, plan.vertical_first.start, plan.order.start),
         taps=max(max(group.taps) for group in plan.groups),
-        kernels=tuple((number, name) for number, name in enumerate(KERNELS) if name in used),
         apart=int(between.max()),
     )
 

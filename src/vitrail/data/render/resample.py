@@ -12,9 +12,7 @@ from torch import Tensor
 
 from vitrail.data.render.plan import KERNELS, SUPPORTS, tap_count
 
-PRECISION = float(1 << 22)
-"""Pillow's coefficients are whole multiples of 1 / 2**22."""
-
+_PRECISION = float(1 << 22)  # Pillow's coefficients are whole multiples of 1 / 2**22
 _SPLIT = float(1 << 10)
 _HAMMING = tuple(float(np.float32(value)) for value in (0.54, 0.46))  # Pillow has them in single precision
 
@@ -116,56 +114,30 @@ def _matrix(
         taps: largest number of coefficients that are not 0.
         kernels: numbers and names of the kernels of these images.
     """
+    device = axis.device
     start, length, kernel, support = axis.unbind(1)
-    low, weights = coefficients(length, kernel, support, flipped, torch.full_like(start, out), out, taps, kernels)
-    tap = torch.arange(taps, device=axis.device)
-    position = (low + start[:, None])[..., None] + tap
-    # coefficients outside go to a column of their own, which is cut off
-    index = torch.where(weights != 0, position, float(side)).long()
-    matrix = torch.zeros((len(start), out, side + 1), device=axis.device)
-    return matrix.scatter_(2, index, (weights / PRECISION).to(torch.float32))[..., :side]
-
-
-def coefficients(
-    length: Tensor,
-    kernel: Tensor,
-    support: Tensor,
-    flipped: Tensor,
-    outs: Tensor,
-    out: int,
-    taps: int,
-    kernels: Sequence[tuple[int, str]],
-) -> tuple[Tensor, Tensor]:
-    """Return the first source pixels (G, out) and their coefficients (G, out, taps) of one axis, float64.
-
-    Coefficients are whole multiples of 1 / `PRECISION`, given as these whole numbers.
-
-    Args:
-        length: (G,) float64: pixels of the crop.
-        kernel: (G,): number of the kernel.
-        support: (G,): its support.
-        flipped: (G,): whether to reverse the result.
-        outs: (G,) float64: pixels of the result.
-        out: largest of them; what is beyond a smaller one is arbitrary.
-        taps: largest number of coefficients that are not 0.
-        kernels: numbers and names of the kernels of these images.
-    """
-    scale = (length / outs)[:, None]  # a tensor: GPUs multiply by the reciprocal of a number
+    scale = (length / torch.full_like(length, out))[:, None]  # not times 1 / out, which GPUs take for a number
     stretch = scale.clamp(min=1)
     reach = support[:, None] * stretch
-    places = torch.arange(out, device=length.device, dtype=torch.float64)
-    places = torch.where(flipped[:, None] > 0, outs[:, None] - 1 - places, places)
+    places = torch.arange(out, device=device, dtype=torch.float64)
+    places = torch.where(flipped[:, None] > 0, out - 1 - places, places)
     centre = (places + 0.5) * scale
     low = (centre - reach + 0.5).trunc().clamp(min=0)
     high = torch.minimum((centre + reach + 0.5).trunc(), length[:, None])
-    position = low[..., None] + torch.arange(taps, device=length.device, dtype=torch.float64)  # (G, out, K)
+    tap = torch.arange(taps, device=device, dtype=torch.float64)
+    position = low[..., None] + tap  # (G, out, K)
     distance = (position - centre[..., None] + 0.5) / stretch[..., None]
     weights = torch.zeros_like(distance)
     for number, name in kernels:
         weights = torch.where(kernel[:, None, None] == number, _FUNCTIONS[name](distance), weights)
-    weights = torch.where(position < high[..., None], weights, 0.0)
+    valid = position < high[..., None]
+    weights = torch.where(valid, weights, 0.0)
     weights = weights / weights.sum(-1, keepdim=True)
-    return low, torch.where(weights < 0, -0.5, 0.5).add(weights * PRECISION).trunc()
+    whole = torch.where(weights < 0, -0.5, 0.5).add(weights * _PRECISION).trunc() / _PRECISION
+    # coefficients that are not valid go to a column of their own, which is cut off
+    index = torch.where(valid, position + start[:, None, None], float(side)).long()
+    matrix = torch.zeros((len(start), out, side + 1), device=device)
+    return matrix.scatter_(2, index, whole.to(torch.float32))[..., :side]
 
 
 def _box(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from vitrail.data.render.kernels.changes import blur, color, copy, flip, look_up, make_tables, sharpness
 from vitrail.data.render.kernels.finishing import erase, normalise
 from vitrail.data.render.kernels.geometry import affine
-from vitrail.data.render.kernels.resizing import resize
+from vitrail.data.render.kernels.resizing import coefficients, resize
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 """Options of a launch."""
@@ -26,6 +26,7 @@ __all__ = [
     "OPTIONS",
     "affine",
     "blur",
+    "coefficients",
     "color",
     "copy",
     "erase",
