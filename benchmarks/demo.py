@@ -102,6 +102,21 @@ def write_photographs(root: Path) -> None:
             image.save(folder / f"{name}.jpg", quality=92)
 
 
+def write_data(out: Path, scale: float) -> Path:
+    """Write the digits once: 6000 and 1000 images times `scale`; return their folder."""
+    data = out / "digits"
+    if not (data / "whole").is_file():
+        shutil.rmtree(data, ignore_errors=True)
+        write_digits(data, {"train": int(6000 * scale), "val": int(1000 * scale)})
+        (data / "whole").touch()
+    return data
+
+
+def labelled(maps: Path) -> tuple[str, ...]:
+    """Return the overrides of LV-ViT-nano with token labels."""
+    return ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}")
+
+
 def run(program: str, *arguments: str, log: Path, threads: int = 2) -> None:
     """Run a program of `src/` and write its output to `log`.
 
@@ -261,11 +276,8 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    data, pictures = out / "digits", out / "photographs"
-    if not (data / "whole").is_file():
-        shutil.rmtree(data, ignore_errors=True)
-        write_digits(data, {"train": int(6000 * options.scale), "val": int(1000 * options.scale)})
-        (data / "whole").touch()
+    data, pictures = write_data(out, options.scale), out / "photographs"
+    if not pictures.is_dir():
         write_photographs(pictures)
 
     console.print("[bold]1. Train a small convnet on the digits, and annotate them")
@@ -281,20 +293,19 @@ def main() -> None:
         draw_curves(curves, "teacher", out / "teacher" / "curves.png")
         return
     maps = annotate_digits(out, data, annotator)
-    labelled = ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}")
     plain = ("model=lvvit_nano", "objective=cross_entropy")
     epochs = max(3, round(8 * options.scale))
     if options.compare == "features":
         console.print("[bold]2. Train LV-ViT-nano with the convnet's features, with token labels, and with neither")
         taught = ("model=lvvit_nano", "objective=feature_distillation", "teacher=run", f"teacher.ckpt={annotator}")
         (out / "features").mkdir(exist_ok=True)
-        kinds = {"features": taught, "labels": labelled, "neither": plain}
+        kinds = {"features": taught, "labels": labelled(maps), "neither": plain}
         curves = compare(out / "features", data, kinds, epochs, 0.3, options.parallel)
         write_figures(options.json, report(curves, ""))
         draw_curves(curves, "", out / "features" / "curves.png")
         return
     console.print("[bold]2. Train LV-ViT-nano with and without token labels")
-    kinds = {"with": labelled, "without": plain}
+    kinds = {"with": labelled(maps), "without": plain}
     # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
     curves = compare(out, data, kinds, epochs, 0.3, options.parallel)
     write_figures(options.json, report(curves, "token labels"))

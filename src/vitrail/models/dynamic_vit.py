@@ -211,6 +211,7 @@ default_cfgs = generate_default_cfgs(
         "dynamicvit_deit_base.untrained": _cfg(),
         "dynamicvit_lvvit_s.untrained": _lv_cfg(),
         "dynamicvit_lvvit_m.untrained": _lv_cfg(),
+        "dynamicvit_lvvit_nano.untrained": _lv_cfg() | {"input_size": (3, 64, 64), "num_classes": 10, "crop_pct": 1.0},
     }
 )
 
@@ -244,7 +245,7 @@ def dynamicvit_deit_base(pretrained: bool = False, **kwargs: Any) -> DynamicDeiT
 
 
 def _lvvit(variant: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> DynamicLVViT:
-    return build(DynamicLVViT, variant, pretrained, kwargs, mlp_ratio=3, skip_lam=2, **architecture)
+    return build(DynamicLVViT, variant, pretrained, kwargs, **{"mlp_ratio": 3, "skip_lam": 2, **architecture})
 
 
 @register_model
@@ -259,3 +260,10 @@ def dynamicvit_lvvit_m(pretrained: bool = False, **kwargs: Any) -> DynamicLVViT:
     """DynamicViT on LV-ViT-M: 8.6 G MACs and 83.8 % top-1 at a keep ratio of 0.7."""
     config = {"embed_dim": 512, "depth": 20, "num_heads": 8, "selection_blocks": (5, 10, 15)}
     return _lvvit("dynamicvit_lvvit_m", pretrained, kwargs, **config)
+
+
+@register_model
+def dynamicvit_lvvit_nano(pretrained: bool = False, **kwargs: Any) -> DynamicLVViT:
+    """DynamicViT on LV-ViT-nano, for images of 64 pixels: drops tokens before the second block and later ones."""
+    config = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "stem_width": 16}
+    return _lvvit("dynamicvit_lvvit_nano", pretrained, kwargs, skip_lam=1, selection_blocks=(1, 2, 3), **config)
