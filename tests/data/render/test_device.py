@@ -172,7 +172,7 @@ def test_pipeline__thousand_photographs(name):
 
 
 def test_large_crops__are_rendered_in_the_loader(monkeypatch):
-    monkeypatch.setattr("vitrail.data.render.plan._MAX_PIXELS", 5000)
+    monkeypatch.setattr("vitrail.data.render.shipping._MAX_PIXELS", 5000)
     for name in ("deit", "lvvit"):
         found = pipeline(name, 20, 48)
         assert (found > 0).float().mean() < 1e-3, "Pillow rendered most of them"

@@ -7,7 +7,8 @@ Both renderers give the same result: Pillow's are timm's pixels, bit for bit; th
 from vitrail.data.render.device import DeviceRenderer, device_renderer
 from vitrail.data.render.loader import DeviceLoader
 from vitrail.data.render.pil import PILRenderer, Rendered, finish_batch
-from vitrail.data.render.plan import RenderPlan, Shipped, plan_batch, ship
+from vitrail.data.render.plan import RenderPlan, plan_batch
+from vitrail.data.render.shipping import Shipped, ship
 
 __all__ = [
     "DeviceLoader",
