@@ -5,11 +5,13 @@ from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
 from vitrail.reporting.pictures import FirstBatchPicture
 from vitrail.reporting.tables import training_report
+from vitrail.reporting.wandb_dashboard import WandbDashboard
 
 __all__ = [
     "Evaluation",
     "FirstBatchPicture",
     "LabelMapPicture",
+    "WandbDashboard",
     "evaluation_figure",
     "evaluation_report",
     "training_report",

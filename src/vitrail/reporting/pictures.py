@@ -61,6 +61,7 @@ def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
     }
     if act := acts.get(type(logger).__name__):
         getattr(logger, "attempt", lambda act: act())(act)
+        logger.pictures = list(dict.fromkeys([*getattr(logger, "pictures", ()), name]))  # for W&B's dashboard
 
 
 def batch_grid(
