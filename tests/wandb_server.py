@@ -6,6 +6,8 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import yaml
+
 ENTITY = "us"
 TIME = "2026-11-27T10:00:00"
 
@@ -148,7 +150,7 @@ class Standin:
         return {"allViews": {"edges": [{"node": view} for view in views]}}
 
     def _upsertSweep(self, given):  # noqa: N802
-        self.sweeps.append(json.loads(given["config"]) if given["config"].startswith("{") else given["config"])
+        self.sweeps.append(yaml.safe_load(given["config"]))
         project = {"id": "p", "name": given.get("projectName") or "vitrail", "entity": {"id": "e", "name": ENTITY}}
         return {"sweep": {"id": "s", "name": "sweep0", "project": project}, "configValidationWarnings": []}
 
