@@ -1,5 +1,6 @@
 """Reports for people: pictures of batches, tables of results, figures of evaluations."""
 
+from vitrail.reporting.attention import AttentionPicture
 from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
@@ -8,6 +9,7 @@ from vitrail.reporting.tables import training_report
 from vitrail.reporting.wandb_dashboard import WandbDashboard
 
 __all__ = [
+    "AttentionPicture",
     "Evaluation",
     "FirstBatchPicture",
     "LabelMapPicture",

@@ -52,13 +52,14 @@ def wandb(
         ConfigError: `WANDB_MODE` is invalid.
     """
     import wandb as package
+    from wandb.env import RUN_ID
 
     directory = Path(run_dir)
     id_file = directory / "wandb_id.txt"
     if is_rank_zero() and not id_file.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         # An agent of a W&B sweep has chosen the id, and W&B ignores any other.
-        id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        id_file.write_text(os.environ.get(RUN_ID) or secrets.token_hex(4))
 
     def logger(mode: str) -> WandbLogger:
         return WandbLogger(
