@@ -1,11 +1,11 @@
 """Reports for people: pictures of batches, tables of results, figures of evaluations."""
 
-from vitrail.reporting.attention import AttentionPicture
 from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
 from vitrail.reporting.pictures import FirstBatchPicture
 from vitrail.reporting.tables import training_report
+from vitrail.reporting.validation_pictures import AttentionPicture, PredictionPicture
 from vitrail.reporting.wandb_dashboard import WandbDashboard
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Evaluation",
     "FirstBatchPicture",
     "LabelMapPicture",
+    "PredictionPicture",
     "WandbDashboard",
     "evaluation_figure",
     "evaluation_report",
