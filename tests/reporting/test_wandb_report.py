@@ -1,11 +1,13 @@
 """W&B reports, saved on a stand-in of its server and read back with wandb-workspaces' classes."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import wandb_workspaces.reports.v2 as reports
 from omegaconf import OmegaConf
 
+from vitrail.commands import wandb_report as command
 from vitrail.commands.wandb_report import wandb_report
 from vitrail.errors import ConfigError
 from vitrail.reporting.wandb_report import ProjectPath, varied_keys
@@ -29,7 +31,7 @@ def add(standin, name, lr, top1, sweep=None, project="vitrail", **config):
 
 def report_of(standin, **config):
     """Write a report with these settings, and return it as wandb-workspaces loads it."""
-    address = wandb_report(OmegaConf.create({"wandb": f"{ENTITY}/vitrail", **config}))
+    address = wandb_report(OmegaConf.create({"wandb": f"{ENTITY}/vitrail", "runs": "???", **config}))
     assert address.startswith(f"{standin.address}/{ENTITY}/vitrail/reports/")
     return reports.Report.from_url(address)
 
@@ -90,6 +92,16 @@ def test_report__of_a_sweep(standin, config):
     text, _, runsets = parts_of(report_of(standin, **config))
     assert re.findall(r"run (\w) ", text) == ["a"]
     assert runsets[0].filters == "Metric(\"Sweep\") == 's1'"
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("s1", ["a"]), ("grid", ["a", "b"]), (None, ["a", "b"])])
+def test_report__of_a_sweep_that_hydra_takes_for_a_config_file(standin, chosen, expected, monkeypatch):
+    """conf/sweep/ is a config group: `sweep=s1` arrives as a choice, and the default choice is a file."""
+    add(standin, "a", 1e-3, 50.0, sweep="s1")
+    add(standin, "b", 1e-2, 40.0, sweep="s2")
+    hydra = SimpleNamespace(runtime=SimpleNamespace(choices={"sweep": chosen}))
+    monkeypatch.setattr(command, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    assert re.findall(r"run (\w) ", parts_of(report_of(standin))[0]) == expected
 
 
 def test_report__a_broken_run_does_not_spoil_it(standin):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
 from vitrail.errors import ConfigError
@@ -33,7 +33,8 @@ def wandb_report(config: DictConfig) -> str:
     mode, reason = wandb_mode()
     if mode != "online":
         raise ConfigError(f"wandb={config.wandb}: needs W&B's server, but {reason or f'WANDB_MODE={mode} is set'}.")
-    address = write_report(where, _runs(config.get("runs")), config.get("metric") or "val/top1")
+    runs = None if OmegaConf.is_missing(config, "runs") else config.get("runs")
+    address = write_report(where, _runs(runs), config.get("metric") or "val/top1")
     get_console().print(f"report: {address}", soft_wrap=True, markup=False, highlight=False)
     return address
 
