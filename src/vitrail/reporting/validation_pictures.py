@@ -125,5 +125,5 @@ class AttentionPicture(ValidationPicture):
 
 
 def _caption(probability: float, predicted: str, label: str | None) -> str:
-    lines = [f"{probability:.2f} {describe(predicted)}", *([] if label is None else [f"is {describe(label)}"])]
-    return "\n".join(textwrap.shorten(line, 24, placeholder="…") for line in lines)
+    shown = f"{textwrap.shorten(describe(predicted), 18, placeholder='…')}, p {probability:.2f}"
+    return shown if label is None else f"{shown}\nlabel {textwrap.shorten(describe(label), 18, placeholder='…')}"
