@@ -29,7 +29,7 @@ def test_run_directory__contains_all_files(finished):
     files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert files == {
         *("config.yaml", "overrides.txt", "versions.yaml", "metrics.csv", "results.json", "train.log"),
-        *("first_batch.png", "checkpoints/last.ckpt", "checkpoints/best.ckpt", ".lock"),
+        *("first_batch.png", "predictions.png", "checkpoints/last.ckpt", "checkpoints/best.ckpt", ".lock"),
     }
     assert (directory / "overrides.txt").read_text().splitlines() == [
         *("trainer=cpu", "epochs=2", "model.drop_path_rate=0.1")

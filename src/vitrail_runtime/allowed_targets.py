@@ -22,7 +22,7 @@ from vitrail_runtime.compat import start_checks, target_check
 # Everything below these names may be built; functions only if they are vitrail's.
 _ALLOWED = (
     *(f"vitrail.{room}" for room in ("checkpoints", "data", "models", "objectives", "training", "reporting")),
-    *(f"vitrail.runs.{module}" for module in ("loggers", "preemption", "trained")),
+    *(f"vitrail.runs.{module}" for module in ("loggers", "preemption", "trained", "wandb_logger")),
     "vitrail_runtime.sweep_report",
     *(
         "hydra_plugins.vitrail_launchers",

@@ -99,8 +99,10 @@ def check_overrides(arguments: list[str], program: str) -> None:
     """Refuse old keys that an override adds or deletes; Hydra refuses the others, and `sentences` names the new key.
 
     Raises:
-        HydraException: the message names the new key.
+        HydraException: the message names the new key; or conf/sweep/wandb.yaml, which is not for Hydra, is chosen.
     """
+    if "sweep=wandb" in arguments:
+        raise HydraException("sweep=wandb: this file is for W&B's agent: wandb sweep conf/sweep/wandb.yaml.")
     current = ("objective.smoothing", *(() if program == "train" else ("ckpt",)))  # these exist elsewhere
     for argument in arguments:
         key = argument.partition("=")[0].replace("/", ".")

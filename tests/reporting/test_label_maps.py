@@ -11,6 +11,7 @@ from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.mixing import TokenMix
 from vitrail.data.render import PILRenderer
 from vitrail.errors import ImageError
+from vitrail.reporting.colours import class_colours
 from vitrail.reporting.label_maps import describe, label_map_sheet
 from vitrail.types import InputSpec, Sample
 
@@ -104,3 +105,26 @@ def test_sheet__shows_the_box_swapped_by_mixtoken(tmp_path):
     assert inside.sum() > 2 * outside.sum(), "white behind the colour"
     assert outside[0] > outside[2], "class a is red in its own row"
     assert inside[2] > inside[0], "class b is blue there"
+
+
+def test_sheet__a_class_keeps_its_colour_over_all_rows(tmp_path):
+    """Class b is second in the first row, and first in the last one; class c comes up in the last row only."""
+    writer = LabelMapStore.create(tmp_path / "maps", 4, 1, (4, 4), 3, Greys().keys())
+    columns = {0: [0, 0, 0, 1], 1: [0, 0, 0, 1], 3: [1, 1, 1, 2]}
+    for index in range(4):
+        writer.write(index, np.full((1, 4, 4), 20.0), np.repeat([columns.get(index, columns[0])], 4, axis=0)[None])
+    maps = LabelMapJoin(writer.finish(), Greys().keys(), ["a", "b", "c"])
+    whole = Augmentation(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3)).views(PIXELS, 0.0)
+    dataset = ViewDataset(Greys(), TrainingTransform(whole, PILRenderer(PIXELS)), 0, maps=maps)
+    names = ["a", "b", "c"]
+    sheet = np.asarray(label_map_sheet(dataset, PIXELS, (4, 4), None, names, names, count=4)).astype(int)
+    first, last = cell(sheet, 0, 1, 3, 1), cell(sheet, 2, 1, 0, 1)
+    np.testing.assert_array_equal(first, last)
+    assert first[2] > first[0] + 60, "blue, as the second class of the first row"
+    assert len({tuple(colour) for colour in (cell(sheet, 0, 1, 0, 1), last, cell(sheet, 2, 1, 3, 1))}) == 3
+
+
+def test_colours__of_many_classes_differ():
+    colours = class_colours(range(200))
+    assert len(set(colours.values())) == 200
+    assert class_colours([7, 3, 7])[7] == colours[0]

@@ -6,10 +6,9 @@ import os
 import signal
 import socket
 import sqlite3
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loggers import Logger
@@ -17,8 +16,11 @@ from lightning.pytorch.loggers import Logger
 from programs import QUICK, metrics, run, run_directories
 from resuming import child_processes, end_with, start_endless, wait_until
 from vitrail.errors import ConfigError
-from vitrail.runs import loggers
-from vitrail.runs.loggers import MetricsCSV, _wandb_mode, tolerant
+from vitrail.runs import wandb_logger
+from vitrail.runs.loggers import MetricsCSV
+from vitrail.runs.tolerant import tolerant
+from vitrail.runs.wandb_logger import wandb_mode
+from wandb_server import serve, variables_of
 
 
 def test_csv__one_row_per_epoch_also_after_resuming(tmp_path):
@@ -84,26 +86,26 @@ def test_tolerant__warns_once_and_is_not_called_again(caplog):
     assert caplog.text.count("metrics.csv") == 1
 
 
-def test_wandb_mode__decided_before_training(monkeypatch, tmp_path):
+def testwandb_mode__decided_before_training(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert _wandb_mode()[0] == "offline"
-    assert "no API key" in _wandb_mode()[1]
+    assert wandb_mode()[0] == "offline"
+    assert "no API key" in wandb_mode()[1]
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        assert _wandb_mode() == ("offline", "127.0.0.1 cannot be reached")
+        assert wandb_mode() == ("offline", "127.0.0.1 cannot be reached")
         listener.listen()
-        assert _wandb_mode() == ("online", None)
+        assert wandb_mode() == ("online", None)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert _wandb_mode() == ("offline", None)
+    assert wandb_mode() == ("offline", None)
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(ValueError, match="WANDB_MODE=sideways"):
-        _wandb_mode()
+        wandb_mode()
 
 
 def test_wandb__a_server_that_does_not_answer_leads_to_an_offline_run(tmp_path, monkeypatch, caplog):
@@ -120,10 +122,11 @@ def test_wandb__a_server_that_does_not_answer_leads_to_an_offline_run(tmp_path, 
         def experiment(self):
             if self.settings.mode == "online":
                 raise TimeoutError("run initialization has timed out after 20.0 sec")
+            return SimpleNamespace(define_metric=lambda *_, **__: None)
 
-    monkeypatch.setattr(loggers, "WandbLogger", Recorded)
-    monkeypatch.setattr(loggers, "_wandb_mode", lambda: ("online", None))
-    loggers.wandb(str(tmp_path / "run"), finish_timeout=7)
+    monkeypatch.setattr(wandb_logger, "WandbLogger", Recorded)
+    monkeypatch.setattr(wandb_logger, "wandb_mode", lambda: ("online", None))
+    wandb_logger.wandb(str(tmp_path / "run"), finish_timeout=7)
     identity = (tmp_path / "run" / "wandb_id.txt").read_text()
     assert started == [("online", 20, 7, identity), ("offline", 20, 7, identity)]
     assert caplog.text.count("timed out after 20.0 sec") == 1
@@ -173,7 +176,7 @@ def test_several_loggers__without_key_and_network(tmp_path):
 
     events = EventAccumulator(str(directory / "tensorboard")).Reload()
     assert events.Scalars("train/loss")[0].value == pytest.approx(expected["train/loss"], rel=1e-4)
-    assert events.Tags()["images"] == ["first_batch"]
+    assert sorted(events.Tags()["images"]) == ["first_batch", "predictions"]
 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         rows = database.execute("select value from metrics where key = 'val/top5_ema'").fetchall()
@@ -193,17 +196,6 @@ def test_several_loggers__without_key_and_network(tmp_path):
     assert steps == [(2,)]
 
 
-@contextmanager
-def wandb_server(handler):
-    """Start a server with `handler`; yield the environment variables that make W&B use it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
-    finally:
-        server.shutdown()
-
-
 @pytest.mark.slow
 def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
     class Refusing(BaseHTTPRequestHandler):
@@ -216,7 +208,8 @@ def test_wandb__a_refusing_server_does_not_stop_the_training(tmp_path):
         def log_message(self, *_):
             pass
 
-    with wandb_server(Refusing) as variables:
+    with serve(Refusing) as server:
+        variables = variables_of(server)
         result = run("train.py", "logger=wandb", *QUICK, logs=tmp_path, fresh=True, COLUMNS="400", **variables)
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("stored offline") == 1
@@ -252,7 +245,8 @@ def test_wandb__a_server_that_fails_later_does_not_stop_the_training(tmp_path):
             pass
 
     options = ("logger=wandb", *QUICK, "epochs=3", "logger.wandb.finish_timeout=5")
-    with wandb_server(Failing) as variables:
+    with serve(Failing) as server:
+        variables = variables_of(server)
         result = run("train.py", *options, logs=tmp_path, fresh=True, WANDB_MODE="online", **variables)
     assert result.returncode == 0, result.stderr
     assert Failing.failed

@@ -25,7 +25,8 @@ from vitrail.data.sampling import Draw
 from vitrail.data.sources import Split
 from vitrail.errors import ConfigError
 from vitrail.models.pretrained import PretrainedClassifier
-from vitrail.reporting.label_maps import annotation_report, preview
+from vitrail.reporting.annotation import annotation_report
+from vitrail.reporting.label_maps import preview
 from vitrail.runs.config import check_choices, check_keys, instantiate, plain
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.processes import run_processes

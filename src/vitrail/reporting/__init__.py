@@ -5,11 +5,16 @@ from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
 from vitrail.reporting.pictures import FirstBatchPicture
 from vitrail.reporting.tables import training_report
+from vitrail.reporting.validation_pictures import AttentionPicture, PredictionPicture
+from vitrail.reporting.wandb_dashboard import WandbDashboard
 
 __all__ = [
+    "AttentionPicture",
     "Evaluation",
     "FirstBatchPicture",
     "LabelMapPicture",
+    "PredictionPicture",
+    "WandbDashboard",
     "evaluation_figure",
     "evaluation_report",
     "training_report",

@@ -15,15 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Group
-from rich.text import Text
 from torch import Tensor
 
 from vitrail.data import Augmentation, MixToken
 from vitrail.data.dataset import TrainingTransform, ViewDataset
 from vitrail.data.images import as_image
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore, token_targets
-from vitrail.data.label_maps.checks import Agreement
 from vitrail.data.mixing import Mixing
 from vitrail.data.render import PILRenderer
 from vitrail.data.sampling import Draw, sample_of
@@ -31,16 +28,15 @@ from vitrail.data.sources import Split
 from vitrail.errors import ImageError
 from vitrail.models.heads import token_grid
 from vitrail.objectives.contract import uses_of
+from vitrail.reporting.colours import RGB, class_colours
 from vitrail.reporting.pictures import denormalise, log_picture
 from vitrail.reporting.tables import describe
 from vitrail.training import ImageClassifier
 from vitrail.types import InputSpec, LabelMap, Sample
 from vitrail_runtime.checking import PositiveInt, checked
-from vitrail_runtime.invocation import shown_command
-from vitrail_runtime.tables import PlainTable
 
 _PANEL, _GAP, _LEGEND, _HEAD, _FOOT = 168, 6, 236, 40, 18  # pixels
-_COLOURS = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
+_LISTED = 7  # classes in the legend of a row
 _OTHERS = (128, 128, 128)
 _TITLES = ("image", "label map", "network input", "token targets", "after MixToken")
 
@@ -121,8 +117,8 @@ def label_map_sheet(
 ) -> Image.Image:
     """Draw one row per image: the image, its map, the network's input, its token targets, and both after MixToken.
 
-    Colours are classes, paler for lower probabilities. The legend of each row lists the classes with their share of the
-    map's cells.
+    Colours are classes, the same in all rows, and paler for lower probabilities. The legend of each row lists its main
+    classes with their share of the map's cells.
 
     Args:
         dataset: training images with label maps.
@@ -153,13 +149,19 @@ def label_map_sheet(
     draw.text((_GAP, 4), _about(store), "black", font)
     for number, title in enumerate(panels):
         draw.text((_GAP + number * step, 22), title, "black", font)
+    records = [int(dataset.maps.records[index]) for index in drawn]
+    annotations = [_best(_probabilities(*store[record], store.num_classes)) for record in records]
+    boxes = [_box_of_tokens(mixing, grid, row) if mixing else (0.0, 0.0, 0.0, 0.0) for row in range(len(drawn))]
+    partners = [*reversed(targets)]
+    mixtures = [
+        TokenGrid(*map(partial(_swap, box=box), target, partner))
+        for target, partner, box in zip(targets, partners, boxes, strict=True)
+    ]
+    listed = [_main_classes(*grids) for grids in zip(annotations, targets, mixtures, strict=True)]
+    colours = class_colours(index for row in listed for index in row)
     for row, index in enumerate(drawn):
-        sample = originals[index]
-        annotation = _best(_probabilities(*store[int(dataset.maps.records[index])], store.num_classes))
+        sample, annotation, mixed, box = originals[index], annotations[row], mixtures[row], boxes[row]
         mirror = len(drawn) - 1 - row
-        box = _box_of_tokens(mixing, grid, row) if mixing else (0.0, 0.0, 0.0, 0.0)
-        mixed = TokenGrid(*map(partial(_swap, box=box), targets[row], targets[mirror]))
-        colours = _colours(annotation, targets[row], mixed)
         view = Image.fromarray(seen[row])
         whole = as_image(sample.image).resize((_PANEL, _PANEL), Image.Resampling.BOX)
         annotated = _overlay(whole, annotation, colours, _covered(store, as_image(sample.image)))
@@ -172,7 +174,8 @@ def label_map_sheet(
             sheet.paste(picture.resize((_PANEL, _PANEL), Image.Resampling.BOX), (_GAP + number * step, top))
         label = classes[sample.label] if classes else ""
         draw.text((_GAP, top + _PANEL + 1), f"{sample.key}  {label}"[:110], "black", font)
-        _legend(draw, font, (sheet.width - _LEGEND, top), annotation, colours, names)
+        shown = {index: colours[index] for index in listed[row]}
+        _legend(draw, font, (sheet.width - _LEGEND, top), annotation, shown, names)
     return sheet
 
 
@@ -213,12 +216,11 @@ def _best(probabilities: Tensor) -> TokenGrid:
     return TokenGrid(indices.numpy(), values.numpy())
 
 
-def _colours(*grids: TokenGrid) -> dict[int, tuple[int, int, int]]:
-    """Return a colour for each of the classes with the highest total probability in these grids, in that order."""
+def _main_classes(*grids: TokenGrid) -> list[int]:
+    """Return the classes with the highest total probability in these grids, in that order."""
     best = np.concatenate([grid.best.ravel() for grid in grids])
     weight = np.bincount(best, np.concatenate([grid.probability.ravel() / grid.best.size for grid in grids]))
-    order = np.argsort(-weight, kind="stable")[: len(_COLOURS)]
-    return {int(index): colour for index, colour in zip(order, _COLOURS, strict=False) if weight[index] > 0}
+    return [int(index) for index in np.argsort(-weight, kind="stable")[:_LISTED] if weight[index] > 0]
 
 
 def _covered(store: LabelMapStore, image: Image.Image) -> tuple[float, float, float, float]:
@@ -233,7 +235,7 @@ def _covered(store: LabelMapStore, image: Image.Image) -> tuple[float, float, fl
 def _overlay(
     picture: Image.Image,
     grid: TokenGrid,
-    colours: dict[int, tuple[int, int, int]],
+    colours: dict[int, RGB],
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
 ) -> Image.Image:
     """Return the picture in grey, with the colour of the most likely class over each cell."""
@@ -270,7 +272,7 @@ def _legend(
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
     corner: tuple[int, int],
     grid: TokenGrid,
-    colours: dict[int, tuple[int, int, int]],
+    colours: dict[int, RGB],
     names: Sequence[str],
 ) -> None:
     """Draw the legend: each colour's class, its share of the cells and its mean probability there."""
@@ -280,25 +282,3 @@ def _legend(
         draw.rectangle((x, y + 22 * number + 3, x + 12, y + 22 * number + 15), fill=colour)
         share = f"{cells.mean():.0%}, p {grid.probability[cells].mean():.2f}" if cells.any() else "elsewhere"
         draw.text((x + 18, y + 22 * number + 2), f"{describe(names[index])[:20]}  {share}", "black", font)
-
-
-def annotation_report(store: LabelMapStore, agreement: Agreement | None, classes: Sequence[str]) -> Group:
-    """Return a summary of label maps: contents, agreement with the labels, and the command to train with them."""
-    table = PlainTable(title=f"Label maps of {len(store):,} images", show_header=False, title_style="bold")
-    table.add_row("annotator", str(store.about.get("annotator")))
-    table.add_row("cells", f"{store.grid[0]} x {store.grid[1]}, {store.about.get('coverage')}")
-    table.add_row("stored", f"top {store.top_k} of {store.num_classes} classes")
-    where = Text(f"{'label maps':<13} {store.path}", no_wrap=True, overflow="ignore")
-    if agreement is None:
-        table.add_row("agreement", "unknown: the annotator's classes are not the data's")
-        return Group(table, where)
-    table.add_row("pooled top-1", f"{agreement.top1:.2%} predict the true class")
-    table.add_row("cells", f"{agreement.cells_without:.2%} lack the true class")
-    worst = PlainTable(title="Classes with the lowest agreement", title_style="bold")
-    for name in ("class", "images", "agree", "mostly predicted"):
-        worst.add_column(name, justify="left" if name in ("class", "mostly predicted") else "right")
-    for label, images, share, predicted in agreement.worst(10):
-        worst.add_row(describe(classes[label]), str(images), f"{share:.1%}", describe(classes[predicted]))
-    recipe = "model=lvvit_s objective=token_labeling augment=lvvit"
-    use = f"{shown_command('train')} data=... {recipe} data.label_maps={store.path}"
-    return Group(table, worst, where, Text(f"{'train':<13} {use}", no_wrap=True, overflow="ignore"))

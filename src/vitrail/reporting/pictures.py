@@ -5,13 +5,14 @@ Shapes: B images of H x W pixels.
 
 import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -52,15 +53,24 @@ class FirstBatchPicture(L.Callback):
             log_picture(logger, picture, "first_batch")
 
 
-def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
-    """Log a picture if the logger supports pictures."""
+def log_picture(logger: Any, picture: Image.Image, name: str, epoch: int | None = None) -> None:
+    """Log a picture if the logger supports pictures; with `epoch` (from 0) as one of a series."""
+    file = f"{name}.png" if epoch is None else f"{name}/{name}_{epoch + 1:03}.png"
     acts: dict[str, Callable[[], Any]] = {
-        "WandbLogger": lambda: logger.log_image(key=name, images=[picture]),
-        "TensorBoardLogger": lambda: logger.experiment.add_image(name, np.asarray(picture), dataformats="HWC"),
-        "MLFlowLogger": lambda: logger.experiment.log_image(logger.run_id, picture, f"{name}.png"),
+        "WandbLogger": lambda: _log_to_wandb(logger, picture, name, epoch),
+        "TensorBoardLogger": lambda: logger.experiment.add_image(name, np.asarray(picture), epoch, dataformats="HWC"),
+        "MLFlowLogger": lambda: logger.experiment.log_image(logger.run_id, picture, file),
     }
     if act := acts.get(type(logger).__name__):
         getattr(logger, "attempt", lambda act: act())(act)
+        logger.pictures = list(dict.fromkeys([*getattr(logger, "pictures", ()), name]))  # for W&B's dashboard
+
+
+def _log_to_wandb(logger: Any, picture: Image.Image, name: str, epoch: int | None) -> None:
+    import wandb
+
+    series = {} if epoch is None else {"epoch": epoch}
+    logger.experiment.log({name: [wandb.Image(picture)], **series})
 
 
 def batch_grid(
@@ -75,8 +85,13 @@ def batch_grid(
         std: standard deviation of the normalisation, per channel.
         count: maximum number of images.
     """
-    images = denormalise(batch.image[:count], mean, std)
     labels = TargetBuilder.class_labels(batch, len(classes))
+    images = denormalise(batch.image[:count], mean, std)
+    return image_grid(images, [_caption(labels[number], classes) for number in range(len(images))])
+
+
+def image_grid(images: NDArray[np.uint8], captions: Sequence[str], colours: Sequence[str] | None = None) -> Image.Image:
+    """Draw images (B, H, W, 3) in rows of eight, each with up to two lines of caption in its colour; None for black."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (_TILE + 4) + 4, rows * (_TILE + _CAPTION + 4) + 4), "white")
@@ -86,11 +101,11 @@ def batch_grid(
         tile = Image.fromarray(image)
         tile = tile.resize((_TILE, _TILE), Image.Resampling.NEAREST if max(tile.size) < _TILE else Image.Resampling.BOX)
         sheet.paste(tile, (x, y))
-        draw.text((x, y + _TILE + 2), _caption(labels[number], classes), fill="black", font=font)
+        draw.text((x, y + _TILE + 2), captions[number], fill=colours[number] if colours else "black", font=font)
     return sheet
 
 
-def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.uint8]:
     """Convert normalised images (B, 3, H, W) to pixels (B, H, W, 3), uint8."""
     images = images.detach().float().cpu()
     scaled = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]

@@ -32,6 +32,7 @@ class RunDirectory:
     overrides.txt     the command line's overrides    checkpoints/       last.ckpt and best.ckpt
     versions.yaml     git commit, packages, machine   train.log          log messages and tracebacks
     results.json      best and last metrics           first_batch.png    first training batch
+                                                      predictions.png    last predictions of validation images
     ```
 
     Args:

@@ -2,26 +2,22 @@
 
 import csv
 import logging
-import netrc
 import os
-import secrets
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitrail.errors import ConfigError
 from vitrail.runs.directory import is_rank_zero
+from vitrail.runs.tolerant import tolerant
+from vitrail.runs.wandb_logger import wandb
 from vitrail_runtime.checking import checked
-from vitrail_runtime.secrets import redacted_arguments
+
+__all__ = ["MetricsCSV", "mlflow", "tensorboard", "wandb"]
 
 log = logging.getLogger(__name__)
-
-_WANDB_SERVER = "https://api.wandb.ai"
 
 
 class MetricsCSV(Logger):
@@ -98,143 +94,6 @@ class MetricsCSV(Logger):
     def best(self, metric: str) -> float | None:
         """Return the highest value of `metric` over all epochs; None if it was never logged."""
         return max((row[metric] for row in self.rows.values() if metric in row), default=None)
-
-
-class Tolerant(Logger):
-    """Mixin for loggers that may lose their server: a failure disables the logger, and the training continues.
-
-    The metrics are in `metrics.csv` in any case.
-    """
-
-    failed = False
-
-    def attempt(self, act: Callable[[], Any]) -> None:
-        """Call `act` unless this logger has failed before; log a warning at the first failure."""
-        if self.failed:
-            return
-        try:
-            act()
-        except Exception as error:  # each package raises its own error types
-            self.failed = True
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            kind = type(self).__name__.removesuffix("Logger")
-            log.warning(
-                "%s failed (%s); the run continues without it, and metrics.csv has all metrics", kind, reason[0]
-            )
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log metrics, unless the logger has failed."""
-        self.attempt(lambda: super(Tolerant, self).log_metrics(metrics, step))  # type: ignore[safe-super]
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Log hyperparameters, unless the logger has failed."""
-        self.attempt(lambda: super(Tolerant, self).log_hyperparams(*args, **kwargs))  # type: ignore[safe-super]
-
-    def save(self) -> None:
-        """Save, unless the logger has failed."""
-        self.attempt(lambda: super(Tolerant, self).save())
-
-    def finalize(self, status: str) -> None:
-        """Finalise, unless the logger has failed."""
-        self.attempt(lambda: super(Tolerant, self).finalize(status))
-
-
-def tolerant(logger: Any) -> Any:
-    """Add `Tolerant` to one of Lightning's loggers, in place; its class keeps its name."""
-    kind = type(logger)
-    logger.__class__ = type(kind.__name__, (Tolerant, kind), {})
-    return logger
-
-
-@checked
-def wandb(
-    run_dir: str, project: str | None = None, entity: str | None = None, finish_timeout: float = 300, **kwargs: Any
-) -> WandbLogger:
-    """Create a Weights & Biases logger: online if there is a key and a connection, otherwise offline.
-
-    Offline runs are stored in the run directory. The W&B run id is saved in `wandb_id.txt`, so that a resumed training
-    continues the same W&B run.
-
-    Args:
-        run_dir: run directory.
-        project: W&B project.
-        entity: W&B user or team.
-        finish_timeout: seconds to wait at the end for the upload to finish; metrics.csv has the metrics in any case.
-        kwargs: further arguments of `wandb.init` (`tags`, `notes`, `group`, ...).
-
-    Raises:
-        ConfigError: `WANDB_MODE` is invalid.
-    """
-    import wandb as package
-
-    directory = Path(run_dir)
-    id_file = directory / "wandb_id.txt"
-    if is_rank_zero() and not id_file.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(secrets.token_hex(4))
-
-    def logger(mode: str) -> WandbLogger:
-        return WandbLogger(
-            save_dir=run_dir,
-            name=directory.name,
-            id=id_file.read_text().strip() if id_file.is_file() else None,
-            project=project,
-            entity=entity,
-            resume="allow",
-            # A server that does not answer must not block the training.
-            settings=package.Settings(
-                mode=mode, init_timeout=20, finish_timeout=finish_timeout, silent=mode != "online", console="off"
-            ),
-            **kwargs,
-        )
-
-    mode, reason = _wandb_mode()
-    if mode == "online" and is_rank_zero():
-        try:
-            online = logger("online")
-            with redacted_arguments():
-                _ = online.experiment  # connects and sends the command line
-            return tolerant(online)
-        except Exception as error:  # wandb raises its own errors, those of requests, and built-in ones
-            package.teardown()  # otherwise the run id would still be in use
-            mode, reason = "offline", f"the server refused or did not answer ({str(error).splitlines()[0]})"
-    if reason:
-        log.warning(
-            "logger=wandb: %s; the run is stored offline. Upload it with `wandb sync %s/wandb/*`.", reason, run_dir
-        )
-    offline = logger(mode)
-    if is_rank_zero():
-        with redacted_arguments():
-            _ = offline.experiment
-    return tolerant(offline)
-
-
-def _wandb_mode() -> tuple[str, str | None]:
-    """Return W&B's mode, and the reason if it is offline although nobody asked for that.
-
-    This is decided before wandb starts: online and without a network, wandb blocks for minutes and then raises.
-    """
-    if chosen := os.environ.get("WANDB_MODE"):
-        if chosen not in ("online", "offline", "disabled", "shared"):
-            raise ConfigError(f"WANDB_MODE={chosen}: must be online, offline or disabled.")
-        if chosen != "online":
-            return chosen, None
-    server = urlparse(os.environ.get("WANDB_BASE_URL") or _WANDB_SERVER)
-    if not os.environ.get("WANDB_API_KEY") and not _has_netrc_entry(server.hostname or ""):
-        return "offline", "no API key (WANDB_API_KEY in .env, or `wandb login`)"
-    port = server.port or (80 if server.scheme == "http" else 443)
-    try:
-        socket.create_connection((server.hostname or "", port), timeout=3).close()
-    except OSError:
-        return "offline", f"{server.hostname} cannot be reached"
-    return "online", None
-
-
-def _has_netrc_entry(host: str) -> bool:
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @checked

@@ -1,0 +1,117 @@
+"""Where a ViT's class token looks: attention of the last block, and attention rollout.
+
+Rollout follows Abnar and Zuidema (Quantifying Attention Flow in Transformers, arXiv:2005.00928): attention averaged
+over heads, half of it replaced by the identity for the residual connection, multiplied over all blocks.
+
+Shapes: B images, P prefix tokens, N patch tokens, T = P + N, H heads, Q queries (T, or 1 where a last block computes
+only the class token).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitrail.errors import ConfigError
+from vitrail.models.heads import token_grid
+
+
+@torch.no_grad()
+def attention_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the attention (B, Q, T) of each block over all patch tokens, averaged over heads, in float32.
+
+    The forward pass runs in evaluation mode. Attention within windows or among other tokens is left out.
+
+    Args:
+        model: ViT of timm or vitrail.
+        images: images (B, 3, H, W).
+
+    Raises:
+        ConfigError: the last attention of the backbone is not over all its patch tokens.
+    """
+    refusal = f"{type(model).__name__} has no attention over all its patch tokens."
+    try:
+        rows, columns = token_grid(model, (images.shape[-2], images.shape[-1]))
+    except ConfigError as error:
+        raise ConfigError(refusal) from error
+    tokens = rows * columns + getattr(model, "num_prefix_tokens", 0)
+    training = model.training
+    model.eval()
+    try:
+        with _AttentionRecorder() as recorder:
+            model(images)
+    finally:
+        model.train(training)
+    if not recorder.weights or recorder.weights[-1].shape[::2] != (len(images), tokens):
+        raise ConfigError(refusal)
+    return [weights for weights in recorder.weights if weights.shape[2] == tokens]
+
+
+def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the class token's attention to the patches in the last block, (B, rows, columns); each map sums to 1.
+
+    Without a class token, it is the mean attention of all tokens.
+
+    Raises:
+        ConfigError: the last attention of the backbone is not over all its patch tokens.
+    """
+    return maps_of(attention_weights(model, images)[-1], model, images)
+
+
+def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the rollout of attention from the class token to the patches, (B, rows, columns); each map sums to 1.
+
+    Without a class token, it is the mean over all tokens.
+
+    Raises:
+        ConfigError: the last attention of the backbone is not over all its patch tokens.
+    """
+    return maps_of(rollout(attention_weights(model, images)), model, images)
+
+
+def rollout(weights: Sequence[Tensor]) -> Tensor:
+    """Return the product (B, Q, T) of the attention (B, Q, T) of all blocks, each with its residual connection."""
+    flow: Tensor | None = None
+    for attention in weights:
+        queries, tokens = attention.shape[1:]
+        mixed = (attention + torch.eye(queries, tokens, device=attention.device)) / 2
+        flow = mixed if flow is None else mixed @ flow
+    assert flow is not None
+    return flow / flow.sum(-1, keepdim=True)
+
+
+def maps_of(flow: Tensor, model: nn.Module, images: Tensor) -> Tensor:
+    """Return the patches' part of flow (B, Q, T) from the class token as maps (B, rows, columns) that sum to 1."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    uses_class_token = prefix > 0 and getattr(model, "global_pool", "token") == "token"
+    row = flow[:, 0] if uses_class_token else flow.mean(1)
+    patches = row[:, prefix:]
+    grid = token_grid(model, (images.shape[-2], images.shape[-1]))
+    return (patches / patches.sum(1, keepdim=True)).unflatten(1, grid)
+
+
+class _AttentionRecorder(TorchFunctionMode):
+    """Record the weights of each call of scaled_dot_product_attention, which does not return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        if func is F.scaled_dot_product_attention and given["query"].ndim == 4:
+            self.weights.append(_weights(given["query"], given["key"], given.get("attn_mask"), given.get("scale")))
+        return func(*args, **(kwargs or {}))
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Return softmax(q k^T) of q (B, H, Q, D) and k (B, H, T, D) as (B, Q, T), averaged over heads."""
+    scores = (q.float() @ k.float().mT) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, Q, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).mean(1)

@@ -1,0 +1,129 @@
+"""Pictures of the first validation images every few epochs: predictions, and where the network looks.
+
+Shapes: B images of H x W pixels, C classes.
+"""
+
+import logging
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from PIL import Image
+from torch import Tensor
+
+from vitrail.errors import ConfigError
+from vitrail.models.attention_maps import attention_weights, maps_of, rollout
+from vitrail.reporting.attention import attention_sheet
+from vitrail.reporting.pictures import denormalise, image_grid, log_picture
+from vitrail.reporting.tables import describe
+from vitrail.training import ImageClassifier
+from vitrail.types import IGNORE, Batch
+from vitrail_runtime.checking import PositiveInt, checked
+
+log = logging.getLogger(__name__)
+
+
+class ValidationPicture(L.Callback):
+    """Base of callbacks that draw the first validation images every few epochs and after the last one.
+
+    The pictures are of the raw weights. Loggers keep all of them, the file the last one.
+    """
+
+    name = ""
+    """Name of the picture for loggers, and of the callback in the config."""
+
+    def __init__(self, path: str | Path, every: int | None, count: int) -> None:
+        self.path, self.every, self.count = Path(path), every, count
+
+    def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
+        """Return the picture of a batch; all processes call this, because a sharded model needs them."""
+        raise NotImplementedError
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self,
+        trainer: L.Trainer,
+        pl_module: ImageClassifier,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the first batch if it is this epoch's turn."""
+        epoch = trainer.current_epoch + 1
+        if self.every is None or batch_idx > 0 or trainer.sanity_checking:
+            return
+        if epoch % self.every and epoch != trainer.max_epochs:
+            return
+        try:
+            with trainer.precision_plugin.val_step_context():
+                picture = self.draw(pl_module, batch, trainer.datamodule)  # type: ignore[attr-defined]
+        except ConfigError as error:
+            log.warning("callbacks.%s: %s", self.name, error)
+            self.every = None
+            return
+        if trainer.is_global_zero:
+            picture.save(self.path)
+            for logger in trainer.loggers:
+                log_picture(logger, picture, self.name, trainer.current_epoch)
+
+
+@checked
+class PredictionPicture(ValidationPicture):
+    """Callback that draws validation images with their most likely class, red if it is wrong, and their label.
+
+    Args:
+        path: file of the last picture.
+        every: epochs between two pictures; None for none.
+        count: maximum number of images.
+    """
+
+    name = "predictions"
+
+    def __init__(self, path: str | Path, every: PositiveInt | None = None, count: PositiveInt = 24) -> None:
+        super().__init__(path, every, count)
+
+    def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
+        """Return the picture of a batch; the whole batch is computed, so that nothing is compiled for another size."""
+        probabilities = module(batch.image)[: self.count].float().softmax(-1).cpu()
+        labels = batch.label[: self.count].tolist()
+        best = probabilities.max(-1)
+        captions = [
+            _caption(probability, data.classes[index], None if label == IGNORE else data.classes[label])
+            for probability, index, label in zip(best.values.tolist(), best.indices.tolist(), labels, strict=True)
+        ]
+        wrong = [label not in (IGNORE, index) for index, label in zip(best.indices.tolist(), labels, strict=True)]
+        images = denormalise(batch.image[: self.count], data.input.mean, data.input.std)
+        return image_grid(images, captions, ["firebrick" if is_wrong else "black" for is_wrong in wrong])
+
+
+@checked
+class AttentionPicture(ValidationPicture):
+    """Callback that draws where a ViT's class token looks: attention of the last block, and rollout.
+
+    Args:
+        path: file of the last picture.
+        every: epochs between two pictures; None for none.
+        count: maximum number of images.
+    """
+
+    name = "attention"
+
+    def __init__(self, path: str | Path, every: PositiveInt | None = None, count: PositiveInt = 6) -> None:
+        super().__init__(path, every, count)
+
+    def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
+        """Return the picture of a batch.
+
+        Raises:
+            ConfigError: the last attention of the backbone is not over all its patch tokens.
+        """
+        images = batch.image[: self.count]
+        weights = attention_weights(module.model, images)
+        maps: list[Tensor] = [maps_of(flow, module.model, images) for flow in (weights[-1], rollout(weights))]
+        return attention_sheet(denormalise(images, data.input.mean, data.input.std), maps)
+
+
+def _caption(probability: float, predicted: str, label: str | None) -> str:
+    shown = f"{textwrap.shorten(describe(predicted), 18, placeholder='…')}, p {probability:.2f}"
+    return shown if label is None else f"{shown}\nlabel {textwrap.shorten(describe(label), 18, placeholder='…')}"

@@ -1,0 +1,114 @@
+"""Pictures of predictions and of a ViT's attention, and the callbacks that draw them during a training."""
+
+import numpy as np
+import timm
+import torch
+from lightning.pytorch.loggers import Logger
+from PIL import Image
+
+from small_training import build, trainer
+from vitrail.reporting import AttentionPicture, PredictionPicture
+from vitrail.reporting.attention import attention_sheet, heat_overlay
+from vitrail.training import CosineSchedule, OptimizerFactory
+
+
+def test_overlay__red_where_the_map_is_largest():
+    heat = torch.zeros(2, 2)
+    heat[0, 1] = 0.25
+    overlay = np.asarray(heat_overlay(Image.new("RGB", (40, 40), (128, 128, 128)), heat)).astype(int)
+    high, low = overlay[2, 37], overlay[37, 2]
+    assert high[0] - high[2] > 30
+    assert low[2] - low[0] > 0
+    even = np.asarray(heat_overlay(Image.new("RGB", (40, 40)), torch.ones(2, 2)))
+    assert (even == even[0, 0]).all()
+
+
+def test_sheet__one_row_per_image_and_one_panel_per_map():
+    pixels = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255)])
+    maps = [torch.rand(2, 4, 4), torch.rand(2, 4, 4)]
+    sheet = attention_sheet(pixels, maps)
+    assert sheet.size == (6 + 3 * 174, 22 + 2 * 174)
+    assert sheet.getpixel((90, 100)) == (0, 0, 0)
+    assert sheet.getpixel((90, 274)) == (255, 255, 255)
+
+
+class Kept(Logger):
+    """Keeps the epochs of the pictures that it gets, as TensorBoard's logger does."""
+
+    name, version = "kept", 0
+
+    def __init__(self):
+        super().__init__()
+        self.epochs, self.experiment = [], self
+
+    def log_hyperparams(self, params):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def add_image(self, name, pixels, epoch, dataformats):
+        self.epochs.append((name, epoch))
+
+
+Kept.__name__ = "TensorBoardLogger"
+
+
+def run(tmp_path, callback, epochs=3, model=None):
+    """Train, and return the names and epochs (from 0) of the logged pictures."""
+    module, data = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
+    module.model = model or module.model
+    fit = trainer(tmp_path, [callback], max_epochs=epochs, limit_train_batches=1, limit_val_batches=2)
+    fit.loggers = [Kept()]
+    fit.fit(module, datamodule=data)
+    assert callback.path.is_file() == bool(fit.logger.epochs)
+    return fit.logger.epochs
+
+
+def test_callback__every_second_epoch_and_the_last(tmp_path):
+    callback = AttentionPicture(tmp_path / "attention.png", every=2, count=3)
+    assert run(tmp_path, callback) == [("attention", 1), ("attention", 2)]
+    assert Image.open(tmp_path / "attention.png").height == 22 + 3 * 174
+
+
+def test_callback__none_if_every_is_null(tmp_path):
+    assert run(tmp_path, AttentionPicture(tmp_path / "attention.png"), epochs=1) == []
+
+
+def test_callback__a_cnn_is_one_warning(tmp_path, caplog):
+    model = timm.create_model("test_resnet", num_classes=10)
+    assert run(tmp_path, AttentionPicture(tmp_path / "attention.png", every=1), epochs=2, model=model) == []
+    assert [record.getMessage() for record in caplog.records if "attention" in record.getMessage()] == [
+        "callbacks.attention: ResNet has no attention over all its patch tokens."
+    ]
+
+
+def test_callback__draws_the_same_as_without_it(tmp_path):
+    """The callback changes neither weights nor random numbers."""
+    results = []
+    for name, callback in (("with", AttentionPicture(tmp_path / "attention.png", every=1)), ("without", None)):
+        module, data = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
+        (tmp_path / name).mkdir()
+        limits = {"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 2}
+        trainer(tmp_path / name, [callback] if callback else [], **limits).fit(module, datamodule=data)
+        results.append(torch.cat([value.detach().flatten() for value in module.model.parameters()]))
+    assert torch.equal(*results)
+
+
+def test_predictions__red_where_they_are_wrong(tmp_path):
+    """A network that always predicts class 3: only the captions of images of another class are red."""
+    module, data = build()
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    module.forward = lambda images: torch.nn.functional.one_hot(torch.full((len(images),), 3), 10) * 5.0
+    picture = PredictionPicture(tmp_path / "predictions.png", every=1, count=8).draw(module, batch, data)
+    captions = np.asarray(picture).astype(int)[150:]
+    for number, label in enumerate(batch.label[:8].tolist()):
+        part = captions[:, 4 + 148 * number : 148 * (number + 1)]
+        is_red = ((part[..., 0] - part[..., 1]) > 80).any()
+        assert is_red == (label != 3), number
+
+
+def test_predictions__of_a_training(tmp_path):
+    callback = PredictionPicture(tmp_path / "predictions.png", every=10, count=3)
+    assert run(tmp_path, callback, epochs=2) == [("predictions", 1)]
