@@ -4,11 +4,13 @@ from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
 from vitrail.reporting.pictures import FirstBatchPicture
+from vitrail.reporting.segmentation import FirstMasksPicture
 from vitrail.reporting.tables import training_report
 
 __all__ = [
     "Evaluation",
     "FirstBatchPicture",
+    "FirstMasksPicture",
     "LabelMapPicture",
     "evaluation_figure",
     "evaluation_report",

@@ -5,7 +5,7 @@ Shapes: B images of H x W pixels.
 
 import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,14 @@ class FirstBatchPicture(L.Callback):
         """Draw the first batch, unless the run is resumed."""
         if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        picture = batch_grid(batch, data.classes, data.input.mean, data.input.std, self.count)
+        picture = self.draw(batch, trainer.datamodule)  # type: ignore[attr-defined]
         picture.save(self.path)
         for logger in trainer.loggers:
             log_picture(logger, picture, "first_batch")
+
+    def draw(self, batch: Batch, data: Any) -> Image.Image:
+        """Return the picture of a batch of `data`, a data module."""
+        return batch_grid(batch, data.classes, data.input.mean, data.input.std, self.count)
 
 
 def log_picture(logger: Any, picture: Image.Image, name: str) -> None:
@@ -75,8 +78,13 @@ def batch_grid(
         std: standard deviation of the normalisation, per channel.
         count: maximum number of images.
     """
-    images = denormalise(batch.image[:count], mean, std)
     labels = TargetBuilder.class_labels(batch, len(classes))
+    images = denormalise(batch.image[:count], mean, std)
+    return tiles(images, [_caption(label, classes) for label in labels[:count]])
+
+
+def tiles(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """Draw images (B, H, W, 3), uint8, in a grid, each above its caption."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (_TILE + 4) + 4, rows * (_TILE + _CAPTION + 4) + 4), "white")
@@ -86,7 +94,7 @@ def batch_grid(
         tile = Image.fromarray(image)
         tile = tile.resize((_TILE, _TILE), Image.Resampling.NEAREST if max(tile.size) < _TILE else Image.Resampling.BOX)
         sheet.paste(tile, (x, y))
-        draw.text((x, y + _TILE + 2), _caption(labels[number], classes), fill="black", font=font)
+        draw.text((x, y + _TILE + 2), captions[number], fill="black", font=font)
     return sheet
 
 

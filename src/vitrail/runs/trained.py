@@ -226,9 +226,11 @@ def _open_published(
 def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
     """Return the number of classes of the classifier in a checkpoint; None if it has no classifier by timm's name."""
     classifier = getattr(cfg, "classifier", None) or "head"
-    name = classifier if isinstance(classifier, str) else classifier[0]
-    weights = backbone_weights(checkpoint, names=(f"{name}.weight", f"{name}.bias")) if checkpoint else {}
-    return len(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None
+    for name in ("decode_head.conv_seg", classifier if isinstance(classifier, str) else classifier[0]):
+        weights = backbone_weights(checkpoint, names=(f"{name}.weight", f"{name}.bias")) if checkpoint else {}
+        if f"{name}.weight" in weights:
+            return len(weights[f"{name}.weight"])
+    return None
 
 
 @checked
