@@ -15,12 +15,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from vitrail.data.images import as_array
+from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import class_colours
+from vitrail.errors import ImageError
 from vitrail.reporting.pictures import FirstBatchPicture, denormalise, tiles
 from vitrail.training.segmentation import SegmentationScores
 from vitrail.types import MASK_IGNORE, Batch
 from vitrail_runtime.checking import checked
 
+_SIDE = 288  # pixels of an image in a picture of overlays, before it is drawn as a tile
 _SHOWN = 10  # classes in the table of the terminal, from each end
 
 
@@ -57,6 +61,21 @@ def _largest(mask: NDArray[np.integer], classes: Sequence[str]) -> str:
     counts = np.bincount(mask.ravel(), minlength=MASK_IGNORE + 1)[:MASK_IGNORE]
     best = np.argsort(-counts, kind="stable")[:2]
     return "\n".join(f"{counts[index] / mask.size:.2f} {classes[index][:19]}" for index in best if counts[index])
+
+
+def overlays(splits: Sequence[Any], classes: Sequence[str], count: int) -> Image.Image | None:
+    """Draw up to `count` images of each split with their masks, evenly spread; None if none can be read."""
+    drawn, captions = [], []
+    for split in splits:
+        for index in sample_of(len(split), count):
+            try:
+                sample = split[int(index)]
+            except ImageError:
+                continue
+            picture = overlay(as_array(sample.image), sample.mask, len(classes))
+            drawn.append(np.asarray(Image.fromarray(picture).resize((_SIDE, _SIDE))))
+            captions.append(_largest(sample.mask, classes))
+    return tiles(np.stack(drawn), captions) if drawn else None
 
 
 def write_class_scores(scores: SegmentationScores, classes: Sequence[str], path: Path) -> None:

@@ -139,6 +139,8 @@ class SegmentationDataModule(ImageDataModule):
         ConfigError: a value is invalid; the message names its key.
     """
 
+    has_masks = True
+
     def __init__(
         self,
         source: SegmentationFolder,
