@@ -13,9 +13,10 @@ from vitrail.checkpoints.classes import require_same
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
+from vitrail.models.heads import declared_outputs
 from vitrail.objectives import SegmentationLoss
 from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
-from vitrail.reporting.segmentation import segmentation_report, write_class_scores
+from vitrail.reporting.segmentation import MaskWriter, segmentation_report, write_class_scores
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
@@ -106,7 +107,8 @@ def _evaluate_segmentation(
     for name in chosen_sets:
         if trained.path is not None:
             load_checkpoint(trained.model, trained.path, ema=name == "ema", same_classes=True)
-        module = SemanticSegmenter(trained.model, SegmentationLoss(), len(classes), inference)
+        writer = MaskWriter(run.path / f"masks_{name}", len(classes)) if config.masks else None
+        module = SemanticSegmenter(trained.model, SegmentationLoss(), len(classes), inference, writer)
         trainer.validate(module, datamodule=data, verbose=False)
         scores[name] = module.val_metrics.latest
         summary = {key: float(value) for key, value in scores[name].summary().items()}
@@ -190,6 +192,8 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
         data["source"]["value_range"] = data.get("value_range")
     if "skipped_file" in data:  # must not overwrite the training's file
         data["skipped_file"] = str(output_directory() / "skipped.txt")
+    if "masks" in declared_outputs(trained.model) and not trained.is_run:  # evaluation does not augment
+        return instantiate(OmegaConf.create(data), "data", augment=None)
     augmentation = instantiate(OmegaConf.create(augment), "augment")
     return instantiate(OmegaConf.create(data), "data", augment=augmentation)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from vitrail.data.images import as_array
 from vitrail.data.sampling import sample_of
@@ -40,6 +41,27 @@ def save_mask(mask: NDArray[np.integer], path: Path) -> None:
     picture = Image.fromarray(mask.astype(np.uint8))
     picture.putpalette(class_colours(MASK_IGNORE).tobytes() + bytes(3))
     picture.save(path)
+
+
+class MaskWriter:
+    """Writer of predicted masks: `<key>.png` with a palette, and `<key>_overlay.jpg`.
+
+    Args:
+        folder: where to write.
+        num_classes: number of classes, C.
+    """
+
+    def __init__(self, folder: Path, num_classes: int) -> None:
+        self.folder, self.num_classes = folder, num_classes
+
+    def __call__(self, key: str, image: Tensor, predicted: Tensor) -> None:
+        """Write the predicted classes (H, W) of an image (3, H, W), uint8."""
+        path = self.folder / f"{key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask = predicted.cpu().numpy()
+        save_mask(mask, path)
+        drawn = overlay(image.permute(1, 2, 0).cpu().numpy(), mask, self.num_classes)
+        Image.fromarray(drawn).save(path.with_name(f"{path.stem}_overlay.jpg"))
 
 
 @checked

@@ -143,7 +143,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "trainer.limit_train_batches": NonNegative | None,
         "trainer.limit_val_batches": NonNegative | None,
     },
-    "eval": {"seed": NonNegativeInt, "ckpt": _OPTIONAL, "backbone": str},
+    "eval": {"seed": NonNegativeInt, "ckpt": _OPTIONAL, "backbone": str, "masks": bool},
     "annotate": {
         "seed": NonNegativeInt,
         "top_k": PositiveInt,

@@ -170,7 +170,8 @@ def _open_export(
     count = described.get("num_classes") or fed.get("num_classes") or len(classes or ())
     sides = height_width(image_size or arguments.pop("img_size", None) or fed["input_size"][1:])
     arguments.pop("img_size", None)
-    node = {"_target_": "vitrail.models.create_model", "name": described["architecture"], **arguments}
+    target = described.get("vitrail_target", "vitrail.models.create_model")
+    node = {"_target_": target, "name": described["architecture"], **arguments}
     model = build_model(node, count, sides)
     load_checkpoint(model, file or "", same_classes=True, key=key)
     spec = InputSpec(

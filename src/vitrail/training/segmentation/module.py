@@ -3,6 +3,7 @@
 Shapes: B images, C classes, H x W pixels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +28,21 @@ class SemanticSegmenter(ImageClassifier):
         objective: maps (Outputs, Targets) to a dict of losses.
         num_classes: number of classes, C.
         inference: how whole images are predicted.
+        on_prediction: called in evaluation with key, image (3, H, W) and predicted classes (H, W) of each image.
         kwargs: further arguments of `ImageClassifier`.
     """
 
     def __init__(
-        self, model: nn.Module, objective: nn.Module, num_classes: int, inference: DenseInference, **kwargs: Any
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        num_classes: int,
+        inference: DenseInference,
+        on_prediction: Callable[[str, Tensor, Tensor], None] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, objective, num_classes, **kwargs)
-        self.inference = inference
+        self.inference, self.on_prediction = inference, on_prediction
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C, H, W) for images (B, 3, H, W)."""
@@ -50,9 +58,12 @@ class SemanticSegmenter(ImageClassifier):
 
     def measure(self, batch: Batch, metrics: Any) -> None:
         """Update `metrics`, a result of `new_metrics`, with whole images (B, 3, H, W), uint8, and masks (B, H, W)."""
-        for image, mask in zip(batch.image, batch.label, strict=True):
+        for key, image, mask in zip(batch.key, batch.image, batch.label, strict=True):
             idle = self._idle_passes((image.shape[-2], image.shape[-1]))
-            metrics.update(self.inference(self, image).argmax(0), mask)
+            predicted = self.inference(self, image).argmax(0)
+            metrics.update(predicted, mask)
+            if self.on_prediction is not None:
+                self.on_prediction(key, image, predicted)
             for _ in range(idle):
                 self(image.new_zeros(1, 3, *self.inference.window, dtype=self.dtype))
 
