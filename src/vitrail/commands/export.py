@@ -95,7 +95,7 @@ def _run_directory(trained: TrainedModel) -> Path:
 def describe_export(trained: TrainedModel) -> Exported:
     """Collect the metadata of a trained network for the exported files."""
     node, spec = trained.config["model"], trained.input
-    more = {} if spec.value_range is None else {"value_range": list(spec.value_range)}
+    more: dict[str, Any] = {} if spec.value_range is None else {"value_range": list(spec.value_range)}
     fed = {
         "input_size": [3, *spec.size],
         "mean": list(spec.mean),
