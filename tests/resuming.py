@@ -71,12 +71,14 @@ def fit(folder, root, ckpt=None, copies=None, more=()):
     options = (f"callbacks.preemption.minutes={minutes}", f"data.root={root}", "data.num_workers=0")
     trainer, module, data = assemble(new_folder(folder), *RANDOM_DRAWS, *options, *more)
     if copies is not None:
-        _copy_every_save(trainer.strategy.checkpoint_io, copies)
+        copy_every_save(trainer.strategy.checkpoint_io, copies)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return last_checkpoint(folder)
 
 
-def _copy_every_save(checkpoint_io, copies):
+def copy_every_save(checkpoint_io, copies):
+    """Copy each last.ckpt that is written to the folder `copies`, as 01.ckpt, 02.ckpt, ..."""
+
     save = checkpoint_io.save_checkpoint
 
     def save_and_copy(checkpoint, path, storage_options=None):

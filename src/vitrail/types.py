@@ -26,6 +26,9 @@ ImageSize = PositiveInt | Annotated[Sequence[PositiveInt], Length(2)]
 IGNORE = -1
 """Label of a padding sample: losses and metrics skip it."""
 
+MASK_IGNORE = 255
+"""Value of a mask's pixels that are not labelled: losses and metrics skip them."""
+
 TOKEN_WEIGHT = 0.5
 """Weight of the maximum over token logits in the logits of an image (arXiv:2104.10858, official code)."""
 
@@ -152,8 +155,8 @@ class Item(NamedTuple):
 
     image: Any
     """(3, H, W) float32, normalised; on its way to a batch a `vitrail.data.render.Rendered` or `Shipped`."""
-    label: int
-    """Class index, or `IGNORE`."""
+    label: Any
+    """Class index, or `IGNORE`; for segmentation a mask (H, W) uint8."""
     key: str
     label_map: LabelMap | None = None
     view: View | None = None
@@ -187,7 +190,7 @@ class Batch(NamedTuple):
     image: Tensor
     """(B, 3, H, W) float32; mixed once `mix` is set."""
     label: Tensor
-    """(B,) int64 class indices, or `IGNORE`; not mixed."""
+    """(B,) int64 class indices, or `IGNORE`; not mixed. For segmentation masks (B, H, W): classes or `MASK_IGNORE`."""
     key: list[str]
     label_map: LabelMap | None = None
     mix: Mix | None = None
@@ -201,7 +204,7 @@ class Outputs(NamedTuple):
     """
 
     cls: Tensor
-    """Logits (B, C) of the class token or of pooled features."""
+    """Logits (B, C) of the class token or of pooled features; for segmentation (B, C, h, w)."""
     tokens: Tensor | None = None
     """Logits (B, N, C) of the patch tokens."""
     distill: Tensor | None = None
@@ -275,7 +278,7 @@ class Targets(NamedTuple):
     """
 
     cls: Tensor
-    """Class indices (B,) or probabilities (B, C)."""
+    """Class indices (B,) or probabilities (B, C); for segmentation class indices (B, H, W), or `MASK_IGNORE`."""
     tokens: Tensor | SparseTokens | None = None
     """`token_targets`: probabilities (B, N, C) of the patch tokens, dense or sparse; (B, 1, C) if shared."""
     teacher_logits: Tensor | None = None

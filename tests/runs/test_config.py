@@ -79,7 +79,7 @@ def test_every_experiment__its_command_composes_with_known_keys(name):
     overrides = [word for word in shlex.split(command.replace("<", "").replace(">", "")) if "=" in word]
     config = composed(*overrides)
     check_keys(config, "train")
-    assert config.trainer.devices in (1, 8)
+    assert config.trainer.devices in (1, 4, 8)
 
 
 @pytest.mark.parametrize("name", ["default", "smoke"])

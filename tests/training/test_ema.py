@@ -20,7 +20,7 @@ def one_weight(value=0.0):
     """Return a module whose backbone has the single weight `value`."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, value)
-    return SimpleNamespace(model=model, num_classes=10, device=torch.device("cpu"))
+    return SimpleNamespace(model=model, new_metrics=nn.Identity, device=torch.device("cpu"))
 
 
 def started(module, **options):
@@ -91,7 +91,7 @@ def test_averaged__weights_are_exchanged_and_restored_also_after_an_error():
 def test_averaged__tied_weights_are_restored():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     model[1].weight = model[0].weight
-    module = SimpleNamespace(model=model, num_classes=10, device=torch.device("cpu"))
+    module = SimpleNamespace(model=model, new_metrics=nn.Identity, device=torch.device("cpu"))
     ema = started(module)
     nn.init.constant_(model[0].weight, 5)
     with ema.averaged(model):

@@ -24,13 +24,17 @@ from vitrail.data.label_maps.checks import (
     measure_agreement,
 )
 from vitrail.data.sampling import sample_of
+from vitrail.data.segmentation.checks import check_masks
 from vitrail.data.sources import Split, splits_of
 from vitrail.data.sources.folders import describe_ignored
 from vitrail.errors import ConfigError, ImageError
+from vitrail.reporting.segmentation import overlays
 from vitrail.reporting.tables import findings_table
 from vitrail.runs.config import check_keys, instantiate
 from vitrail.runs.logs import set_up_logging
+from vitrail_runtime.allowed_targets import resolve_target
 
+_DRAWN = 8  # images of each split in the picture of overlays
 _FLAT = 2.0  # standard deviation of an image that is nearly one colour, in grey levels of 255
 
 
@@ -49,7 +53,9 @@ def examine(config: DictConfig) -> bool:
 
 def _findings(config: DictConfig) -> Iterator[Finding]:
     try:
-        data: ImageDataModule = instantiate(config.data, "data", augment=Augmentation())
+        has_masks = getattr(resolve_target(str(config.data.get("_target_"))), "has_masks", False)
+        augment = {} if has_masks else {"augment": Augmentation()}
+        data: ImageDataModule = instantiate(config.data, "data", **augment)
         data.prepare_data()
         splits: dict[str, Split] = {name: data.source.open(name) for name in splits_of(data.source)}
     except ConfigError as error:
@@ -57,6 +63,9 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
         return
     counts = ", ".join(f"{len(split):,} {name} images" for name, split in splits.items())
     yield Finding("folders", "ok", f"{counts} of {data.num_classes} classes")
+    if has_masks:
+        yield from _masks(data, splits, config)
+        return
     if "train" in splits:
         yield _balance(splits["train"], data.classes)
         yield _overlap(splits)
@@ -71,6 +80,18 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
         yield Finding("value range", "ok", text)
     if data.label_maps is not None and "train" in splits:
         yield from _label_maps(data, splits["train"], config, shapes[False] / max(shapes.total(), 1))
+
+
+def _masks(data: ImageDataModule, splits: dict[str, Split], config: DictConfig) -> Iterator[Finding]:
+    """Check images with masks, and draw some."""
+    for name, split in splits.items():
+        yield from check_masks(name, split, data.source, config.sample)
+    drawn = overlays(list(splits.values()), data.classes, _DRAWN)
+    if drawn is not None:
+        path = Path(config.paths.logs) / "doctor" / "overlays.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(path)
+        yield Finding("overlays", "ok", f"images with their masks are drawn in {path}", "look at them")
 
 
 def _balance(split: Split, classes: list[str]) -> Finding:

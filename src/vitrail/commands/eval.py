@@ -9,21 +9,28 @@ from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 from torch import nn
 
+from vitrail.checkpoints.classes import require_same
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
+from vitrail.models.heads import declared_outputs
+from vitrail.objectives import SegmentationLoss
 from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
+from vitrail.reporting.segmentation import MaskWriter, segmentation_report, write_class_scores
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory
 from vitrail.runs.logs import set_up_logging
+from vitrail.runs.segmentation import build_inference, check_task
 from vitrail.runs.trained import TrainedModel, load_run
 from vitrail.training.predictions import Predictions, Predictor
+from vitrail.training.segmentation import SegmentationScores, SemanticSegmenter
 
 log = logging.getLogger(__name__)
 
 _CHOICES = {"weights": ("both", "raw", "ema"), "among": ("data", "all")}
+_SEGMENTERS = ("vitrail.models.upernet", "vitrail.models.linear_segmenter")
 _INPUT = (
     "image_size",
     "mean",
@@ -48,14 +55,15 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     trained = open_trained(config)
     chosen_sets = [name for name in trained.weight_sets if config.weights in ("both", name)]
     data = build_data(config, trained)
+    check_task(trained.model, data)
+    if "masks" in data.provides:
+        return _evaluate_segmentation(config, trained, data, chosen_sets)
     classes = _class_names(trained, data)
     chosen, among = match_classes(data.classes, classes, config.among)
-    trainer: L.Trainer = instantiate(
-        config.trainer, "trainer", strategy=instantiate(config.strategy, "strategy"), logger=False
-    )
+    trainer = _build_trainer(config)
     evaluations: dict[str, Evaluation] = {}
     run = RunDirectory(output_directory())
-    title = f"{trained.name}, {near(trained.path) if trained.path else 'published weights'}"
+    title = _title(trained)
     for name in chosen_sets:
         if trained.path is not None:
             load_checkpoint(trained.model, trained.path, ema=name == "ema", same_classes=True)
@@ -71,6 +79,46 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         run.write_results(results)
         get_console().print(evaluation_report(evaluations, classes, title))
         log.info("CSV files of classes, confusions and images, and a figure, are in %s", run.path)
+    return results
+
+
+def _build_trainer(config: DictConfig) -> L.Trainer:
+    return instantiate(config.trainer, "trainer", strategy=instantiate(config.strategy, "strategy"), logger=False)
+
+
+def _title(trained: TrainedModel) -> str:
+    return f"{trained.name}, {near(trained.path) if trained.path else 'published weights'}"
+
+
+def _evaluate_segmentation(
+    config: DictConfig, trained: TrainedModel, data: Any, chosen_sets: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a segmentation network; write and print mIoU, mAcc, aAcc and the IoU of each class.
+
+    Raises:
+        ConfigError: the data's classes are not the network's.
+    """
+    classes = _class_names(trained, data)
+    require_same(classes, data.classes, f"ckpt={trained.path}", "evaluate with data of the same classes")
+    inference = build_inference(data, trained.model)
+    trainer, run = _build_trainer(config), RunDirectory(output_directory())
+    results: dict[str, dict[str, Any]] = {}
+    scores: dict[str, SegmentationScores] = {}
+    for name in chosen_sets:
+        if trained.path is not None:
+            load_checkpoint(trained.model, trained.path, ema=name == "ema", same_classes=True)
+        writer = MaskWriter(run.path / f"masks_{name}", len(classes)) if config.masks else None
+        module = SemanticSegmenter(trained.model, SegmentationLoss(), len(classes), inference, writer)
+        trainer.validate(module, datamodule=data, verbose=False)
+        scores[name] = module.val_metrics.latest
+        summary = {key: float(value) for key, value in scores[name].summary().items()}
+        results[name] = {**summary, "images": len(data.val), "inference": inference.describe()}
+        if trainer.is_global_zero:
+            write_class_scores(scores[name], classes, run.path / f"classes_{name}.csv")
+    if trainer.is_global_zero:
+        run.write_results(results)
+        get_console().print(segmentation_report(results, scores, classes, _title(trained)))
+        log.info("a CSV file of the classes is in %s", run.path)
     return results
 
 
@@ -97,6 +145,8 @@ def open_trained(config: DictConfig) -> TrainedModel:
     named = size is not None and _is_named("data.image_size")
     model = None if config.model is None else plain(config.model)
     weights = "best" if config.weights == "both" else config.weights
+    if model is not None and model.get("_target_") in _SEGMENTERS:  # the data says for which size they were trained
+        named = size is not None
     trained = load_run(config.ckpt, weights, model, image_size=size if named else None)
     if not trained.is_run and (config.data is None or "_target_" not in config.data):
         raise ConfigError("data: not set; choose data=imagenet, imagenet_v2, imagefolder, ... with data.root=...")
@@ -142,6 +192,8 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
         data["source"]["value_range"] = data.get("value_range")
     if "skipped_file" in data:  # must not overwrite the training's file
         data["skipped_file"] = str(output_directory() / "skipped.txt")
+    if "masks" in declared_outputs(trained.model) and not trained.is_run:  # evaluation does not augment
+        return instantiate(OmegaConf.create(data), "data", augment=None)
     augmentation = instantiate(OmegaConf.create(augment), "augment")
     return instantiate(OmegaConf.create(data), "data", augment=augmentation)
 

@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.models.heads import declared_outputs
 from vitrail.models.licences import PERMISSIVE
 from vitrail.runs.config import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Largest allowed difference between the logits of a run's network and of its export, in standard deviations."""
+
+_METRICS = {"top1": "Top-1", "mIoU": "mIoU"}
 
 # Keys of a model config that programs which load the export do not need: vitrail's own, and those of training.
 _NOT_EXPORTED = {
@@ -53,6 +56,8 @@ class Exported(NamedTuple):
     """Model card, in Markdown."""
     more: dict[str, Any]
     """Further entries of config.json, for vitrail only."""
+    target: str | None = None
+    """Function of vitrail that builds the network, if timm cannot: those of segmentation."""
 
 
 def export(config: DictConfig) -> Path:
@@ -74,7 +79,7 @@ def export(config: DictConfig) -> Path:
         folder.mkdir()
         load = _WRITERS[config.to](exported, folder)
         difference = compare(exported, load)
-        card = exported.card + _use(config.to, exported.name, out.name)
+        card = exported.card + _use(config.to, exported, out.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.copytree(folder, out, dirs_exist_ok=True)
     log.info("%s: logits differ by %.1e of their standard deviation", out, difference)
@@ -90,7 +95,7 @@ def _run_directory(trained: TrainedModel) -> Path:
 def describe_export(trained: TrainedModel) -> Exported:
     """Collect the metadata of a trained network for the exported files."""
     node, spec = trained.config["model"], trained.input
-    more = {} if spec.value_range is None else {"value_range": list(spec.value_range)}
+    more: dict[str, Any] = {} if spec.value_range is None else {"value_range": list(spec.value_range)}
     fed = {
         "input_size": [3, *spec.size],
         "mean": list(spec.mean),
@@ -104,18 +109,22 @@ def describe_export(trained: TrainedModel) -> Exported:
     card = _card(trained, classes, fed)
     if trained.licence:
         fed["license"] = trained.licence
-    return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, card, more)
+    target = str(node["_target_"]) if "masks" in declared_outputs(trained.model) else None
+    more |= {} if target is None else {"vitrail_target": target}
+    return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, card, more, target)
 
 
 def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str:
     """Return a model card: architecture, input settings and accuracy."""
     results = _run_directory(trained) / "results.json"
     reached = json.loads(results.read_text()) if results.is_file() else {}
-    top1 = reached.get("val/top1_ema" if trained.weights == "ema" else "val/top1")
+    masks = "masks" in declared_outputs(trained.model)
+    metric, library, task = ("mIoU", "vitrail", "segmentation") if masks else ("top1", "timm", "classification")
+    best = reached.get(f"val/{metric}_ema" if trained.weights == "ema" else f"val/{metric}")
     epochs = f" for {trained.config['epochs']} epochs" if "epochs" in trained.config else ""
     licence = trained.licence
     lines = [
-        *("---", "library_name: timm", "pipeline_tag: image-classification", "tags: [image-classification, timm]"),
+        *("---", f"library_name: {library}", f"pipeline_tag: image-{task}", f"tags: [image-{task}, {library}]"),
         *(_licence_tags(licence) if licence else ()),
         *("---", f"# {trained.name}", ""),
         *(
@@ -124,7 +133,7 @@ def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str
             else ()
         ),
         f"Trained with vitrail{epochs}, {len(classes)} classes; {trained.weights} weights.",
-        "" if top1 is None else f"Top-1 on its validation images: {top1:.2f} % (best epoch).",
+        "" if best is None else f"{_METRICS[metric]} on its validation images: {best:.2f} % (best epoch).",
         *("", "| Images | |", "|---|---|"),
         *(f"| {key} | {value} |" for key, value in fed.items()),
         *("", f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.", ""),
@@ -187,11 +196,13 @@ def _arguments(exported: Exported) -> dict[str, Any]:
 
 
 def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:
-    """Build the network with timm alone.
+    """Build the network with timm alone, or one of segmentation as `load_run` does.
 
     Raises:
         ConfigError: timm cannot build it with these arguments.
     """
+    if exported.target is not None:
+        return load_run(Path(kwargs["checkpoint_path"]).parent).model
     try:
         return timm.create_model(
             exported.name, num_classes=len(exported.classes), **_arguments(exported), **kwargs
@@ -218,6 +229,8 @@ def _write_timm(exported: Exported, out: Path) -> Callable[[], nn.Module]:
 
 
 def _write_hub(exported: Exported, out: Path) -> Callable[[], nn.Module]:
+    if exported.target is not None:  # timm does not know it
+        return _write_safetensors(exported, out)
     arguments = _arguments(exported)
     more = {"num_classes": len(exported.classes), "label_names": exported.classes, "pretrained_cfg": exported.input}
     more |= exported.more
@@ -294,8 +307,11 @@ _USES = {
 }
 
 
-def _use(to: str, name: str, folder: str) -> str:
+def _use(to: str, exported: Exported, folder: str) -> str:
     """Return Python code, in Markdown, that loads the export."""
+    name = exported.name
+    if exported.target is not None and to in ("safetensors", "timm", "hub"):
+        return f"\n```python\nimport vitrail  # pip install vitrail\nmodel = vitrail.load_run({folder!r}).model\n```\n"
     code = _USES[to].format(name=name, folder=folder)
     own = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vitrail")
     timm_needs = (

@@ -16,6 +16,7 @@ from vitrail.data.phases import Phases
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 from vitrail.models.cost import Cost, measure_cost
+from vitrail.models.heads import declared_outputs
 from vitrail.objectives.contract import passes_of
 from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, plan_table
 from vitrail.runs.assembly import build_model, model_name
@@ -49,6 +50,8 @@ def make_plan(config: DictConfig) -> Plan:
     sides = height_width(config.data.get("image_size") or 224)
     untrained = {"pretrained": False} if "pretrained" in config.model else {}  # a plan downloads no weights
     model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides, **untrained)
+    if "masks" in declared_outputs(model):
+        raise ConfigError("plan=true: plans trainings of classifiers only, not of segmentation; omit it.")
     if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing()
     optimizer: OptimizerFactory = instantiate(config.optimizer, "optimizer")

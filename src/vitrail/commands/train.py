@@ -142,7 +142,11 @@ def _summarise(csv_log: MetricsCSV, trainer: L.Trainer, seconds: float, run: Run
     rows = csv_log.rows.values()
     speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
     skipped = run.path / "skipped.txt"
-    best = {metric: csv_log.best(metric) for metric in ("val/top1", "val/top5", "val/top1_ema", "val/top5_ema")}
+    best = {
+        metric: csv_log.best(metric)
+        for name in ("val/top1", "val/top5", "val/mIoU", "val/mAcc", "val/aAcc")
+        for metric in (name, f"{name}_ema")
+    }
     return {
         **{metric: value for metric, value in best.items() if value is not None},
         "epochs": trainer.current_epoch,

@@ -9,9 +9,10 @@ import pkgutil
 from vitrail.checkpoints import load_checkpoint
 from vitrail.models.factory import create_model
 from vitrail.models.heads import forward_heads
+from vitrail.models.segmentation import linear_segmenter, upernet
 from vitrail.types import Outputs
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
 
-__all__ = ["Outputs", "create_model", "forward_heads", "load_checkpoint"]
+__all__ = ["Outputs", "create_model", "forward_heads", "linear_segmenter", "load_checkpoint", "upernet"]

@@ -6,7 +6,7 @@ positions in row-major order.
 Shapes: B images, N positions, D channels, C classes, H x W positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.types import ImageSize, height_width
 
 
 def classify_places(
@@ -114,6 +115,34 @@ def feature_shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, .
     finally:
         model.train(was_training)
     return tuple(features.shape)
+
+
+def intermediate_shapes(
+    model: nn.Module, indices: Sequence[int], image_size: ImageSize, norm: bool = False
+) -> list[tuple[int, ...]]:
+    """Return the shapes (1, D, H, W) of feature maps of one image, without computing them.
+
+    Args:
+        model: backbone with timm's `forward_intermediates`.
+        indices: indices of the maps.
+        image_size: side of the image in pixels, or (height, width).
+        norm: apply the last norm to every map.
+    """
+    timm_model: Any = model
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _on_meta(model):
+            maps = timm_model.forward_intermediates(
+                torch.empty(1, 3, *height_width(image_size), device="meta"),
+                indices=list(indices),
+                norm=norm,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+    finally:
+        model.train(was_training)
+    return [tuple(features.shape) for features in maps]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from vitrail.objectives.distillation import DistillationLoss
 from vitrail.objectives.dynamic_vit import DynamicViTLoss
 from vitrail.objectives.evo_vit import EvoViTLoss
 from vitrail.objectives.feature_distillation import FeatureDistillation
+from vitrail.objectives.segmentation import SegmentationLoss
 from vitrail.objectives.token_labeling import TokenLabelingLoss
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "EvoViTLoss",
     "FeatureDistillation",
     "Objective",
+    "SegmentationLoss",
     "TokenLabelingLoss",
 ]

@@ -4,6 +4,7 @@ Known needs:
 
 - `token_targets`: `Targets.tokens`, from label maps
 - `teacher_logits`, `teacher_features`: the fields of that name, from a teacher (logits also from label maps)
+- `masks`: class indices (B, H, W) in `Targets.cls`, from data with masks
 - `teacher_heads`: the teacher's class and token logits, separately
 - `outputs.<name>`: an output of the backbone, such as `outputs.tokens`, `outputs.distill` or any other
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from vitrail.errors import ConfigError
 from vitrail.types import Outputs, Targets
 
-TARGET_NEEDS = ("token_targets", "teacher_logits", "teacher_features", "teacher_heads")
+TARGET_NEEDS = ("token_targets", "teacher_logits", "teacher_features", "teacher_heads", "masks")
 
 
 class Objective(nn.Module):

@@ -4,6 +4,7 @@ from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
 from vitrail.reporting.pictures import FirstBatchPicture
+from vitrail.reporting.segmentation import FirstMasksPicture
 from vitrail.reporting.tables import training_report
 from vitrail.reporting.validation_pictures import AttentionPicture, PredictionPicture
 from vitrail.reporting.wandb_dashboard import WandbDashboard
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionPicture",
     "Evaluation",
     "FirstBatchPicture",
+    "FirstMasksPicture",
     "LabelMapPicture",
     "PredictionPicture",
     "WandbDashboard",

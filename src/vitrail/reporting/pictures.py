@@ -46,11 +46,14 @@ class FirstBatchPicture(L.Callback):
         """Draw the first batch, unless the run is resumed."""
         if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        picture = batch_grid(batch, data.classes, data.input.mean, data.input.std, self.count)
+        picture = self.draw(batch, trainer.datamodule)  # type: ignore[attr-defined]
         picture.save(self.path)
         for logger in trainer.loggers:
             log_picture(logger, picture, "first_batch")
+
+    def draw(self, batch: Batch, data: Any) -> Image.Image:
+        """Return the picture of a batch of `data`, a data module."""
+        return batch_grid(batch, data.classes, data.input.mean, data.input.std, self.count)
 
 
 def log_picture(logger: Any, picture: Image.Image, name: str, epoch: int | None = None) -> None:

@@ -18,7 +18,7 @@ from vitrail_runtime.tables import PlainTable
 def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     """Return a summary of a training: results, files and suggested next commands."""
     table = PlainTable(title="Training finished", show_header=False, title_style="bold")
-    for metric, name in (("val/top1", "best top-1"), ("val/top5", "best top-5")):
+    for metric, name in (("val/top1", "best top-1"), ("val/top5", "best top-5"), ("val/mIoU", "best mIoU")):
         if metric in results:
             table.add_row(name, _both(results, metric))
     table.add_row("training", f"{results['epochs']} epochs in {results['seconds']:.0f} s")

@@ -35,6 +35,7 @@ from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.outputs import check_outputs
 from vitrail.runs.phases import build_phases, fit_to_phases
 from vitrail.runs.resume import ResumePosition
+from vitrail.runs.segmentation import build_segmenter, check_task
 from vitrail.training import ImageClassifier, PhaseReport
 from vitrail.training.targets import check_contracts
 from vitrail.types import InputSpec
@@ -52,7 +53,8 @@ _UNSUPPORTED = {
     "StochasticWeightAveraging": "replaces the schedule by one that does not fit timm's; use callbacks.ema",
     "BackboneFinetuning": "needs a module with the attribute `backbone`; use optimizer.backbone_lr_scale",
 }
-_CHECKED = ("vitrail.models.create_model",)  # targets known to return what they declare
+# Targets known to return what they declare.
+_CHECKED = tuple(f"vitrail.models.{name}" for name in ("create_model", "upernet", "linear_segmenter"))
 
 
 def build_data(config: DictConfig) -> ImageDataModule:
@@ -153,6 +155,9 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     if mixing is not None and data.batch_size % 2:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
     model = build_model(config.model, data.num_classes, data.input.size)
+    check_task(model, data)
+    if "masks" in data.provides:
+        return build_segmenter(config, data, model)  # type: ignore[arg-type]
     if data.phases is not None:
         fit_to_phases(model, data.phases, data.num_classes)
     objective = instantiate(config.objective, "objective")

@@ -125,6 +125,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "train": {
         "seed": NonNegativeInt,
         "epochs": PositiveInt,
+        "backbone": str,
         "init_from": _OPTIONAL,
         "plan": bool,
         "resume": _OPTIONAL,
@@ -142,7 +143,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "trainer.limit_train_batches": NonNegative | None,
         "trainer.limit_val_batches": NonNegative | None,
     },
-    "eval": {"seed": NonNegativeInt, "ckpt": _OPTIONAL},
+    "eval": {"seed": NonNegativeInt, "ckpt": _OPTIONAL, "backbone": str, "masks": bool},
     "annotate": {
         "seed": NonNegativeInt,
         "top_k": PositiveInt,

@@ -170,7 +170,8 @@ def _open_export(
     count = described.get("num_classes") or fed.get("num_classes") or len(classes or ())
     sides = height_width(image_size or arguments.pop("img_size", None) or fed["input_size"][1:])
     arguments.pop("img_size", None)
-    node = {"_target_": "vitrail.models.create_model", "name": described["architecture"], **arguments}
+    target = described.get("vitrail_target", "vitrail.models.create_model")
+    node = {"_target_": target, "name": described["architecture"], **arguments}
     model = build_model(node, count, sides)
     load_checkpoint(model, file or "", same_classes=True, key=key)
     spec = InputSpec(
@@ -226,9 +227,11 @@ def _open_published(
 def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
     """Return the number of classes of the classifier in a checkpoint; None if it has no classifier by timm's name."""
     classifier = getattr(cfg, "classifier", None) or "head"
-    name = classifier if isinstance(classifier, str) else classifier[0]
-    weights = backbone_weights(checkpoint, names=(f"{name}.weight", f"{name}.bias")) if checkpoint else {}
-    return len(weights[f"{name}.weight"]) if f"{name}.weight" in weights else None
+    for name in ("decode_head.conv_seg", classifier if isinstance(classifier, str) else classifier[0]):
+        weights = backbone_weights(checkpoint, names=(f"{name}.weight", f"{name}.bias")) if checkpoint else {}
+        if f"{name}.weight" in weights:
+            return len(weights[f"{name}.weight"])
+    return None
 
 
 @checked

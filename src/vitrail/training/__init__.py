@@ -7,7 +7,8 @@ from vitrail.training.fsdp import FSDP
 from vitrail.training.nonfinite_guard import NonfiniteGuard
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.phases import PhaseReport
-from vitrail.training.schedules import CosineSchedule
+from vitrail.training.schedules import CosineSchedule, LinearSchedule
+from vitrail.training.segmentation import SemanticSegmenter
 from vitrail.training.targets import TargetBuilder
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "CosineSchedule",
     "EpochReport",
     "ImageClassifier",
+    "LinearSchedule",
     "NonfiniteGuard",
     "OptimizerFactory",
     "PhaseReport",
+    "SemanticSegmenter",
     "SpeedMonitor",
     "TargetBuilder",
 ]

@@ -128,6 +128,8 @@ class EpochReport(L.Callback):
             ("loss {:.4f}", "train/loss"),
             ("top-1 {:.2f} %", "val/top1"),
             ("EMA {:.2f} %", "val/top1_ema"),
+            ("mIoU {:.2f} %", "val/mIoU"),
+            ("EMA {:.2f} %", "val/mIoU_ema"),
             ("lr {:.2e}", "train/lr"),
             ("{:,.0f} images/s", "speed/images_per_second"),
         ):

@@ -80,7 +80,7 @@ class ImageClassifier(L.LightningModule):
         self.heads = torch.compile(forward_heads, mode=compile_mode, dynamic=dynamic) if compile_mode else forward_heads
         if grad_checkpointing:
             _set_grad_checkpointing(model)
-        self.val_metrics = ValidationMetrics(num_classes)
+        self.val_metrics: Any = self.new_metrics()
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         # Optimiser step at which the epoch started; None until its first batch, also after resuming within an epoch.
         self._epoch_start_step: int | None = None
@@ -250,7 +250,15 @@ class ImageClassifier(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the metrics with images (B, 3, H, W) and labels (B,); `IGNORE` marks images to leave uncounted."""
-        self.val_metrics.update(self(batch.image).float(), batch.label)
+        self.measure(batch, self.val_metrics)
+
+    def new_metrics(self) -> nn.Module:
+        """Return empty validation metrics, such as for the EMA weights."""
+        return ValidationMetrics(self.num_classes)
+
+    def measure(self, batch: Batch, metrics: Any) -> None:
+        """Update `metrics`, a result of `new_metrics`, with a validation batch."""
+        metrics.update(self(batch.image).float(), batch.label)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all processes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.checkpoints.shards import local, shard_like
-from vitrail.training.classifier import ImageClassifier, ValidationMetrics
+from vitrail.training.classifier import ImageClassifier
 from vitrail_runtime.checking import Rate, checked
 
 
@@ -46,7 +46,7 @@ class EMA(L.Callback):
         if self.device is None:
             now = _state(pl_module.model)
             self.average = {name: tensor.to(now[name].device) for name, tensor in self.average.items()}
-        self.metrics = ValidationMetrics(pl_module.num_classes).to(pl_module.device)
+        self.metrics: Any = pl_module.new_metrics().to(pl_module.device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start counting at the current step, which is not 0 in a resumed training."""
@@ -117,7 +117,7 @@ class EMA(L.Callback):
         if not self.average:
             return
         with self.averaged(pl_module.model), trainer.precision_plugin.val_step_context():
-            self.metrics.update(pl_module(batch.image).float(), batch.label)
+            pl_module.measure(batch, self.metrics)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the metrics of the EMA weights over all processes."""

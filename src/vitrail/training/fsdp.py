@@ -225,6 +225,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: the backbone has no blocks.
     """
+    model = getattr(model, "backbone", model)  # of a segmentation network
     stacks = [getattr(model, name) for name in _STACKS if isinstance(getattr(model, name, None), nn.Module)]
     if not stacks:
         raise ConfigError(

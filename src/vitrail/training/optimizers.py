@@ -35,6 +35,7 @@ class OptimizerFactory:
         backbone_freeze_epochs: epochs at the start in which the backbone's learning rate is 0; its moments are updated.
         untrained: names of parameters that are not trained.
         decay_also: names of parameters that get weight decay although the model exempts them.
+        decay_all: weight decay of all parameters, norms and biases included, as LV-ViT's segmentation code has it.
         adamw_first_last: for timm's Muon and its variants: update the first layer and the classifiers by AdamW, because
             Muon is meant for hidden layers. Vectors, position tables and tokens are always updated by AdamW.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
@@ -53,6 +54,7 @@ class OptimizerFactory:
         backbone_freeze_epochs: NonNegativeInt = 0,
         untrained: Sequence[str] = (),
         decay_also: Sequence[str] = (),
+        decay_all: bool = False,
         adamw_first_last: bool = False,
         **options: Any,
     ) -> None:
@@ -60,6 +62,7 @@ class OptimizerFactory:
         self.lr_scaling, self.lr_reference_batch = lr_scaling, lr_reference_batch
         self.layer_decay, self.backbone_lr_scale, self.decay_also = layer_decay, backbone_lr_scale, tuple(decay_also)
         self.scale_min_lr, self.backbone_freeze_epochs = scale_min_lr, backbone_freeze_epochs
+        self.decay_all = decay_all
         self.untrained, self.adamw_first_last, self.options = tuple(untrained), adamw_first_last, options
 
     def scaled_lr(self, effective_batch: int) -> float:
@@ -81,6 +84,8 @@ class OptimizerFactory:
             ConfigError: timm has no such optimiser, or it does not accept one of the options.
         """
         names = {name for name, _ in model.named_parameters()}
+        if self.decay_all and self.decay_also:
+            raise ConfigError("optimizer.decay_also: decay_all=true includes all parameters; omit one of the two.")
         for option in ("decay_also", "untrained"):
             if unknown := [name for name in getattr(self, option) if name not in names]:
                 raise ConfigError(f"optimizer.{option}: {unknown[0]} is not a parameter of {type(model).__name__}.")
@@ -116,7 +121,16 @@ class OptimizerFactory:
     def _groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         exempt = set(getattr(model, "no_weight_decay", set)()) - set(self.decay_also)
         if self.layer_decay is not None:
-            groups = param_groups_layer_decay(model, self.weight_decay, exempt, layer_decay=self.layer_decay)
+            groups = param_groups_layer_decay(
+                model,
+                self.weight_decay,
+                () if self.decay_all else exempt,
+                layer_decay=self.layer_decay,
+                weight_decay_exclude_1d=not self.decay_all,
+            )
+        elif self.decay_all:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            groups = [{"params": trained, "weight_decay": self.weight_decay}]
         else:
             groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=exempt)
         untrained = {id(model.get_parameter(name)) for name in self.untrained}

@@ -1,13 +1,14 @@
-"""The cosine learning rate schedule (Loshchilov and Hutter, arXiv:1608.03983), computed by timm."""
+"""Learning rate schedules, on timm's schedulers: the cosine (Loshchilov and Hutter, arXiv:1608.03983), and the linear
+one of segmentation."""
 
 import logging
 from dataclasses import InitVar, dataclass
 
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
 from vitrail.errors import ConfigError
-from vitrail_runtime.checking import NonNegative, NonNegativeInt, checked
+from vitrail_runtime.checking import NonNegative, NonNegativeInt, Positive, Share, checked
 
 log = logging.getLogger(__name__)
 
@@ -97,3 +98,59 @@ class CosineSchedule:
             steps -= 1  # the peak lasts for two steps
         scheduler.step(max(0, epochs - 1) if self.epoch_lag else epochs)
         scheduler.step_update(steps)
+
+
+@checked
+@dataclass(frozen=True)
+class LinearSchedule:
+    """Learning rate schedule in steps: polynomial decay to `min_lr`, multiplied by a linear warm-up.
+
+    The values are those of mmcv's "poly" policy with linear warm-up: at step t of T, with a warm-up of W steps, the
+    peak is multiplied by (1 - t / T)^power and, for t < W, by 1 - (1 - t / W) (1 - warmup_ratio).
+
+    Attributes:
+        warmup_steps: length of the warm-up in optimiser steps.
+        warmup_ratio: factor of the learning rate at step 0.
+        power: exponent; 1 is linear.
+        min_lr: learning rate at the end.
+    """
+
+    warmup_steps: NonNegativeInt = 1500
+    warmup_ratio: Share = 1e-6
+    power: Positive = 1.0
+    min_lr: NonNegative = 0.0
+
+    per_step = True
+
+    def build(self, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int) -> PolyLRScheduler:
+        """Build the scheduler for a training of `epochs` epochs in total."""
+        steps, warmup = max(1, epochs * steps_per_epoch), self.warmup_steps
+        if warmup >= steps:
+            warmup = steps // 2
+            log.warning(
+                "schedule.warmup_steps=%d does not fit into %d steps: warming up for %d.",
+                self.warmup_steps,
+                steps,
+                warmup,
+            )
+        return _WarmPoly(optimizer, steps, warmup, self)
+
+    def advance(self, scheduler: PolyLRScheduler, epochs: float, steps: float) -> None:
+        """Set the learning rate of the step after `steps` optimiser steps."""
+        scheduler.step_update(steps)
+
+
+class _WarmPoly(PolyLRScheduler):
+    """timm's polynomial decay, with mmcv's warm-up, which multiplies the decayed learning rate."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, warmup: int, schedule: LinearSchedule) -> None:
+        super().__init__(optimizer, steps, schedule.power, schedule.min_lr, t_in_epochs=False)
+        self.mmcv_warmup, self.warmup_ratio = warmup, schedule.warmup_ratio
+        self.step_update(0)
+
+    def _get_lr(self, t: float) -> list[float]:
+        rates = super()._get_lr(t)
+        if t >= self.mmcv_warmup:
+            return rates
+        factor = 1 - (1 - t / self.mmcv_warmup) * (1 - self.warmup_ratio)
+        return [rate * factor for rate in rates]

@@ -1,0 +1,67 @@
+"""Checks of images with masks, for `src/doctor.py`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitrail.data.jpeg import ORIENTATION
+from vitrail.data.label_maps.checks import Finding
+from vitrail.data.sampling import sample_of
+from vitrail.data.segmentation.datamodule import class_pixels
+
+_RARE = 1e-4  # share of the labelled pixels
+_NAMED = 5
+
+
+def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Finding]:
+    """Yield the findings about a split: pairs, values and sizes, class shares, and the camera's orientation.
+
+    Args:
+        name: `train` or `val`.
+        split: its images and masks.
+        source: source of the split.
+        sample: images to read.
+    """
+    indices = [int(index) for index in sample_of(len(split), sample)]
+    _, alone = source.pairs(name)
+    if spare := source.masks_alone(name):
+        yield Finding(f"{name} pairs", "warning", f"{len(spare)} masks have no image, the first is {spare[0]}")
+    elif alone:
+        yield Finding(f"{name} pairs", "warning", f"{len(alone)} images without mask are skipped")
+    else:
+        yield Finding(f"{name} pairs", "ok", "every image has a mask and every mask an image")
+    counts, errors = class_pixels(split, indices, len(source.classes))
+    if errors:
+        text = f"{len(errors)} of {len(indices)} sampled images cannot be used: {errors[0]}"
+        yield Finding(f"{name} masks", "error", text, "repair them, or set data.on_corrupt=skip")
+    else:
+        yield Finding(f"{name} masks", "ok", f"{len(indices)} read; sizes agree, all values are classes or ignored")
+    yield _shares(name, counts, source.classes)
+    rotated = [split.files(index)[0] for index in indices if _orientation(split.files(index)[0]) != 1]
+    if rotated:
+        text = f"{len(rotated)} images are rotated by their EXIF orientation, the first is {rotated[0].name}"
+        yield Finding(f"{name} orientation", "warning", text, "make sure that their masks are upright too")
+
+
+def _shares(name: str, counts: np.ndarray, classes: list[str]) -> Finding:
+    """Report the share of each class among the labelled pixels."""
+    labelled, shares = counts[:-1].sum(), counts[:-1] / max(1, counts[:-1].sum())
+    order = np.argsort(-shares)
+    largest = ", ".join(f"{classes[index]} {100 * shares[index]:.1f} %" for index in order[:3])
+    text = f"{100 * counts[-1] / max(1, counts.sum()):.1f} % of the pixels are not labelled; of the others {largest}"
+    rare = [classes[index] for index in np.flatnonzero(shares < _RARE)]
+    if labelled and rare:
+        listed = f"{', '.join(rare[:_NAMED])}{', ...' if len(rare) > _NAMED else ''}"
+        text += f"; {len(rare)} classes have less than {100 * _RARE:g} %: {listed}"
+        return Finding(f"{name} classes", "warning", text, "expect a low IoU, or check the table of values")
+    return Finding(f"{name} classes", "ok", text)
+
+
+def _orientation(path: Any) -> int:
+    try:
+        with Image.open(path) as image:
+            return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # an unreadable file is reported by its own check
+        return 1

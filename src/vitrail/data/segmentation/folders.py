@@ -1,0 +1,231 @@
+"""Images and masks in two folders, paired by the stems of their names."""
+
+import csv
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitrail.data.images import read_image, size_of
+from vitrail.data.segmentation.values import ValueTable, read_mask
+from vitrail.data.sources.contract import SplitName
+from vitrail.data.sources.index import is_hidden, is_image
+from vitrail.errors import ConfigError, ImageError
+from vitrail.types import MASK_IGNORE, Picture
+from vitrail_runtime.checking import RGB, checked
+
+log = logging.getLogger(__name__)
+
+
+class MaskedSample(NamedTuple):
+    """One image of a source with its mask."""
+
+    image: Picture
+    mask: NDArray[np.uint8]
+    """(H, W) classes; `MASK_IGNORE` where a pixel is not labelled."""
+    key: str
+
+
+class MaskedSplit:
+    """Split of a `SegmentationFolder`: a sequence of `MaskedSample`s, sorted by key.
+
+    Args:
+        pairs: image and mask by key.
+        table: table from values to classes.
+    """
+
+    def __init__(self, pairs: Mapping[str, tuple[Path, Path]], table: ValueTable) -> None:
+        self._keys, self._pairs, self.table = list(pairs), list(pairs.values()), table
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def keys(self) -> list[str]:
+        """Return the keys of all samples: paths below the folder of images, without suffix and extension."""
+        return self._keys
+
+    def files(self, index: int) -> tuple[Path, Path]:
+        """Return the image and the mask of a sample."""
+        return self._pairs[index]
+
+    def __getitem__(self, index: int) -> MaskedSample:
+        """Read image and mask.
+
+        Raises:
+            ImageError: a file cannot be read, the sizes differ, a value is in no class, or no pixel is labelled.
+        """
+        image_path, mask_path = self._pairs[index]
+        image, values = read_image(image_path, "type"), read_mask(mask_path)
+        height, width = size_of(image)
+        if values.shape[:2] != (height, width):
+            raise ImageError(
+                f"{mask_path}: is {values.shape[0]} x {values.shape[1]} pixels, its image {image_path.name}"
+                f" {height} x {width} (upright, by its EXIF orientation); make both the same size."
+            )
+        mask = self.table.classes(values, str(mask_path))
+        if (mask == MASK_IGNORE).all():
+            raise ImageError(
+                f"{mask_path}: no pixel is labelled; remove the image, or set data.on_corrupt=skip to leave out such"
+                " images."
+            )
+        return MaskedSample(image, mask, self._keys[index])
+
+
+@checked
+class SegmentationFolder:
+    """Source of images and masks in two folders each for training and validation.
+
+    An image belongs to the mask with the same path below its folder, without extension and after removing the suffixes.
+
+    Args:
+        root: folder that all other paths are relative to.
+        train_images: folder of the training images.
+        train_masks: folder of the training masks.
+        val_images: folder of the validation images.
+        val_masks: folder of the validation masks.
+        train_list: file with the keys of the training images, one per line; None uses all.
+        val_list: as `train_list`, for validation.
+        image_suffix: end of the stem of every image; files without it are not used.
+        mask_suffix: end of the stem of every mask; files without it are not used.
+        classes: names of the classes, or a file of them: one per line, or a table with a column `Name` (ADE20K's
+            objectInfo150).
+        on_unpaired: `stop` if an image has no mask, or `skip` such images.
+        shift, map, ignore, colours, ignore_colours: see `ValueTable`.
+
+    Raises:
+        ConfigError: a folder or file is missing, or images have no masks; the message names the key.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        classes: Sequence[str] | str,
+        train_images: str = "images/train",
+        train_masks: str = "masks/train",
+        val_images: str = "images/val",
+        val_masks: str = "masks/val",
+        train_list: str | None = None,
+        val_list: str | None = None,
+        image_suffix: str = "",
+        mask_suffix: str = "",
+        on_unpaired: Literal["stop", "skip"] = "stop",
+        shift: int = 0,
+        map: Mapping[int, int] | None = None,
+        ignore: Sequence[int] = (),
+        colours: Sequence[RGB] | None = None,
+        ignore_colours: Sequence[RGB] = (),
+    ) -> None:
+        if root is None:
+            raise ConfigError("data.root: not set; set it to the folder of images and masks.")
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise ConfigError(f"data.root={root}: no such folder. Set it to the folder of images and masks.")
+        self.folders = {"train": (train_images, train_masks), "val": (val_images, val_masks)}
+        self.lists, self.suffixes = {"train": train_list, "val": val_list}, (image_suffix, mask_suffix)
+        self.on_unpaired = on_unpaired
+        self.classes = read_classes(self.root / classes) if isinstance(classes, str) else list(classes)
+        self.table = ValueTable(len(self.classes), shift, map, ignore, colours, ignore_colours)
+
+    def prepare(self) -> None:
+        """Do nothing: the files are there."""
+
+    def open(self, split: SplitName) -> MaskedSplit:
+        """Return the training or validation split.
+
+        Raises:
+            ConfigError: a folder or file is missing, or images have no masks.
+        """
+        pairs, alone = self.pairs(split)
+        if alone and self.on_unpaired == "stop":
+            raise ConfigError(
+                f"data.source.{split}_masks: {len(alone)} of {len(alone) + len(pairs)} images have no mask, the first"
+                f" is {alone[0]}; add the masks, or set data.source.on_unpaired=skip."
+            )
+        if alone:
+            log.warning("%s: skipped %d images without mask, the first is %s", split, len(alone), alone[0])
+        if not pairs:
+            images, masks = (self.root / name for name in self.folders[split])
+            raise ConfigError(
+                f"data.source.{split}_images: no image in {images} has a mask in {masks}; check the folders,"
+                " data.source.image_suffix and data.source.mask_suffix."
+            )
+        return MaskedSplit(pairs, self.table)
+
+    def pairs(self, split: SplitName) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+        """Return image and mask of a split by key, sorted, and the keys of images without mask."""
+        images, masks = (
+            _by_key(self.root / folder, suffix, f"data.source.{split}_{what}")
+            for folder, suffix, what in zip(self.folders[split], self.suffixes, ("images", "masks"), strict=True)
+        )
+        keys = sorted(images)
+        if (listed := self.lists[split]) is not None:
+            keys = _read_list(self.root / listed, f"data.source.{split}_list")
+            if missing := [key for key in keys if key not in images]:
+                raise ConfigError(
+                    f"data.source.{split}_list={listed}: {len(missing)} of its images are missing, the first is"
+                    f" {missing[0]}."
+                )
+        return {key: (images[key], masks[key]) for key in keys if key in masks}, [k for k in keys if k not in masks]
+
+    def masks_alone(self, split: SplitName) -> list[str]:
+        """Return the keys of masks without image."""
+        images, masks = (
+            _by_key(self.root / folder, suffix, f"data.source.{split}")
+            for folder, suffix in zip(self.folders[split], self.suffixes, strict=True)
+        )
+        return [] if self.lists[split] is not None else sorted(masks.keys() - images.keys())
+
+
+def _by_key(folder: Path, suffix: str, key: str) -> dict[str, Path]:
+    """Return the image files below `folder` whose stem ends with `suffix`, by path without suffix and extension."""
+    if not folder.is_dir():
+        raise ConfigError(f"{key}: no such folder {folder}. Set it to the folder's path below data.root.")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not is_image(path.name) or any(map(is_hidden, relative.parts)) or not path.stem.endswith(suffix):
+            continue
+        name = relative.with_suffix("").as_posix().removesuffix(suffix)
+        if name in found:
+            raise ConfigError(f"{key}: {found[name]} and {path} have the same name; remove one of them.")
+        found[name] = path
+    return found
+
+
+def _read_list(path: Path, key: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot be read ({error.strerror}).") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_classes(path: Path) -> list[str]:
+    """Return the class names in a file: one per line, or the column `Name` of a table with commas or tabs.
+
+    Of several names of one class, separated by `;` or `,`, the first is used, unless another class has it too.
+
+    Raises:
+        ConfigError: the file is missing or empty, or a name occurs twice.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"data.source.classes={path}: cannot be read ({error.strerror}).") from error
+    if lines and "Name" in lines[0].replace("\t", ",").split(","):
+        rows: Iterable[dict[str, Any]] = csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")
+        entries = [str(row["Name"]).strip() for row in rows]
+        short = [entry.replace(";", ",").split(",")[0].strip() for entry in entries]
+        counts = Counter(short)
+        names = [one if counts[one] == 1 else entry for one, entry in zip(short, entries, strict=True)]
+    else:
+        names = [line.strip() for line in lines]
+    if not names or len(set(names)) != len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        reason = f"the name {twice[0]} occurs twice" if twice else "contains no names"
+        raise ConfigError(f"data.source.classes={path}: {reason}.")
+    return names

@@ -1,0 +1,126 @@
+"""Build the LightningModule of semantic segmentation, and check that its parts fit together."""
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from vitrail.checkpoints.fitting import load_checkpoint
+from vitrail.checkpoints.reading import find_weights, read_checkpoint
+from vitrail.data.segmentation import SegmentationDataModule
+from vitrail.errors import ConfigError
+from vitrail.models.any_size import allow_any_size
+from vitrail.models.heads import declared_outputs
+from vitrail.objectives.contract import uses_of
+from vitrail.runs.config import instantiate
+from vitrail.runs.directory import find_weights_file
+from vitrail.training.segmentation import DenseInference, SemanticSegmenter
+from vitrail.types import height_width
+
+log = logging.getLogger(__name__)
+
+_ADVICE = "experiment=segmentation selects model, objective and augmentation of segmentation"
+
+
+def check_task(model: nn.Module, data: Any) -> None:
+    """Check that network and data belong to the same task, classification or segmentation.
+
+    Raises:
+        ConfigError: one of them has masks and the other has not.
+    """
+    has_masks = "masks" in declared_outputs(model)
+    if has_masks == ("masks" in data.provides):
+        return
+    if has_masks:
+        raise ConfigError(f"data: has no masks, which {type(model).__name__} learns; {_ADVICE}, data=ade20k its data.")
+    raise ConfigError(f"model: {type(model).__name__} is a classifier, but the data has masks; {_ADVICE}.")
+
+
+def build_inference(data: SegmentationDataModule, model: nn.Module) -> DenseInference:
+    """Return how whole images are predicted; lets the backbone run at any size if images are predicted whole."""
+    patch: Any = getattr(getattr(model, "backbone", None), "patch_embed", None)
+    sides = height_width(getattr(patch, "patch_size", None) or 16)
+    if data.eval_mode == "whole":
+        allow_any_size(model.backbone)  # type: ignore[arg-type]
+    return DenseInference(
+        data.mean,
+        data.std,
+        data.image_size,
+        data.eval_mode,
+        None if data.eval_stride is None else height_width(data.eval_stride),
+        data.short_side,
+        data.long_side,
+        data.eval_scales,
+        data.eval_flip,
+        multiple=2 * max(sides),  # some pyramids halve the grid of patches
+    )
+
+
+def build_segmenter(config: DictConfig, data: SegmentationDataModule, model: nn.Module) -> SemanticSegmenter:
+    """Build the LightningModule of a training.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+    """
+    objective = instantiate(config.objective, "objective")
+    if "masks" not in uses_of(objective):
+        name = type(objective).__name__
+        raise ConfigError(f"objective: {name} does not use masks; set objective=segmentation.")
+    for key in ("mixing", "phases", "teacher"):
+        if config.get(key) is not None:
+            raise ConfigError(f"{key}: segmentation does not support it; omit it, or set {key}=null.")
+    _check_batch_norm(model, data, config.trainer)
+    if config.init_from is not None and not config.resume:
+        load_initial(model, config.init_from, data.classes)
+    return SemanticSegmenter(
+        model,
+        objective,
+        data.num_classes,
+        build_inference(data, model),
+        optimizer=instantiate(config.optimizer, "optimizer"),
+        schedule=instantiate(config.schedule, "schedule"),
+        seed=config.seed,
+        compile_mode=config.compile,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+
+
+def _check_batch_norm(model: nn.Module, data: SegmentationDataModule, trainer: DictConfig) -> None:
+    """Refuse batches of one image if BatchNorm normalises pooled features of one position: it has no variance then."""
+    pooled = any(getattr(module, "output_size", None) in (1, (1, 1)) for module in model.modules())
+    several = trainer.sync_batchnorm and trainer.devices != 1
+    if pooled and data.batch_size == 1 and not several:
+        raise ConfigError(
+            "data.batch_size=1: the decoder's BatchNorm needs at least 2 images per device; raise it, or set"
+            " trainer.sync_batchnorm=true on several devices."
+        )
+
+
+def load_initial(model: Any, init_from: str, classes: list[str]) -> list[str]:
+    """Load initial weights: of a segmentation network, or of a classifier into the backbone; return what was done.
+
+    The classifier's heads, token logits included, and blocks behind the last feature map are left out. Position tables
+    are resized once (bicubic).
+
+    Raises:
+        ConfigError: the weights do not fit.
+    """
+    file, _ = find_weights_file(init_from, "init_from")
+    checkpoint = {} if file.suffix == ".npz" else read_checkpoint(file, key="init_from")
+    names = model.state_dict().keys()
+    found = find_weights(checkpoint, names=names)[0]
+    if any(name.startswith("decode_head.") for name in found):
+        return load_checkpoint(model, file, key="init_from", classes=classes)
+    backbone = model.backbone
+    own = backbone.state_dict().keys()
+    weights = find_weights(checkpoint, names=own)[0]
+    children = {name.partition(".")[0] for name in own}
+    extra = sorted({name.partition(".")[0] for name in weights} - children)
+    depth = len(getattr(backbone, "blocks", ()))
+    unused = [f"blocks.{number}.*" for number in range(depth, depth + 100)] if depth else []
+    notes = load_checkpoint(backbone, file, allow=(*(f"{name}.*" for name in extra), *unused), key="init_from")
+    if extra:
+        notes.append(f"not used by segmentation, dropped: {', '.join(extra)}.")
+        log.info("init_from=%s: %s", init_from, notes[-1])
+    return notes

@@ -1,0 +1,145 @@
+"""Segmentation as a user runs it: train, evaluate with several settings and processes, resume, check, bad input."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import masked
+from programs import error_of, metrics, run, run_directories, run_ranks, train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return masked.write_folder(tmp_path_factory.mktemp("masked") / "data")
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    return train(*masked.SMALL, f"data.root={root}", logs=logs), logs
+
+
+def evaluated(directory, logs, *options, ranks=1):
+    trainer = "cpu" if ranks == 1 else "ddp_cpu_2"
+    for result in run_ranks("eval.py", f"ckpt={directory}", f"trainer={trainer}", *options, logs=logs, ranks=ranks):
+        assert result.returncode == 0, result.stderr
+    folder = run_directories(logs, "eval")[-1]
+    return json.loads((folder / "results.json").read_text())["raw"], folder
+
+
+def test_evaluation__equals_the_training_s_validation_on_any_number_of_processes(finished):
+    """3 images on two processes: one of them has a padding sample, which must not count."""
+    directory, logs = finished
+    best = max(row["val/mIoU"] for row in metrics(directory))
+    single, folder = evaluated(directory, logs)
+    assert single["mIoU"] == pytest.approx(best, abs=1e-3)
+    assert (single["images"], single["inference"]) == (
+        3,
+        "window 64 x 64, stride 42 x 42, shorter side 64, single scale",
+    )
+    double, _ = evaluated(directory, logs, ranks=2)
+    assert double == {**single, "mIoU": pytest.approx(single["mIoU"], abs=1e-4), "mAcc": pytest.approx(single["mAcc"])}
+    with (folder / "classes_raw.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == list(masked.CLASSES)
+    assert sum(float(row["iou"]) for row in rows) / 4 == pytest.approx(single["mIoU"], abs=0.01)
+
+
+def test_evaluation__at_several_scales_and_of_whole_images(finished):
+    directory, logs = finished
+    options = ("+data.eval_scales=[0.75,1.0]", "+data.eval_flip=true", "masks=true")
+    several, folder = evaluated(directory, logs, *options)
+    with Image.open(folder / "masks_raw" / "picture_0.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (96, 72))
+        assert set(mask.get_flattened_data() if hasattr(mask, "get_flattened_data") else mask.getdata()) <= {0, 1, 2, 3}
+    assert Image.open(folder / "masks_raw" / "picture_0_overlay.jpg").size == (96, 72)
+    assert several["inference"].endswith("scales 0.75, 1, mirrored too")
+    whole, _ = evaluated(directory, logs, "+data.eval_mode=whole")
+    assert whole["inference"] == "whole images, shorter side 64, single scale"
+    assert 0 < whole["aAcc"] <= 100
+
+
+def test_two_processes__train_and_resume(root, tmp_path):
+    options = ("trainer=ddp_cpu_2", "trainer.sync_batchnorm=false", f"data.root={root}", "data.batches_per_epoch=2")
+    for result in run_ranks("train.py", *masked.SMALL, *options, "epochs=1", logs=tmp_path):
+        assert result.returncode == 0, result.stderr
+    (directory,) = run_directories(tmp_path)
+    for result in run_ranks("train.py", f"resume={directory}", "epochs=2", logs=tmp_path):
+        assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in metrics(directory)] == [1, 3]
+
+
+def test_fsdp__validates_images_of_different_sizes(root, tmp_path):
+    """Processes that share the weights must call the network equally often, whatever their images' sizes."""
+    other = masked.write_folder(tmp_path / "long", (("train", 4), ("val", 1)), width=300)
+    for kind in ("images", "masks"):
+        Image.open(root / kind / "val" / "picture_1.png").save(other / kind / "val" / "short.png")
+    options = [option for option in masked.SMALL if option != "trainer=cpu"]
+    more = (
+        "trainer=fsdp_cpu_2",
+        "epochs=1",
+        "data.eval_stride=8",
+        f"data.root={other}",
+        "trainer.sync_batchnorm=false",
+    )
+    for result in run_ranks("train.py", *options, *more, logs=tmp_path):
+        assert result.returncode == 0, result.stderr
+    (directory,) = run_directories(tmp_path)
+    # Not equal to an evaluation: BatchNorm statistics are those of each process, as SyncBatchNorm needs GPUs.
+    assert 0 <= metrics(directory)[-1]["val/mIoU"] <= 100
+    assert len(list(directory.glob("checkpoints/best.ckpt.shards-*/*.safetensors"))) == 2
+
+
+def test_bad_masks__are_one_sentence_before_the_training(root, tmp_path):
+    other = masked.write_folder(tmp_path / "other", (("train", 2), ("val", 1)))
+    Image.new("RGB", (96, 72)).save(other / "masks" / "val" / "picture_0.png")
+    assert "picture_0.png: stores colours, not classes" in error_of(
+        run("train.py", *masked.SMALL, f"data.root={other}", logs=tmp_path)
+    )
+    assert "which is no class" in error_of(
+        run("train.py", *masked.SMALL, f"data.root={root}", "data.source.shift=0", logs=tmp_path)
+    )
+
+
+def test_doctor__prints_the_findings(root, tmp_path):
+    options = ("data=segmentation_folder", f"data.root={root}")
+    result = run("doctor.py", *options, "data.source.shift=-1", logs=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "No problems found" in result.stdout
+    assert (tmp_path / "doctor" / "overlays.png").is_file()
+    assert run("doctor.py", *options, logs=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hub", "timm", "onnx", "torch_export"])
+def test_export__gives_the_same_logits(to, finished):
+    """The export is compared with the network, and its folder can be evaluated."""
+    directory, logs = finished
+    result = run("export.py", f"ckpt={directory}", f"to={to}", logs=logs)
+    assert result.returncode == 0, result.stderr
+    folder = directory / "export" / to
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card
+    assert "mIoU on its validation images" in card
+    if to == "safetensors":
+        expected, _ = evaluated(directory, logs, "weights=raw")
+        options = ("data=segmentation_folder", "data.source.shift=-1", "data.short_side=64", "data.long_side=256")
+        found, _ = evaluated(folder, logs, *options, f"data.root={OmegaConf.load(directory / 'config.yaml').data.root}")
+        assert found["mIoU"] == pytest.approx(expected["mIoU"], abs=1e-3)
+
+
+def test_official_checkpoint__is_evaluated_without_a_run(finished, root, tmp_path):
+    """A file with the names of LV-ViT's segmentation checkpoints, whose backbone contains the pyramid."""
+    directory, logs = finished
+    saved = torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    weights = {re.sub(r"^neck\.", "backbone.", key[6:]): saved[key] for key in saved if key.startswith("model.")}
+    torch.save({"meta": {}, "state_dict": weights}, tmp_path / "official.pth")
+    options = ("model=upernet", "backbone=lvvit_nano", "model.channels=16", "model.auxiliary_channels=16")
+    options += ("data=segmentation_folder", f"data.root={root}", "data.source.shift=-1", "data.image_size=64")
+    found, _ = evaluated(tmp_path / "official.pth", logs, *options, "data.short_side=64", "data.long_side=256")
+    expected, _ = evaluated(directory, logs)
+    assert found["mIoU"] == pytest.approx(expected["mIoU"], abs=1e-3)
