@@ -11,13 +11,13 @@ import lightning as L
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import SumMetric
 
 from vitrail.checkpoints.shards import gathered
 from vitrail.data.mixing import Mixing
 from vitrail.data.phases import Phases
 from vitrail.data.randomness import reseed
+from vitrail.data.transfer import to_device
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.models.heads import declared_outputs, return_features, token_grid
@@ -149,7 +149,8 @@ class ImageClassifier(L.LightningModule):
         """Return the scalar loss of a batch of images (B, 3, H, W) and labels (B,)."""
         passes = passes_of(self.objective)
         images = batch.image if passes == 1 else batch.image.repeat(passes, 1, 1, 1)
-        box = None if batch.mix is None or batch.mix.token_box is None else batch.mix.token_box.to(images.device)
+        box = None if batch.mix is None else batch.mix.token_box
+        box = None if box is None else to_device(box, images.device)
         outputs = self.heads(self.model, images, box)
         targets = self.targets(batch, self.objective, self.num_classes, self.token_grid(batch.image))
         losses = self.objective(outputs, targets)
@@ -266,28 +267,31 @@ class ValidationMetrics(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-
-        def accuracy(k: int) -> MulticlassAccuracy:
-            k = min(k, num_classes)
-            return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
-
-        self.loss = MeanMetric(nan_strategy="disable")  # do not hide a NaN loss
-        self.accuracies = MetricCollection({"top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False)
+        self.top = {f"top{k}": min(k, num_classes) for k in (1, 5)}
+        # `disable`: do not hide a NaN loss. Sums, because selecting the counted images would wait for the device.
+        self.sums: Any = nn.ModuleDict(
+            {name: SumMetric(nan_strategy="disable") for name in ("images", "loss", *self.top)}
+        )
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch of logits (B, C) and labels (B,)."""
         counted = labels != IGNORE
-        # No weights: with nan_strategy="disable", torchmetrics ignores them.
-        self.loss.update(nn.functional.cross_entropy(logits[counted], labels[counted], reduction="none"))
-        self.accuracies.update(logits, labels)
+        self._add("images", counted)
+        self._add("loss", nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE))
+        hits = logits.topk(max(self.top.values())).indices == labels[:, None]  # (B, 5)
+        for name, k in self.top.items():
+            self._add(name, hits[:, :k].any(1) & counted)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.sums[name].update(values.float().sum())
 
     def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:
         """Return the scalar loss and the accuracies in % since the last call."""
-        values = {name: 100 * value for name, value in self.accuracies.compute().items()}
-        result = {f"{prefix}{name}": value for name, value in {"loss": self.loss.compute(), **values}.items()}
-        self.loss.reset()
-        self.accuracies.reset()
-        return result
+        sums = {name: total.compute() for name, total in self.sums.items()}
+        for total in self.sums.values():
+            total.reset()
+        images = sums.pop("images")
+        return {f"{prefix}{name}": (100 if name in self.top else 1) * total / images for name, total in sums.items()}
 
 
 class _Widths(dict[str, int]):
