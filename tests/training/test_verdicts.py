@@ -29,10 +29,11 @@ def late(monkeypatch):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ("optimizer=adamw", "+optimizer.fused=true"),
+        ("optimizer=adamw", "optimizer.fused=true"),
         ("optimizer=adamw",),
         ("optimizer=adamw", "seed=42"),  # the first step is bad
-        ("optimizer=sgd", "+optimizer.fused=true"),
+        ("optimizer=sgd", "optimizer.fused=true"),
+        ("optimizer=lamb", "optimizer.fused=true"),
         ("optimizer=muon",),
         ("optimizer=adamw", "optimizer.name=lookahead_adamw"),
     ],

@@ -23,7 +23,7 @@ class Watch(L.Callback):
             self.mode.__exit__(None, None, None)
 
 
-FUSED = ("optimizer=adamw", "+optimizer.fused=true")  # other optimisers of the CPU read their own step counts
+FUSED = ("optimizer=adamw", "optimizer.fused=true")  # other optimisers of the CPU read their own step counts
 SETTINGS = {
     "mixup": ("model=deit_nano", "mixing=mixup_cutmix", *FUSED),
     "elements": ("model=deit_nano", "mixing=mixup_cutmix", "mixing.mode=elem", *FUSED),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.checkpoints.shards import local, shard_like
-from vitrail.training.classifier import ImageClassifier, ValidationMetrics
+from vitrail.training.classifier import ImageClassifier
+from vitrail.training.metrics import ValidationMetrics
 from vitrail_runtime.checking import Rate, checked
 
 
