@@ -6,7 +6,7 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training run in the same one
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-slow test-slurm test-lowest lint format demo recipes reproduce benchmark clean
+.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo recipes reproduce benchmark clean
 
 help:  ## List all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,10 +33,13 @@ test: $(VENV)/.dev  ## Run the whole test suite (8 to 10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/.dev  ## Run what catches most mistakes in under a minute: no programs, few large networks
-	$(BIN)/python -m pytest $(PYTEST) -m 'not slow and not slurm and not process and not thorough' $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) -m 'not slow and not slurm and not gpu and not process and not thorough' $(ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the whole test suite, including slow tests
-	$(BIN)/python -m pytest $(PYTEST) -m 'not slurm' $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) -m 'not slurm and not gpu' $(ARGS)
+
+test-gpu:  ## Run the tests that need a GPU, in the current Python environment (8 minutes at most)
+	$(PYTHON) -m pytest -m gpu $(ARGS)
 
 test-slurm: $(VENV)/.dev  ## Test on a local SLURM (root; slurmctld slurmd slurmdbd slurm-client munge mariadb-server)
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)

@@ -8,7 +8,6 @@ from torch._dynamo.testing import CompileCounter
 
 from small_training import trainer
 from vitrail.data import Augmentation, ImageDataModule, MixupCutMix, PhaseCalendar
-from vitrail.data.label_maps import LabelMapStore
 from vitrail.data.mixing import MixToken
 from vitrail.data.sources import Digits
 from vitrail.models import create_model
@@ -129,19 +128,6 @@ def test_compile__once_for_each_size_and_mode(tmp_path, monkeypatch):
     module, data = phased(phases, compile_mode="default")
     trainer(tmp_path, max_epochs=4, limit_train_batches=2, limit_val_batches=1).fit(module, datamodule=data)
     assert counter.frame_count == 4
-
-
-@pytest.fixture
-def maps(tmp_path):
-    """Label maps of the digits with another class in each half of the map."""
-    split = Digits().open("train")
-    writer = LabelMapStore.create(tmp_path / "maps", len(split.keys()), 1, (4, 4), 10, split.keys())
-    for index, label in enumerate(split.labels):
-        classes = torch.full((1, 4, 4), int(label))
-        classes[:, :, 2:] = (int(label) + 1) % 10
-        writer.write(index, torch.full((1, 4, 4), 8.0).numpy(), classes.numpy())
-    writer.finish()
-    return tmp_path / "maps"
 
 
 class Grids(PhaseReport):

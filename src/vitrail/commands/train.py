@@ -21,6 +21,7 @@ from vitrail.errors import ConfigError
 from vitrail.reporting import training_report
 from vitrail.runs.assembly import build_data, build_module, build_trainer, check_devices, given_processes, model_name
 from vitrail.runs.config import check_keys, defaults_of, output_directory, plain, restore, settle_model
+from vitrail.runs.device import kernels, settle_auto
 from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.logs import set_up_logging
@@ -59,7 +60,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     _log_settings(config, module, data, trainer, run)
     explain_dead_children(run.path)
     started = time.monotonic()
-    _fit(trainer, module, data, checkpoint, run)
+    with kernels(config):
+        _fit(trainer, module, data, checkpoint, run)
     results = _summarise(csv_log, trainer, time.monotonic() - started, run)
     if trainer.is_global_zero:
         run.write_results(results)
@@ -88,6 +90,7 @@ def _final_config(config: DictConfig, run: RunDirectory) -> DictConfig:
         config = continue_restarted(config, run)
     config.trainer = given_processes(config.trainer)
     check_devices(config.trainer)
+    settle_auto(config)
     return config
 
 

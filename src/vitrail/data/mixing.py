@@ -17,6 +17,7 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from torch import Tensor
 
 from vitrail.data.randomness import seeded
+from vitrail.data.transfer import to_device
 from vitrail.errors import ConfigError
 from vitrail.types import Mix, SparseTokens
 from vitrail_runtime.checking import NonNegative, Positive, Share, checked
@@ -85,16 +86,20 @@ class PixelMix:
 
     def probabilities(self, values: Tensor) -> Tensor:
         """Mix values (B, C) by each image's share."""
-        share = self.share if isinstance(self.share, float) else self.share.to(values)[:, None]
+        share = (
+            self.share if isinstance(self.share, float) else to_device(self.share, values.device, values.dtype)[:, None]
+        )
         return values * share + values.flip(0) * (1.0 - share)
 
     def tokens(self, targets: SparseTokens, grid: tuple[int, int]) -> SparseTokens:
         """Mix token targets (B, N, C) by the share of each token's own pixels."""
-        return targets.mixed(self.token_shares(len(targets.base), grid).to(targets.base))
+        return targets.mixed(
+            to_device(self.token_shares(len(targets.base), grid), targets.base.device, targets.base.dtype)
+        )
 
     def token_shares(self, count: int, grid: tuple[int, int]) -> Tensor:
         """Return the shares of all tokens (B, N) of B = `count` images on a grid (rows, columns)."""
-        whole = torch.as_tensor(self.share, dtype=torch.float32).cpu().expand(count)
+        whole = torch.as_tensor(self.share, dtype=torch.float32).expand(count)
         if self.uniform_tokens or self.boxes is None or self.cut is None:
             return whole[:, None].expand(-1, grid[0] * grid[1])
         pixels = whole[:, None, None].expand(-1, *self.image_size).clone()

@@ -75,9 +75,9 @@ class EpochSampler(Sampler[Draw]):
         self._has_begun = True
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.length, generator=generator)
+            order = torch.randperm(self.length, generator=generator).numpy()
         else:
-            order = torch.arange(self.length)
+            order = np.arange(self.length)
         done = self._done[1] if self.epoch == self._done[0] else 0
         for position in range(self.rank + done * self.world_size, self.total, self.world_size):
             padding = position >= self.length

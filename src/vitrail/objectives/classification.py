@@ -15,6 +15,15 @@ from vitrail.types import Outputs, Targets
 from vitrail_runtime.checking import Rate, Share, checked
 
 
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Return class indices (B,) as float32 probabilities (B, C).
+
+    PyTorch's function also reads the smallest and the largest label, for which the host waits on some devices.
+    """
+    rows = torch.zeros(*labels.shape, num_classes, device=labels.device)
+    return rows.scatter_(-1, labels.unsqueeze(-1), 1.0)
+
+
 def _pairs(outputs: Outputs, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Pair the logits (M, C) of each head with the image's label.
 
@@ -76,7 +85,7 @@ class BinaryCrossEntropy(Objective):
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         num_classes = logits.shape[-1]
         if target.ndim == 1:
-            target = F.one_hot(target, num_classes)
+            target = one_hot(target, num_classes)
         target = target.to(logits.dtype) * (1 - self.smoothing) + self.smoothing / num_classes
         if self.threshold is not None:
             target = (target > self.threshold).to(logits.dtype)

@@ -6,9 +6,10 @@ Shapes: B images, N patch tokens, C classes.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vitrail.objectives.classification import one_hot
 from vitrail.objectives.contract import Objective
 from vitrail.types import Outputs, SparseTokens, Targets
 from vitrail_runtime.checking import NonNegative, checked
@@ -83,7 +84,7 @@ class TokenLabelingLoss(Objective):
             )
         cls = targets.cls
         if cls.ndim == 1:
-            cls = nn.functional.one_hot(cls, outputs.cls.shape[-1]).to(outputs.cls.dtype)
+            cls = one_hot(cls, outputs.cls.shape[-1]).to(outputs.cls.dtype)
         class_loss = soft_cross_entropy(outputs.cls, cls)
         if isinstance(targets.tokens, SparseTokens):
             count = outputs.tokens.shape[0] * outputs.tokens.shape[1]

@@ -30,6 +30,7 @@ from vitrail.models.licences import inherited_licence
 from vitrail.models.teacher import Teacher
 from vitrail.objectives.contract import passes_of, uses_of
 from vitrail.runs.config import instantiate, plain
+from vitrail.runs.device import settle_auto
 from vitrail.runs.directory import RunDirectory, find_weights_file
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.outputs import check_outputs
@@ -151,6 +152,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     Raises:
         ConfigError: the parts do not fit together.
     """
+    settle_auto(config)
     mixing = instantiate(config.mixing, "mixing")
     if mixing is not None and data.batch_size % 2:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
@@ -189,9 +191,10 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         compile_mode=config.compile,
         grad_checkpointing=config.grad_checkpointing,
         phases=data.phases,
+        channels_last=bool(OmegaConf.select(config, "kernels.channels_last")),
     )
     # The model summary counts operations in a forward pass of the example, which must not trigger a compilation.
-    if config.compile is None:
+    if module.compile_mode is None:
         module.example_input_array = torch.zeros(1, 3, *data.input.size)
     return module
 

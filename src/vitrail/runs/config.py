@@ -130,7 +130,11 @@ _VALUES: dict[str, dict[str, Any]] = {
         "plan": bool,
         "resume": _OPTIONAL,
         "reproduce": _OPTIONAL,
-        "compile": _COMPILE,
+        "compile": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite", "auto"]
+        | None,
+        "kernels.attention": Literal["auto", "cudnn", "flash"] | None,
+        "kernels.tf32": bool | Literal["auto"],
+        "kernels.channels_last": bool | Literal["auto"],
         "grad_checkpointing": bool,
         # Lightning's annotations have no ranges.
         "trainer.max_epochs": PositiveInt,

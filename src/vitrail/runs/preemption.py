@@ -22,6 +22,8 @@ from vitrail_runtime.sentences import SHARED_MEMORY
 
 log = logging.getLogger(__name__)
 
+_SECONDS = 2.0  # between two questions of the processes to each other, on GPUs
+
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
     """The training was stopped by signal `signum`, and everything is saved."""
@@ -48,7 +50,8 @@ class Preemption(Checkpoint):
     A training that is resumed from the checkpoint continues exactly where it stopped.
 
     If any process gets SIGTERM, SIGUSR1 or Ctrl-C, all processes finish the current optimiser step (after the last one
-    of an epoch, also the validation), save the checkpoint and raise `Stopped`. A second Ctrl-C exits at once. Another
+    of an epoch, also the validation), save the checkpoint and raise `Stopped`. Several GPUs ask each other for signals
+    about every two seconds. A second Ctrl-C exits at once. Another
     program can stop the training by creating the file `stop`: at the end of the epoch it has the effect of SIGTERM.
 
     Args:
@@ -64,6 +67,7 @@ class Preemption(Checkpoint):
         self._asked = 0
         self._before: Mapping[int, Any] = {}
         self._saved = time.monotonic()
+        self._agreed, self._batches, self._next = time.monotonic(), 0, 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers; Lightning's would communicate with other processes in the handler."""
@@ -86,7 +90,12 @@ class Preemption(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save between two optimiser steps; the last step of an epoch is saved after the validation."""
-        if is_last_batch(trainer) or is_accumulating(trainer):
+        self._batches += 1
+        if (
+            is_last_batch(trainer)
+            or is_accumulating(trainer)
+            or (trainer.world_size > 1 and self._batches < self._next)
+        ):
             return
         asked, due = self._agree(trainer)
         if asked or due:
@@ -114,12 +123,19 @@ class Preemption(Checkpoint):
 
     def _agree(self, trainer: L.Trainer) -> tuple[int, bool]:
         """Return the stop signal that any process got (0 for none), and whether rank 0's interval has passed."""
-        due = self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
+        now = time.monotonic()
+        due = self.minutes is not None and now - self._saved >= 60 * self.minutes
         if trainer.world_size == 1:
             return self._asked, due
-        flags = torch.tensor([self._asked, int(due and trainer.is_global_zero)], device=trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        # GPUs would wait for each other at every batch, so the processes also agree on the number of batches until the
+        # next question.
+        rare = device.type == "cuda" and self.minutes != 0
+        batches = max(1, int(_SECONDS * self._batches / max(now - self._agreed, 1e-9))) if rare else 1
+        flags = torch.tensor([self._asked, int(due and trainer.is_global_zero), -batches], device=device)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        asked, due_on_rank_zero = flags.tolist()
+        asked, due_on_rank_zero, fewest = flags.tolist()
+        self._agreed, self._batches, self._next = now, 0, -int(fewest)
         return int(asked), bool(due_on_rank_zero)
 
     def _save(self, trainer: L.Trainer) -> None:

@@ -1,6 +1,6 @@
 """Training: the LightningModule, optimisers, schedules, EMA weights, targets and callbacks."""
 
-from vitrail.training.callbacks import EpochReport, SpeedMonitor
+from vitrail.training.callbacks import EpochReport, IntervalProgressBar, SpeedMonitor
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 from vitrail.training.fsdp import FSDP
@@ -17,6 +17,7 @@ __all__ = [
     "CosineSchedule",
     "EpochReport",
     "ImageClassifier",
+    "IntervalProgressBar",
     "LinearSchedule",
     "NonfiniteGuard",
     "OptimizerFactory",

@@ -1,4 +1,4 @@
-"""Callbacks that measure throughput and report each epoch."""
+"""Callbacks that measure throughput, and show and report the progress."""
 
 import logging
 import time
@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 
-from vitrail_runtime.checking import checked
+from vitrail_runtime.checking import NonNegative, checked
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,50 @@ class DeviceClock(HostClock):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+@checked
+class IntervalProgressBar(RichProgressBar):
+    """Lightning's progress bar, drawn at most once per interval.
+
+    Lightning's own collects and formats all metrics at every batch, which takes longer than launching a small step.
+
+    Args:
+        leave: keep each epoch's bar on screen.
+        interval: seconds between two updates.
+    """
+
+    def __init__(self, leave: bool = False, interval: NonNegative = 0.5) -> None:
+        super().__init__(leave=leave)
+        self.interval, self._next = interval, 0.0
+
+    def _is_due(self, batches: float, batch_idx: int) -> bool:
+        """Return whether to draw the bar now: at the end of each interval, and at the last batch."""
+        now = time.monotonic()
+        if now < self._next and batch_idx + 1 != batches:
+            return False
+        self._next = now + self.interval
+        return True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the finished batch and the metrics, if the bar is due."""
+        if self._is_due(self.total_train_batches, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show the finished batch, if the bar is due."""
+        if self._is_due(self.total_val_batches_current_dataloader, batch_idx):
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
 
 @checked

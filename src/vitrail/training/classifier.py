@@ -11,22 +11,22 @@ import lightning as L
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from vitrail.checkpoints.shards import gathered
 from vitrail.data.mixing import Mixing
 from vitrail.data.phases import Phases
 from vitrail.data.randomness import reseed
+from vitrail.data.transfer import to_device
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.models.heads import declared_outputs, return_features, token_grid
 from vitrail.objectives.contract import build_parts, check_losses, passes_of, trained_parts, uses_of
+from vitrail.training.metrics import ValidationMetrics
 from vitrail.training.muon import describe_routing
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
 from vitrail.training.targets import TargetBuilder
-from vitrail.types import IGNORE, Batch
+from vitrail.types import Batch
 from vitrail_runtime.compat import batches_seen, completed_batches, next_batch
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class ImageClassifier(L.LightningModule):
             dict are the same in both cases.
         grad_checkpointing: recompute activations in the backward pass to save memory.
         phases: phases of image size; None for one size. The network is compiled once for each size.
+        channels_last: store the weights of overlapping convolutions channels-last, which GPUs compute faster.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ImageClassifier(L.LightningModule):
         compile_mode: str | None = None,
         grad_checkpointing: bool = False,
         phases: Phases | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.num_classes = model, objective, num_classes
@@ -74,20 +76,26 @@ class ImageClassifier(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.mixing, self.targets, self.seed = mixing, targets or TargetBuilder(), seed
         self.compile_mode, self.phases = compile_mode, phases
-        dynamic = (
-            None if phases is None else False
-        )  # PyTorch would compile the second size for any size, which is slower
-        self.heads = torch.compile(forward_heads, mode=compile_mode, dynamic=dynamic) if compile_mode else forward_heads
+        # dynamic=False: PyTorch would compile the second size for any size, which is slower.
+        self.heads = torch.compile(forward_heads, mode=compile_mode, dynamic=False) if compile_mode else forward_heads
+        if channels_last and any(_overlaps(module) for module in model.modules()):
+            model.to(memory_format=torch.channels_last)
         if grad_checkpointing:
             _set_grad_checkpointing(model)
         self.val_metrics: Any = self.new_metrics()
+        self._largest_batch = 0  # of an evaluation
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         # Optimiser step at which the epoch started; None until its first batch, also after resuming within an epoch.
         self._epoch_start_step: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C) for images (B, 3, H, W); several heads are merged as in the backbone's paper."""
-        return self.heads(self.model, images).merged()
+        count = len(images)
+        if self.compile_mode and not self.training:  # fill up the last batch, which would be compiled separately
+            self._largest_batch = max(self._largest_batch, count)
+            if missing := self._largest_batch - count:
+                images = nn.functional.pad(images, (0, 0) * 3 + (0, missing))
+        return self.heads(self.model, images).merged()[:count]
 
     def token_grid(self, images: Tensor) -> tuple[int, int] | None:
         """Return the rows and columns of patch tokens for images (B, 3, H, W); None if the backbone returns none."""
@@ -149,7 +157,8 @@ class ImageClassifier(L.LightningModule):
         """Return the scalar loss of a batch of images (B, 3, H, W) and labels (B,)."""
         passes = passes_of(self.objective)
         images = batch.image if passes == 1 else batch.image.repeat(passes, 1, 1, 1)
-        box = None if batch.mix is None or batch.mix.token_box is None else batch.mix.token_box.to(images.device)
+        box = None if batch.mix is None else batch.mix.token_box
+        box = None if box is None else to_device(box, images.device)
         outputs = self.heads(self.model, images, box)
         targets = self.targets(batch, self.objective, self.num_classes, self.token_grid(batch.image))
         losses = self.objective(outputs, targets)
@@ -265,39 +274,6 @@ class ImageClassifier(L.LightningModule):
         self.log_dict(self.val_metrics.compute_and_reset("val/"), prog_bar=True, sync_dist=True, batch_size=1)
 
 
-class ValidationMetrics(nn.Module):
-    """Mean cross-entropy, top-1 and top-5 of all images not labelled `IGNORE`, over all processes.
-
-    Args:
-        num_classes: number of classes, C.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-
-        def accuracy(k: int) -> MulticlassAccuracy:
-            k = min(k, num_classes)
-            return MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=IGNORE, validate_args=False)
-
-        self.loss = MeanMetric(nan_strategy="disable")  # do not hide a NaN loss
-        self.accuracies = MetricCollection({"top1": accuracy(1), "top5": accuracy(5)}, compute_groups=False)
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch of logits (B, C) and labels (B,)."""
-        counted = labels != IGNORE
-        # No weights: with nan_strategy="disable", torchmetrics ignores them.
-        self.loss.update(nn.functional.cross_entropy(logits[counted], labels[counted], reduction="none"))
-        self.accuracies.update(logits, labels)
-
-    def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:
-        """Return the scalar loss and the accuracies in % since the last call."""
-        values = {name: 100 * value for name, value in self.accuracies.compute().items()}
-        result = {f"{prefix}{name}": value for name, value in {"loss": self.loss.compute(), **values}.items()}
-        self.loss.reset()
-        self.accuracies.reset()
-        return result
-
-
 class _Widths(dict[str, int]):
     """Channels of the features of a backbone and its teacher, looked up when an objective asks for them."""
 
@@ -312,6 +288,11 @@ class _Widths(dict[str, int]):
             what = "the teacher" if name == "teacher_features" else type(owner).__name__
             raise ConfigError(f"objective: the width of {name} is not known; {what} needs an attribute num_features.")
         return int(width)
+
+
+def _overlaps(module: nn.Module) -> bool:
+    """Return whether a module is a convolution whose windows overlap; others are matrix products of patches."""
+    return isinstance(module, nn.Conv2d) and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
 
 
 def _set_grad_checkpointing(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -39,6 +39,7 @@ class EMA(L.Callback):
         self.average: dict[str, Tensor] = {}
         """EMA weights by their name in the backbone's state dict; empty until the training starts."""
         self.updates = self._step = 0
+        self._pairs: list[_Pair] = []  # looked up once per epoch: a state dict per step would take time
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
         """Start from the current weights, unless a checkpoint was loaded; the model is on its device by now."""
@@ -46,11 +47,16 @@ class EMA(L.Callback):
         if self.device is None:
             now = _state(pl_module.model)
             self.average = {name: tensor.to(now[name].device) for name, tensor in self.average.items()}
+        self._pairs = []
         self.metrics: Any = pl_module.new_metrics().to(pl_module.device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start counting at the current step, which is not 0 in a resumed training."""
         self._step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look the tensors up again: a backbone may change at the start of an epoch."""
+        self._pairs = []
 
     def _begin(self, pl_module: ImageClassifier) -> None:
         if not self.average:
@@ -68,21 +74,21 @@ class EMA(L.Callback):
             return
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        floats: tuple[list[Tensor], list[Tensor]] = [], []
-        for ema, current in self._pairs(pl_module.model):
-            if ema.is_floating_point() and self.updates:
-                floats[0].append(ema)
-                floats[1].append(current.to(ema.device))
-            else:  # the first update, and BatchNorm's integer counters
-                ema.copy_(current)
-        if floats[0]:
-            torch._foreach_lerp_(*floats, 1 - decay)
+        self._pairs = self._pairs or self._paired(pl_module.model)
+        # The first update copies everything, later ones only BatchNorm's integer counters.
+        averaged = [pair for pair in self._pairs if pair.ema.is_floating_point() and self.updates]
+        copied = [pair for pair in self._pairs if not (pair.ema.is_floating_point() and self.updates)]
+        if averaged:
+            averages = [pair.ema for pair in averaged]
+            torch._foreach_lerp_(averages, [pair.current.to(pair.ema.device) for pair in averaged], 1 - decay)
+        if copied:
+            torch._foreach_copy_([pair.ema for pair in copied], [pair.current for pair in copied])
         self.updates += 1
 
-    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def _paired(self, model: nn.Module) -> list["_Pair"]:
         """Return this process's part of each EMA tensor, paired with the current tensor."""
         now = _state(model)
-        return ((local(ema), local(now[name])) for name, ema in self.average.items())
+        return [_Pair(local(ema), local(now[name])) for name, ema in self.average.items()]
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
@@ -95,14 +101,12 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        exchanged: set[int] = set()  # a weight under two names is one tensor
-        for ema, current in self._pairs(model):
-            if current.numel() and current.data_ptr() in exchanged:
-                continue
-            exchanged.add(current.data_ptr())
-            kept = ema.clone()
-            ema.copy_(current)
-            current.copy_(kept)
+        pairs = [pair for pair in self._paired(model) if pair.current.numel()]
+        pairs = list({pair.current.data_ptr(): pair for pair in reversed(pairs)}.values())  # tied weights once
+        averages, current = [pair.ema for pair in pairs], [pair.current for pair in pairs]
+        kept = [ema.clone() for ema in averages]
+        torch._foreach_copy_(averages, current)
+        torch._foreach_copy_(current, kept)
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
@@ -144,6 +148,11 @@ class EMA(L.Callback):
         if "averaging_state" in checkpoint:
             self.updates = int(checkpoint["averaging_state"]["n_averaged"])
             pl_module.load_state_dict(checkpoint["current_model_state"])
+
+
+class _Pair(NamedTuple):
+    ema: Tensor
+    current: Tensor
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

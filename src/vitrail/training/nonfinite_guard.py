@@ -13,9 +13,20 @@ from vitrail.checkpoints.shards import gathered, local
 from vitrail.data.randomness import reseed
 from vitrail.errors import TrainingError
 from vitrail.models import forward_heads
+from vitrail.objectives.contract import trained_parts
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 from vitrail.training.targets import TargetBuilder
+from vitrail.training.verdicts import (
+    Brake,
+    DeviceReader,
+    HostReader,
+    Step,
+    gradients,
+    judge,
+    restore_if,
+    spoil_gradients,
+)
 from vitrail.types import Batch
 from vitrail_runtime.checking import PositiveInt, Range, checked
 
@@ -24,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @checked
 class NonfiniteGuard(L.Callback):
-    """Callback that checks the loss and the gradient norm of every optimiser step, on all processes.
+    """Callback that checks the loss and the gradients of every optimiser step, on all processes.
 
     If one of them is NaN or infinite, the callback finds the module that produced the first such number, and saves the
     batches, random key and weights to `path`, so that the step can be reproduced. Then it acts by `on_bad`:
@@ -33,6 +44,9 @@ class NonfiniteGuard(L.Callback):
     - `skip`: skip the step and undo its update of BatchNorm's statistics.
     - `rollback`: restore weights, EMA weights and moments from the last checkpoint. The training continues with the
       next batch, and every learning rate of the schedule is multiplied by `factor`.
+
+    On a GPU nothing waits for the check: the device skips the update of a bad step, and the host learns of it and acts
+    one step later (`vitrail.training.verdicts`).
 
     With fp16 loss scaling, which produces such gradients while it searches for its scale, only the loss is checked.
 
@@ -56,7 +70,10 @@ class NonfiniteGuard(L.Callback):
         self.in_a_row, self.skipped, self.returns, self.lr_scale = 0, 0, 0, 1.0
         self._batches: list[tuple[Any, tuple[int, ...]]] = []  # of the coming step, each with its random key
         self._statistics: list[Tensor] = []
-        self._loss = 0.0
+        self._loss: Tensor | None = None
+        self._parameters: list[tuple[str, nn.Parameter]] = []
+        self._reader = HostReader()
+        self._brake: Brake | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and the factor of the learning rate."""
@@ -67,10 +84,17 @@ class NonfiniteGuard(L.Callback):
         self.skipped, self.returns = state_dict["skipped"], state_dict["returns"]
         self.lr_scale = state_dict["lr_scale"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Apply the learning rate factor of earlier rollbacks."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+        """Apply the learning rate factor of earlier rollbacks, and choose how to read verdicts."""
         if self.lr_scale != 1:
             _scale_rates(trainer, self.lr_scale)
+        parts = trained_parts(pl_module.objective)
+        modules = {"": pl_module.model, **{f"objective.{name}.": part for name, part in parts.items()}}
+        self._parameters = [
+            (f"{at}{name}", value) for at, part in modules.items() for name, value in part.named_parameters()
+        ]
+        self._reader = DeviceReader() if pl_module.device.type == "cuda" else HostReader()
+        self._brake = Brake(trainer.optimizers[0]) if self._reader.late else None
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ImageClassifier, batch: Any, batch_idx: int
@@ -82,32 +106,55 @@ class NonfiniteGuard(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add the scalar loss to that of the step."""
-        self._loss = self._loss + loss.detach()  # type: ignore[assignment]
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if trainer.world_size > 1:
+            spoil_gradients(loss)
 
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ImageClassifier, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Check the loss and the gradient norm, and act by `on_bad`."""
-        batches, self._batches = self._batches, []
-        loss, self._loss = torch.as_tensor(self._loss, dtype=torch.float32), 0.0
-        grads = [parameter.grad for parameter in pl_module.model.parameters() if parameter.grad is not None]
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        norm = torch.zeros(()) if scaled else gathered(nn.utils.get_total_norm(grads)).float()
-        worst = loss.to(pl_module.device) + norm.to(pl_module.device)  # NaN or infinite if either is
-        if trainer.world_size > 1:
-            worst = torch.nan_to_num(worst, math.inf, math.inf, math.inf).abs()
-            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-        if math.isfinite(worst.item()):
-            self.in_a_row = 0
+        """Judge the loss and the gradients, and act by `on_bad`: on a GPU for the step before."""
+        if self._settle(trainer, pl_module) and self.on_bad == "rollback":
+            self._batches, self._loss = [], None  # the gradients are of the weights before the rollback, and dropped
             return
-        self._act(trainer, pl_module, self._describe(trainer, pl_module, batches, float(loss)))
+        batches, self._batches = self._batches, []
+        assert self._loss is not None
+        loss, self._loss = self._loss, None
+        names, grads = gradients(self._parameters)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips bad gradients itself
+        bad, norms = judge(loss, [] if scaled else grads)
+        self._reader.post(Step(trainer.current_epoch, trainer.global_step, batches, loss, norms, names, bad))
+        if not self._reader.late:
+            self._settle(trainer, pl_module)
+            return
+        assert self._brake is not None
+        if not scaled:
+            self._brake.set(bad, grads)
+        if self.on_bad == "skip":
+            restore_if(bad, pl_module.model.buffers(), self._statistics)
 
-    def _describe(
-        self, trainer: L.Trainer, pl_module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]], loss: float
-    ) -> str:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+        """Act on the last step before a validation."""
+        self._settle(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+        """Act on the last step of an epoch."""
+        self._settle(trainer, pl_module)
+
+    def _settle(self, trainer: L.Trainer, pl_module: ImageClassifier) -> bool:
+        """Read the verdict of the step that was posted last, and act if it is bad; return whether it is."""
+        posted, step = self._reader.pending is not None, self._reader.take()
+        if step is None:
+            self.in_a_row = 0 if posted else self.in_a_row
+            return False
+        self._act(trainer, pl_module, self._describe(trainer, pl_module, step))
+        return True
+
+    def _describe(self, trainer: L.Trainer, pl_module: ImageClassifier, step: Step) -> str:
         """Save the bad step to the file, and return a sentence about what happened where."""
+        loss = float(step.loss)
         what = f"a loss of {loss}" if not math.isfinite(loss) else "a non-finite gradient"
-        where = first_bad(pl_module, batches, trainer.precision_plugin.forward_context)
+        where = first_bad(pl_module, step, trainer.precision_plugin.forward_context)
         weights = {name: gathered(tensor) for name, tensor in pl_module.model.state_dict().items()}
         path = self.path
         if trainer.global_rank:
@@ -115,13 +162,13 @@ class NonfiniteGuard(L.Callback):
         if trainer.is_global_zero or not math.isfinite(loss):
             classes = pl_module.num_classes
             kept = {
-                "epoch": trainer.current_epoch,
-                "step": trainer.global_step,
-                "batches": [{**_plain(batch, classes), "random_key": list(key)} for batch, key in batches],
+                "epoch": step.epoch,
+                "step": step.number,
+                "batches": [{**_plain(batch, classes), "random_key": list(key)} for batch, key in step.batches],
                 "weights": weights,
             }
             torch.save(kept, path)
-        return f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}: {what}, first in {where}"
+        return f"epoch {step.epoch + 1}, step {step.number + 1}: {what}, first in {where}"
 
     def _act(self, trainer: L.Trainer, pl_module: ImageClassifier, sentence: str) -> None:
         saved = f"{sentence}; saved to {self.path}"
@@ -132,8 +179,10 @@ class NonfiniteGuard(L.Callback):
             if self.in_a_row > self.limit:
                 raise TrainingError(f"{saved}. The last {self.limit} steps had already been skipped.")
             log.warning("%s. Step skipped; %d skipped so far.", saved, self.skipped)
-            for buffer, before in zip(pl_module.model.buffers(), self._statistics, strict=True):
-                buffer.copy_(before)
+            if self._brake is not None:  # the device has skipped the step
+                self._brake.release()
+                return
+            restore_if(torch.ones((), device=pl_module.device), pl_module.model.buffers(), self._statistics)
         else:
             self.returns += 1
             if self.returns > self.limit:
@@ -186,7 +235,7 @@ def _plain(batch: Batch, num_classes: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]], context: Any) -> str:
+def first_bad(module: ImageClassifier, step: Step, context: Any) -> str:
     """Name the source of the first non-finite number: a weight, the images, a module, the loss or a gradient.
 
     Every process computes every batch, even after it has found the source, because a sharded model needs all processes.
@@ -194,7 +243,7 @@ def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]
     found = [
         f"the weight {name}, which was already non-finite before this step"
         for name, parameter in module.model.named_parameters()
-        if _is_bad(parameter)
+        if not local(parameter).isfinite().all()
     ]
 
     def look(name: str) -> Any:
@@ -205,9 +254,8 @@ def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]
 
         return hook
 
-    grads = {name: _is_bad(parameter.grad) for name, parameter in module.model.named_parameters()}
     buffers = [buffer.clone() for buffer in module.model.buffers()]
-    for batch, key in batches:
+    for batch, key in step.batches:
         if not batch.image.isfinite().all():
             bad = [name for name, image in zip(batch.key, batch.image, strict=True) if not image.isfinite().all()]
             found.append(f"the images {', '.join(bad[:3])}")
@@ -221,9 +269,5 @@ def first_bad(module: ImageClassifier, batches: list[tuple[Any, tuple[int, ...]]
         buffer.copy_(before)
     if found:
         return found[0]
-    named = [name for name, bad in grads.items() if bad]
+    named = step.bad_gradients()
     return f"the gradient of {named[-1]}" if named else "the loss"
-
-
-def _is_bad(tensor: Tensor | None) -> bool:
-    return tensor is not None and not bool(local(tensor).isfinite().all())

@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torch import nn
 
 from vitrail.errors import ConfigError
+from vitrail.training.lamb import update_at_once
 from vitrail.training.muon import allow_shards, first_and_last
 from vitrail_runtime.checking import NonNegative, NonNegativeInt, PositiveInt, Range, checked
 
@@ -38,6 +39,8 @@ class OptimizerFactory:
         decay_all: weight decay of all parameters, norms and biases included, as LV-ViT's segmentation code has it.
         adamw_first_last: for timm's Muon and its variants: update the first layer and the classifiers by AdamW, because
             Muon is meant for hidden layers. Vectors, position tables and tokens are always updated by AdamW.
+        fused: update all parameters by a few kernels: PyTorch's fused Adam and AdamW, and timm's LAMB; ignored by other
+            optimisers. `auto` is for configs, which replace it by the value for their device.
         options: further arguments of the optimiser (`betas`, `eps`, `momentum`, ...).
     """
 
@@ -56,6 +59,7 @@ class OptimizerFactory:
         decay_also: Sequence[str] = (),
         decay_all: bool = False,
         adamw_first_last: bool = False,
+        fused: bool | Literal["auto"] = False,
         **options: Any,
     ) -> None:
         self.name, self.lr, self.weight_decay = name, float(lr), weight_decay
@@ -64,6 +68,7 @@ class OptimizerFactory:
         self.scale_min_lr, self.backbone_freeze_epochs = scale_min_lr, backbone_freeze_epochs
         self.decay_all = decay_all
         self.untrained, self.adamw_first_last, self.options = tuple(untrained), adamw_first_last, options
+        self.fused = fused is True
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Return the peak learning rate for `effective_batch` images per optimiser step, over all devices."""
@@ -101,6 +106,8 @@ class OptimizerFactory:
         except (TypeError, ValueError, IndexError) as error:
             given = ", ".join(f"optimizer.{name}={value}" for name, value in self.options.items())
             raise ConfigError(f"optimizer.name={self.name}: {error}{f' ({given})' if given else ''}") from error
+        if self.fused:
+            _fuse(optimizer)
         if not allow_shards(optimizer) and self.adamw_first_last:
             raise ConfigError(f"optimizer.adamw_first_last=true: {self.name} is no variant of Muon; omit it.")
         self._keep_settings(optimizer)
@@ -109,7 +116,7 @@ class OptimizerFactory:
     def _keep_settings(self, optimizer: Any) -> None:
         """Keep the config's settings when a checkpoint is loaded; only moments and counts come from the checkpoint."""
         base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead wraps another optimiser
-        keys = {"lr", "lr_scale", "weight_decay", "use_fallback", "freeze_epochs", *self.options}
+        keys = {"lr", "lr_scale", "weight_decay", "use_fallback", "freeze_epochs", "fused", "foreach", *self.options}
         settings = [{key: group[key] for key in keys & group.keys()} for group in base.param_groups]
 
         def restore_settings(loaded: torch.optim.Optimizer) -> None:
@@ -172,6 +179,16 @@ class OptimizerFactory:
         if self.lr_scaling != "none":
             lr += f" ({self.lr:g}, scaled {self.lr_scaling} from batch {self.lr_reference_batch})"
         return f"{self.name}: {lr}, weight decay {self.weight_decay:g}, effective batch {effective_batch}"
+
+
+def _fuse(optimizer: Any) -> None:
+    """Update all parameters by a few kernels, in place, if the optimiser can."""
+    update_at_once(optimizer)
+    base = getattr(optimizer, "_base_optimizer", optimizer)
+    parameters = [parameter for group in base.param_groups for parameter in group["params"]]
+    if type(base) in (torch.optim.Adam, torch.optim.AdamW) and all(p.is_floating_point() for p in parameters):
+        for group in base.param_groups:
+            group.update(fused=True, foreach=False)
 
 
 def _new_modules(model: Any) -> list[nn.Module]:

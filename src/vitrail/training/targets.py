@@ -10,12 +10,12 @@ Shapes: B images, C classes, N patch tokens, D features.
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.data.label_maps import pooled_scores, sparse_token_targets
 from vitrail.errors import ConfigError
 from vitrail.models.heads import declared_outputs, patch_drop_rate
+from vitrail.objectives.classification import one_hot
 from vitrail.objectives.contract import TARGET_NEEDS, needs_of, trained_parts, uses_of
 from vitrail.types import Batch, LabelMap, SparseTokens, Targets
 from vitrail_runtime.checking import Rate, checked
@@ -79,13 +79,13 @@ class TargetBuilder:
         """Return the labels of the mixed images: class indices (B,) without mixing, otherwise probabilities (B, C)."""
         if batch.mix is None:
             return batch.label
-        return batch.mix.probabilities(F.one_hot(batch.label, num_classes).float())
+        return batch.mix.probabilities(one_hot(batch.label, num_classes))
 
     def _token_targets(
         self, batch: Batch, num_classes: int, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor | SparseTokens]:
         """Return targets of the class token (B, C) and of the patch tokens (B, N, C); (B, 1, C) without label maps."""
-        truth = F.one_hot(batch.label, num_classes) * (1 - self.smoothing) + self.smoothing / num_classes
+        truth = one_hot(batch.label, num_classes) * (1 - self.smoothing) + self.smoothing / num_classes
         tokens: Tensor | SparseTokens
         if batch.label_map is None:
             cls, tokens = truth, truth[:, None]

@@ -176,8 +176,10 @@ def _pooling(
         raise ValueError(f"scores {tuple(scores.shape)} and classes {tuple(classes.shape)} must both be (B, K, H, W).")
     if boxes.shape != (len(scores), 4) or flipped.shape != (len(scores),):
         raise ValueError(f"boxes {tuple(boxes.shape)} and flipped {tuple(flipped.shape)} must be (B, 4) and (B,).")
-    if scores.device.type == "cpu" and classes.numel() and not 0 <= int(classes.max()) < num_classes:
-        raise ValueError(f"label maps contain class {int(classes.max())}, but the data has {num_classes} classes.")
+    if scores.device.type == "cpu" and classes.numel():
+        highest = int(classes.numpy().max())
+        if not 0 <= highest < num_classes:
+            raise ValueError(f"label maps contain class {highest}, but the data has {num_classes} classes.")
     x1, y1, x2, y2 = boxes.float().unbind(1)
     if transpose_crops:
         x1, y1, x2, y2 = y1, x1, y2, x2

@@ -1,0 +1,136 @@
+"""The device keeps bad numbers from the optimiser, and the host learns of them one step later."""
+
+import lightning as L
+import pytest
+import torch
+
+from poisoned_training import POISON, Poison, fit
+from resuming import new_folder
+from vitrail.errors import TrainingError
+from vitrail.training import nonfinite_guard
+from vitrail.training.verdicts import HostReader, judge, spoil_gradients
+
+pytestmark = pytest.mark.thorough
+
+SKIP = "callbacks.nonfinite_guard.on_bad=skip"
+
+
+class LateReader(HostReader):
+    """Reader for the CPU with the order of events on a GPU."""
+
+    late = True
+
+
+@pytest.fixture
+def late(monkeypatch):
+    monkeypatch.setattr(nonfinite_guard, "HostReader", LateReader)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ("optimizer=adamw", "optimizer.fused=true"),
+        ("optimizer=adamw",),
+        ("optimizer=adamw", "seed=42"),  # the first step is bad
+        ("optimizer=sgd", "optimizer.fused=true"),
+        ("optimizer=lamb", "optimizer.fused=true"),
+        ("optimizer=muon",),
+        ("optimizer=adamw", "optimizer.name=lookahead_adamw", "seed=4"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_skip__gives_the_weights_of_a_training_that_never_sees_the_step(tmp_path, monkeypatch, optimizer):
+    """Skipping on the device equals leaving the update out on the host, bit for bit."""
+    options = (SKIP, "seed=2", *optimizer, "data.batch_size=128", "schedule.warmup_epochs=0")
+    host, device = Poison("blocks.1.attn.proj"), Poison("blocks.1.attn.proj")
+    fit(new_folder(tmp_path / "host"), host, *options)
+    monkeypatch.setattr(nonfinite_guard, "HostReader", LateReader)
+    _, guard = fit(new_folder(tmp_path / "device"), device, *options)
+    assert any(host.bad)
+    assert guard.skipped == sum(host.bad)
+    assert torch.equal(device.weights[-1], host.weights[-1])
+    assert not torch.equal(device.weights[-1], device.weights[0])
+
+
+class PoisonedImages(Poison):
+    """Poison that follows the batch, also when the guard computes it again."""
+
+    image = None
+
+    def on_fit_start(self, trainer, module):
+        def look(_, inputs):
+            self.holds = inputs[0] is self.image
+
+        super().on_fit_start(trainer, module)
+        module.model.patch_embed.register_forward_pre_hook(look)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if POISON in batch.key:
+            self.image = batch.image
+
+
+def test_stop__saves_the_bad_step_and_the_weights_before_it(tmp_path, late):
+    poison = PoisonedImages("blocks.1.attn.proj")
+    sentence = r"epoch 1, step \d+: a loss of nan, first in the output of blocks.1.attn.proj"
+    with pytest.raises(TrainingError, match=sentence):
+        fit(tmp_path, poison)
+    kept = torch.load(tmp_path / "bad_step.pt", weights_only=True)
+    assert POISON in kept["batches"][0]["key"]
+    assert kept["step"] == poison.bad.index(True) == len(poison.weights) - 1
+    weights = torch.cat([weight.flatten() for weight in kept["weights"].values()])
+    torch.testing.assert_close(weights, poison.weights[kept["step"] - 1], rtol=0, atol=0)
+
+
+class BadGradient(L.Callback):
+    """Callback that makes one weight's gradient infinite in step `number`; the loss stays finite."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == self.number:
+            module.model.blocks[2].mlp.fc1.weight.grad[0, 0] = float("inf")
+
+
+@pytest.mark.parametrize("step", [2, 43])  # the last one of an epoch is judged before the validation
+def test_gradient__infinite_with_a_finite_loss_is_located(tmp_path, late, step):
+    sentence = f"epoch 1, step {step + 1}: a non-finite gradient, first in the gradient of blocks.2.mlp.fc1.weight"
+    with pytest.raises(TrainingError, match=sentence):
+        fit(tmp_path, BadGradient(step))
+
+
+def test_skip__restores_batchnorm_statistics(tmp_path, late):
+    overrides = ("model=timm", "model.name=resnet10t", "data.image_size=32", "epochs=1", "data.batch_size=128")
+    poison = Poison("conv1")
+    trainer, guard = fit(tmp_path, poison, *overrides, SKIP, "trainer.limit_train_batches=10")
+    assert any(poison.bad)
+    assert guard.skipped == sum(poison.bad)
+    assert all(buffer.isfinite().all() for buffer in trainer.lightning_module.model.buffers())
+
+
+def test_skip__ends_the_training_at_the_limit(tmp_path, late):
+    with pytest.raises(TrainingError, match=r"first in the output of head.*The last 3 steps had already been skipped"):
+        fit(tmp_path, Poison("head", always=True), SKIP)
+
+
+def test_rollback__drops_the_step_that_was_computed_meanwhile(tmp_path, late):
+    poison = Poison("norm")
+    rollback = ("callbacks.nonfinite_guard.on_bad=rollback", "callbacks.preemption.minutes=0")
+    _, guard = fit(tmp_path, poison, *rollback, "schedule.warmup_epochs=0", "epochs=1")
+    assert (guard.returns, guard.lr_scale) == (1, 0.5)
+    (step,) = torch.tensor(poison.bad).nonzero().flatten().tolist()
+    assert torch.equal(poison.weights[step], poison.weights[step - 1])
+    assert torch.equal(poison.weights[step + 1], poison.weights[step])
+    assert poison.rates[step + 1] == pytest.approx(poison.rates[step] / 2, rel=0.2)
+    assert not torch.equal(poison.weights[step + 2], poison.weights[step])
+    assert poison.weights[-1].isfinite().all()
+
+
+def test_spoil__a_non_finite_loss_reaches_every_gradient():
+    for value, finite in ((2.0, True), (float("inf"), False)):
+        weight = torch.ones(3, requires_grad=True)
+        loss = (weight * 2).sum() + value
+        spoil_gradients(loss)
+        loss.backward()
+        assert weight.grad.isfinite().all() == finite
+        assert judge(torch.zeros(()), [weight.grad])[0] == (0 if finite else 1)
