@@ -4,7 +4,7 @@ from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
 from vitrail.reporting.pictures import FirstBatchPicture
-from vitrail.reporting.segmentation import FirstMasksPicture
+from vitrail.reporting.segmentation import FirstMasksPicture, PredictedMasksPicture
 from vitrail.reporting.tables import training_report
 from vitrail.reporting.validation_pictures import AttentionPicture, PredictionPicture
 from vitrail.reporting.wandb_dashboard import WandbDashboard
@@ -15,6 +15,7 @@ __all__ = [
     "FirstBatchPicture",
     "FirstMasksPicture",
     "LabelMapPicture",
+    "PredictedMasksPicture",
     "PredictionPicture",
     "WandbDashboard",
     "evaluation_figure",

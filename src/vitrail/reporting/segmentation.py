@@ -21,6 +21,7 @@ from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import class_colours
 from vitrail.errors import ImageError
 from vitrail.reporting.pictures import FirstBatchPicture, denormalise, image_grid
+from vitrail.reporting.validation_pictures import PredictionPicture
 from vitrail.training.segmentation import SegmentationScores
 from vitrail.types import MASK_IGNORE, Batch
 from vitrail_runtime.checking import checked
@@ -77,6 +78,27 @@ class FirstMasksPicture(FirstBatchPicture):
         masks = batch.label[: self.count].cpu().numpy()
         drawn = [overlay(image, mask, len(data.classes)) for image, mask in zip(images, masks, strict=True)]
         return image_grid(np.stack(drawn), [_largest(mask, data.classes) for mask in masks])
+
+
+@checked
+class PredictedMasksPicture(PredictionPicture):
+    """Callback that draws the first validation images with their predicted masks, each beside its label.
+
+    Args:
+        path: file of the last picture.
+        every: epochs between two pictures; None for none.
+        count: maximum number of images.
+    """
+
+    def draw(self, module: Any, batch: Batch, data: Any) -> Image.Image:
+        """Return the picture of a batch of whole images (B, 3, H, W), uint8."""
+        drawn, captions = [], []
+        for image, mask in zip(batch.image[: self.count], batch.label[: self.count], strict=True):
+            for what, shown in (("predicted", module.predicted_mask(image)), ("label", mask)):
+                classes = shown.cpu().numpy()
+                drawn.append(overlay(image.permute(1, 2, 0).cpu().numpy(), classes, len(data.classes)))
+                captions.append(f"{what}\n{_largest(classes, data.classes)}".rsplit("\n", 1)[0])
+        return image_grid(np.stack(drawn), captions)
 
 
 def _largest(mask: NDArray[np.integer], classes: Sequence[str]) -> str:

@@ -59,13 +59,18 @@ class SemanticSegmenter(ImageClassifier):
     def measure(self, batch: Batch, metrics: Any) -> None:
         """Update `metrics`, a result of `new_metrics`, with whole images (B, 3, H, W), uint8, and masks (B, H, W)."""
         for key, image, mask in zip(batch.key, batch.image, batch.label, strict=True):
-            idle = self._idle_passes((image.shape[-2], image.shape[-1]))
-            predicted = self.inference(self, image).argmax(0)
+            predicted = self.predicted_mask(image)
             metrics.update(predicted, mask)
             if self.on_prediction is not None:
                 self.on_prediction(key, image, predicted)
-            for _ in range(idle):
-                self(image.new_zeros(1, 3, *self.inference.window, dtype=self.dtype))
+
+    def predicted_mask(self, image: Tensor) -> Tensor:
+        """Return the predicted classes (H, W) of a whole image (3, H, W), uint8; all processes must call this."""
+        idle = self._idle_passes((image.shape[-2], image.shape[-1]))
+        predicted = self.inference(self, image).argmax(0)
+        for _ in range(idle):
+            self(image.new_zeros(1, 3, *self.inference.window, dtype=next(self.parameters()).dtype))
+        return predicted
 
     def _idle_passes(self, size: tuple[int, int]) -> int:
         """Return the forward passes to add for this image, because processes that share one model need equally many."""
