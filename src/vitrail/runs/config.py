@@ -164,6 +164,17 @@ _VALUES: dict[str, dict[str, Any]] = {
     },
     "doctor": {"seed": NonNegativeInt, "sample": PositiveInt, "checksums": bool},
     "export": {"ckpt": str, "out": _OPTIONAL},
+    "predict": {
+        "ckpt": _OPTIONAL,
+        "images": str,
+        "out": str,
+        "top_k": PositiveInt,
+        "overlay": _OPTIONAL,
+        "image_size": ImageSize | None,
+        "batch_size": PositiveInt,
+        "num_workers": NonNegativeInt | None,
+        "device": str,
+    },
     "benchmark": {
         "batch_size": PositiveInt,
         "image_size": ImageSize | None,
