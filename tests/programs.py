@@ -125,7 +125,7 @@ def _outputs(logs: Path, rank: int) -> list[Path]:
 _STORES: list[Any] = []
 _WARM = multiprocessing.get_context("forkserver")
 _WARM.set_forkserver_preload(
-    [f"vitrail.commands.{name}" for name in ("train", "eval", "annotate", "pack", "doctor", "predict")]
+    [f"vitrail.commands.{name}" for name in ("train", "eval", "annotate", "pack", "doctor", "predict", "report")]
 )
 
 

@@ -49,6 +49,7 @@ PROGRAMS = {
     "doctor": Program("doctor", lambda _: "doctor:examine", "look for problems in data and label maps"),
     "export": Program("export", lambda _: "export:export", "export a run's network"),
     "predict": Program("predict", lambda _: "predict:predict", "predict the classes of images"),
+    "report": Program("report", lambda _: "report:report", "write a page that compares runs"),
     "benchmark": Program("benchmark", lambda _: "benchmark:benchmark", "measure speed and memory of a backbone"),
     "list_models": Program("list_models", lambda _: "list_models:show", "list the backbones and what they cost"),
 }

@@ -12,14 +12,15 @@ from torch import nn
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
+from vitrail.reporting import Evaluation, confused_pairs, evaluation_figure, evaluation_report
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
-from vitrail.runs.directory import RunDirectory
+from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.trained import TrainedModel, load_run
 from vitrail.training.predictions import Predictions, Predictor
+from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     )
     evaluations: dict[str, Evaluation] = {}
     run = RunDirectory(output_directory())
+    if is_rank_zero():
+        found = None if trained.path is None else str(trained.path)  # not the run directory, which is named as given
+        run.record(redacted({**plain(config), "ckpt": found}), redacted(list(HydraConfig.get().overrides.task)))
     title = f"{trained.name}, {near(trained.path) if trained.path else 'published weights'}"
     for name in chosen_sets:
         if trained.path is not None:
@@ -66,6 +70,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         evaluation.write(run.path, name, classes, predictions)
         figure = evaluation_figure(evaluation, classes, f"{title}, {name} weights")
         figure.savefig(run.path / f"evaluation_{name}.png")
+        if (pairs := confused_pairs(evaluation, classes, predictions, data.val.split)) is not None:
+            pairs.save(run.path / f"confusions_{name}.png")
     results = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     if trainer.is_global_zero:
         run.write_results(results)

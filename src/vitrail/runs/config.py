@@ -20,6 +20,7 @@ from vitrail_runtime.checking import (
     Length,
     NonNegative,
     NonNegativeInt,
+    Positive,
     PositiveInt,
     Range,
     check_arguments,
@@ -174,6 +175,14 @@ _VALUES: dict[str, dict[str, Any]] = {
         "batch_size": PositiveInt,
         "num_workers": NonNegativeInt | None,
         "device": str,
+    },
+    "report": {
+        "runs": str,
+        "out": str,
+        "metric": str,
+        "evaluations": _OPTIONAL,
+        "live": bool,
+        "interval": Positive,
     },
     "benchmark": {
         "batch_size": PositiveInt,
