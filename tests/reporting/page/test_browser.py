@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 
 import pytest
 
@@ -11,9 +12,12 @@ from vitrail.reporting.page import read_run, render_page
 
 webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver (apt-get install chromium-driver)"
-)
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(
+        not (BROWSER and DRIVER), reason="needs Debian's chromium and its driver (apt-get install chromium-driver)"
+    ),
+]
 EVIL = "<img src=x onerror=window.hacked=1>"
 
 
@@ -173,8 +177,6 @@ def test_curves__runs_and_metric_can_be_chosen(opened):
     assert len(opened.find_elements("css selector", curves)) == 6
     opened.find_element("css selector", "#curves figure:first-child option[value='train/loss']").click()
     assert set(texts(opened, "#curves figure:first-child option:checked")) == {"train/loss"}
-    opened.refresh()  # the choices survive
-    assert len(opened.find_elements("css selector", curves)) == 6
 
 
 def test_sweep__parallel_coordinates_and_importance(opened):
@@ -202,6 +204,35 @@ def test_page__fits_the_width(opened, page, width):
     show(opened, page, width)
     opened.find_element("css selector", "#table .link").click()
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_page__reloads_itself_and_keeps_what_the_user_chose(browser, tmp_path):
+    paths = [
+        make_run(tmp_path / "a" / "b" / str(number), overrides=[f"seed={number}"], seed=number) for number in (1, 2)
+    ]
+    file = tmp_path / "report.html"
+
+    def write(some):
+        runs = [read_run(path, tmp_path, lambda _: False) for path in some]
+        file.write_text(render_page(runs, "val/top1", "live", reload_seconds=0.3))
+
+    write(paths)
+    show(browser, file, 1400)
+    browser.find_element("css selector", "#filter").send_keys("a/b")
+    click(browser, "th[data-key='name'] button")
+    click(browser, "tr[data-run='a/b/2'] input")
+    click(browser, "#table .link")
+    assert texts(browser, "#run h2") == ["a/b/1"]
+    write([*paths, make_run(tmp_path / "a" / "b" / "3")])
+    for _ in range(100):
+        if len(names(browser)) == 3:
+            break
+        time.sleep(0.1)
+    assert names(browser) == ["a/b/1", "a/b/2", "a/b/3"]
+    assert texts(browser, "#run h2") == ["a/b/1"]
+    assert browser.find_element("css selector", "#filter").get_attribute("value") == "a/b"
+    drawn = browser.find_elements("css selector", "#curves figure:first-child .curve:not(.ema)")
+    assert [node.get_attribute("data-run") for node in drawn] == ["a/b/1"]
 
 
 @pytest.mark.slow

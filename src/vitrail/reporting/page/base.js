@@ -40,9 +40,25 @@ try {
 } catch { /* no storage: the page works without it */ }
 
 function save() {
+  const table = document.querySelector("#table .scroll");
+  const opened = [...document.querySelectorAll("details")].map((node) => node.open);
+  const seen = { scroll: window.scrollY, tableScroll: table && [table.scrollLeft, table.scrollTop], opened };
   try {
-    sessionStorage.setItem(storageKey, JSON.stringify({ ...state, scroll: window.scrollY }));
+    sessionStorage.setItem(storageKey, JSON.stringify({ ...state, ...seen }));
   } catch { /* as above */ }
+}
+
+// Return to where the page was before a reload.
+function restore() {
+  const nodes = [...document.querySelectorAll("details")];
+  if (state.opened && state.opened.length === nodes.length) nodes.forEach((node, index) => { node.open = state.opened[index]; });
+  scrollTable(state.tableScroll);
+  if (state.scroll) window.scrollTo(0, state.scroll);
+}
+
+function scrollTable(position) {
+  const table = document.querySelector("#table .scroll");
+  if (table && position) [table.scrollLeft, table.scrollTop] = position;
 }
 
 // Colours of the drawn runs: a run keeps its colour while it is drawn, and a new one gets the first that is free.

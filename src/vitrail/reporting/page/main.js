@@ -17,7 +17,10 @@ function drawTable() {
   count.textContent = rows.length === data.runs.length ? `${rows.length} runs` : `${rows.length} of ${data.runs.length} runs`;
   const sort = (next) => { state.sort = next; drawTable(); save(); };
   const look = (run) => ({ "data-run": run.name, class: run.name === state.open ? "open" : null });
+  const before = places.table.firstChild;
+  const position = before && [before.scrollLeft, before.scrollTop];
   places.table.replaceChildren(sortedTable(columns, rows, state.sort, sort, look));
+  scrollTable(position);
 }
 
 function drawChooser() {
@@ -51,8 +54,9 @@ function draw(name, on) {
   if (on) names.add(name);
   else names.delete(name);
   state.drawn = [...names];
-  drawTable();
   drawCurves();
+  for (const row of places.table.querySelectorAll("tr[data-run]"))
+    row.querySelector(".swatch").style.background = colour({ name: row.dataset.run });
   save();
 }
 
@@ -81,7 +85,7 @@ drawTable();
 drawCurves();
 drawSweep();
 open(many ? state.open : data.runs[0].name, false);
-if (state.scroll) window.scrollTo(0, state.scroll);
+restore();
 
 let resized = 0;
 let lastWidth = window.innerWidth;
@@ -92,8 +96,10 @@ window.addEventListener("resize", () => {
   resized = setTimeout(() => { drawCurves(); drawSweep(); open(state.open, false); }, 150);
 });
 if (data.reload) {
+  let lastActive = 0;
+  for (const kind of ["pointermove", "pointerdown", "keydown", "wheel"]) window.addEventListener(kind, () => { lastActive = Date.now(); }, { passive: true });
   setInterval(() => {
-    if (document.hidden) return;
+    if (document.hidden || Date.now() - lastActive < 2000) return; // not under the user's hands
     save();
     location.reload();
   }, 1000 * data.reload);
