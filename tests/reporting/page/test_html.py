@@ -98,6 +98,17 @@ def test_page__a_smaller_metric_can_be_better(tmp_path):
     assert (data["larger"], data["runs"][0]["best"]) == (False, pytest.approx(0.66667))
 
 
+def test_page__command_of_a_resumed_run(tmp_path):
+    """overrides.txt then has only what was given when it was resumed; a sweep still knows its jobs."""
+    single = make_run(tmp_path / "a" / "b" / "run", overrides=["resume=x", "epochs=9"])
+    sweep = make_sweep(tmp_path / "a" / "s", [(1, 1, 50)])
+    (sweep / "0" / "overrides.txt").write_text("resume=x\n")
+    first, second = data_of(render_page([read(single), read(sweep / "0")], "val/top1", ""))["runs"]
+    assert first["command"] is None
+    assert first["reproduce"].endswith(f"reproduce={single}")
+    assert second["command"].endswith("optimizer.lr=1 optimizer.weight_decay=1")
+
+
 @pytest.mark.slow
 def test_page__two_hundred_runs_of_three_hundred_epochs_stay_below_20_mb(tmp_path):
     noise = np.random.default_rng(0)

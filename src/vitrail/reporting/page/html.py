@@ -130,7 +130,7 @@ def _entry(run: RunRecord, metric: str, step: int, evaluation: Path | None) -> d
         "metrics": {name: _thinned(column, step) for name, column in run.metrics.items() if name != "step"},
         "config": run.config,
         "has_config": bool(run.config),
-        "command": f"{train} {shlex.join(run.overrides)}".strip(),
+        "command": f"{train} {shlex.join(run.overrides)}".strip() if run.is_command_known else None,
         "reproduce": f"{train} reproduce={shlex.quote(str(run.path))}",
         "versions": run.versions,
         "skipped": run.skipped[:500],

@@ -45,7 +45,7 @@ class RunRecord:
         sentence: why it failed.
         problems: files that are missing or damaged, one sentence each.
         config: config with the run directory written as `<run>`.
-        overrides: overrides of its command line.
+        overrides: overrides of its command line; after a resume, those of the last one.
         metrics: columns of metrics.csv, one value per epoch; None where there is no finite number.
         results: contents of results.json.
     """
@@ -63,6 +63,11 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=lambda: History([], []))
     skipped: list[str] = field(default_factory=list)
+
+    @property
+    def is_command_known(self) -> bool:
+        """Whether `overrides` are all that the run was started with."""
+        return bool(self.config) and not any(item.startswith("resume=") for item in self.overrides)
 
     @property
     def epochs(self) -> int:
@@ -175,8 +180,8 @@ def read_run(
         run.problems.append(f"{logs[0].name}: cannot be read ({_first_line(error)})")
     if not run.metrics and not any("metrics.csv" in problem for problem in run.problems):
         run.problems.append("metrics.csv: has no finished epoch")
-    if job is not None and not run.overrides:
-        run.overrides = list(job.get("overrides", ()))
+    if job is not None and job.get("overrides"):
+        run.overrides = list(job["overrides"])
     run.status, run.sentence = _status(run, job, is_claimed(path))
     return run
 

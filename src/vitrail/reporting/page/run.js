@@ -81,7 +81,7 @@ function runSection(run, width) {
   const events = run.events.length ? el("ul", { class: "events" }, run.events.map(([time, kind, note]) => el("li", { class: kind }, `${date(time)}: ${note}`))) : null;
   return el("div", {},
     el("p", {}, statusCell(run)), el("p", { class: "path" }, run.path),
-    run.has_config ? part("Command", el("pre", {}, run.command), el("p", { class: "hint" }, "repeat it exactly, and compare:"), el("pre", {}, run.reproduce)) : null,
+    run.has_config ? part("Command", run.command ? el("pre", {}, run.command) : null, el("p", { class: "hint" }, "repeat it exactly, and compare:"), el("pre", {}, run.reproduce)) : null,
     run.events.length || run.stretches.length ? part("Time line", timeline(run, width), events) : null,
     Object.keys(run.pictures).length ? part("Pictures", el("div", { class: "pictures" }, pictures(run))) : null,
     run.evaluations.length ? run.evaluations.map((entry, number) => evaluation(entry, width, number === run.evaluations.length - 1)) : el("p", { class: "hint" }, "Not evaluated: eval.py ckpt=<run> adds calibration, confusions and classes."),
