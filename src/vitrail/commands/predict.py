@@ -56,7 +56,7 @@ def _write(config: DictConfig, trained: TrainedModel, images: list[str], out: Pa
     """Write the predictions and pictures, and return why images could not be read."""
     unreadable: list[str] = []
     top_k = min(config.top_k, trained.num_classes)
-    names = overlay_names(images)
+    targets = iter(()) if overlay is None else (overlay / name for name in overlay_names(images))
     results = predictions(
         trained.model,
         trained.input,
@@ -69,13 +69,14 @@ def _write(config: DictConfig, trained: TrainedModel, images: list[str], out: Pa
         precision=config.precision,
     )
     with prediction_writer(out, top_k) as write:
-        for result, name in zip(_with_progress(results, len(images)), names, strict=True):
+        for result in _with_progress(results, len(images)):
+            target = next(targets, None)
             if result.problem:
                 unreadable.append(result.problem)
                 continue
             write(result.image, result.classes, result.probabilities)
-            if overlay is not None:
-                _draw(trained, result, overlay / name)
+            if target is not None:
+                _draw(trained, result, target)
         if len(unreadable) == len(images):
             raise ConfigError(f"images={config.images}: no image can be read; the first: {unreadable[0]}")
     return unreadable

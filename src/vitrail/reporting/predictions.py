@@ -5,8 +5,10 @@ Shapes: K most likely classes of an image.
 
 import csv
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ def prediction_writer(path: Path, top_k: int) -> Iterator[Write]:
     except OSError as error:
         raise ConfigError(f"out={path}: cannot be written ({error.strerror or error}).") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 @contextmanager
@@ -152,13 +155,11 @@ def overlay_names(images: Sequence[str]) -> Iterator[Path]:
 
     Images that differ only in their extension get a number.
     """
-    parents = [Path(image).absolute().parent for image in images]
-    common = parents[0] if parents else Path()
-    for parent in parents:
-        while not parent.is_relative_to(common):
-            common = common.parent
-    seen: dict[Path, int] = {}
+    parents = {Path(image).absolute().parent for image in images}
+    common = Path(os.path.commonpath(parents)) if parents else Path()
+    seen: Counter[str] = Counter()
     for image in images:
         name = Path(image).absolute().relative_to(common).with_suffix(".jpg")
-        count = seen[name] = seen.get(name, 0) + 1
+        seen[str(name)] += 1
+        count = seen[str(name)]
         yield name if count == 1 else name.with_stem(f"{name.stem}_{count}")
