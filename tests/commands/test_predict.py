@@ -3,8 +3,7 @@
 import csv
 import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +11,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from programs import PROJECT, QUICK, environment, error_of, run, train
+import vitrail
+from programs import QUICK, error_of, run, train
+from vitrail.reporting.predictions import prediction_writer
+from vitrail.runs.prediction import predictions
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +102,18 @@ def test_predict__bad_input(finished, tmp_path, arguments, message):
 
 
 @pytest.mark.slow
-def test_predict__constant_memory(finished, image_tree, tmp_path):
-    """Ten thousand images need no more memory than a thousand."""
-    file = next(image_tree.rglob("*.jpg"))
-    peaks = []
-    for count in (1000, 10000):
-        listed = tmp_path / f"{count}.txt"
-        listed.write_text(f"{file}\n" * count)
-        peaks.append(_peak(finished[0], listed, tmp_path))
-    assert peaks[1] - peaks[0] < 40 * 2**20, peaks
+def test_predict__ten_thousand_images_in_constant_memory(finished, image_tree, tmp_path):
+    trained = vitrail.load_run(finished[0])
+    images = [str(next(image_tree.rglob("*.jpg")))] * 10_000
+    results = predictions(trained.model, trained.input, trained.class_names, images, batch_size=64, num_workers=1)
+    with prediction_writer(tmp_path / "found.csv", 5) as write:
+        for number, result in enumerate(results, start=1):
+            write(result.image, result.classes, result.probabilities)
+            if number == 1000:
+                before = _resident_bytes()
+        assert _resident_bytes() - before < 20 * 2**20
+    assert len(rows_of(tmp_path / "found.csv")) == 10_000
 
 
-def _peak(ckpt, listed, folder):
-    """Return the peak memory of a process that predicts, in bytes."""
-    command = [sys.executable, str(PROJECT / "src" / "predict.py"), f"ckpt={ckpt}", f"images={listed}", "num_workers=1"]
-    process = subprocess.Popen(command, env=environment(folder), cwd=folder, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return usage.ru_maxrss * 1024
+def _resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
