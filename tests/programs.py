@@ -124,7 +124,9 @@ def _outputs(logs: Path, rank: int) -> list[Path]:
 
 _STORES: list[Any] = []
 _WARM = multiprocessing.get_context("forkserver")
-_WARM.set_forkserver_preload([f"vitrail.commands.{name}" for name in ("train", "eval", "annotate", "pack", "doctor")])
+_WARM.set_forkserver_preload(
+    [f"vitrail.commands.{name}" for name in ("train", "eval", "annotate", "pack", "doctor", "predict", "report")]
+)
 
 
 def _execute(command: list[str], variables: dict[str, str], folder: str, files: list[Path]) -> None:

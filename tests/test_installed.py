@@ -86,7 +86,18 @@ def test_train__starts_its_other_processes_and_jobs(arguments, installed, tmp_pa
 def test_vitrail__lists_its_programs(installed, tmp_path):
     result = call(tmp_path, installed / "vitrail")
     assert result.returncode == 0
-    for name in ("train", "eval", "annotate", "pack", "doctor", "export", "benchmark", "list_models"):
+    for name in (
+        "train",
+        "eval",
+        "annotate",
+        "pack",
+        "doctor",
+        "export",
+        "predict",
+        "report",
+        "benchmark",
+        "list_models",
+    ):
         assert f"vitrail {name} " in result.stdout
     wrong = call(tmp_path, installed / "vitrail", "trane")
     assert (wrong.returncode, wrong.stderr) == (1, "error: vitrail trane: no such program.\n")

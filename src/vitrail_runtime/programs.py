@@ -48,6 +48,12 @@ PROGRAMS = {
     "pack": Program("pack", lambda _: "pack:pack", "pack a data set into a few large files"),
     "doctor": Program("doctor", lambda _: "doctor:examine", "look for problems in data and label maps"),
     "export": Program("export", lambda _: "export:export", "export a run's network"),
+    "predict": Program("predict", lambda _: "predict:predict", "predict the classes of images"),
+    "report": Program(
+        "report",
+        lambda config: "wandb_report:wandb_report" if config.wandb else "report:report",
+        "write a page that compares runs",
+    ),
     "benchmark": Program("benchmark", lambda _: "benchmark:benchmark", "measure speed and memory of a backbone"),
     "list_models": Program("list_models", lambda _: "list_models:show", "list the backbones and what they cost"),
 }

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-_JOBS_FOR_IMPORTANCE = 5
+from vitrail_runtime.sweep_study import importances, is_number, sweep_study, varied
 
 
 class SweepTable(Callback):
@@ -94,17 +94,9 @@ def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) 
     from matplotlib import pyplot
 
     matplotlib.use("Agg")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    finished = [job for job in jobs if metric in (job["results"] or {})]
-    values = [dict(item.split("=", 1) for item in job["overrides"]) for job in finished]
-    names = [name for name in varied(finished) if all(name in row for row in values)]
-    if len(finished) < 2 or not names:
+    study, names, finished = sweep_study(jobs, metric, largest)
+    if study is None:
         return None
-    spaces = {name: _space([row[name] for row in values]) for name in names}
-    study = optuna.create_study(direction="maximize" if largest else "minimize")
-    for row, job in zip(values, finished, strict=True):
-        params = {name: float(row[name]) if _is_numeric(space) else row[name] for name, space in spaces.items()}
-        study.add_trial(optuna.create_trial(params=params, distributions=spaces, value=float(job["results"][metric])))
     early = sum(job.get("status") == "pruned" for job in finished)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna warns that these functions are experimental
@@ -113,28 +105,11 @@ def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) 
         figure.set_size_inches(3 + 2.2 * len(names), 4.8)
         title = f"{len(finished)} jobs" + (f", {early} of them pruned" if early else "")
         axes.set_title(f"{title}; the best {study.best_value:.4g}")
-        if len(finished) - early >= _JOBS_FOR_IMPORTANCE and len(names) > 1:
-            shares = optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-            )
+        if shares := importances(study, finished):
             text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
             figure.text(0.5, -0.02, f"importance: {text}", ha="center", va="top")
     pyplot.close(figure)
     return figure
-
-
-def _space(values: list[str]) -> Any:
-    """Return Optuna's distribution of one key: a range of numbers, on a log scale if it is wide, or choices."""
-    import optuna
-
-    if not all(map(_is_number, values)):
-        return optuna.distributions.CategoricalDistribution(sorted(set(values)))
-    low, high = min(map(float, values)), max(map(float, values))
-    return optuna.distributions.FloatDistribution(low, high, log=low > 0 and high / low >= 10)
-
-
-def _is_numeric(space: Any) -> bool:
-    return hasattr(space, "low")
 
 
 def epochs_of(file: Path, metric: str) -> list[float]:
@@ -159,26 +134,8 @@ def _status(status: int | str) -> Any:
 
 def _short(value: str) -> str:
     """Shorten a sampled number to a few digits."""
-    return f"{float(value):.4g}" if "." in value and _is_number(value) else value
+    return f"{float(value):.4g}" if "." in value and is_number(value) else value
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def varied(jobs: list[dict[str, Any]]) -> list[str]:
-    """Return the keys whose values differ between jobs."""
-    values: dict[str, set[str]] = {}
-    for job in jobs:
-        for item in job["overrides"]:
-            key, _, value = item.partition("=")
-            values.setdefault(key, set()).add(value)
-    return [key for key, seen in values.items() if len(seen) > 1]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -15,17 +15,18 @@ from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
 from vitrail.models.heads import declared_outputs
 from vitrail.objectives import SegmentationLoss
-from vitrail.reporting import Evaluation, evaluation_figure, evaluation_report
+from vitrail.reporting import Evaluation, confused_pairs, evaluation_figure, evaluation_report
 from vitrail.reporting.segmentation import MaskWriter, segmentation_report, write_class_scores
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
-from vitrail.runs.directory import RunDirectory
+from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.segmentation import build_inference, check_task
 from vitrail.runs.trained import TrainedModel, load_run
 from vitrail.training.predictions import Predictions, Predictor
 from vitrail.training.segmentation import SegmentationScores, SemanticSegmenter
+from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     trainer = _build_trainer(config)
     evaluations: dict[str, Evaluation] = {}
     run = RunDirectory(output_directory())
+    _record(run, config, trained)
     title = _title(trained)
     for name in chosen_sets:
         if trained.path is not None:
@@ -74,6 +76,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         evaluation.write(run.path, name, classes, predictions)
         figure = evaluation_figure(evaluation, classes, f"{title}, {name} weights")
         figure.savefig(run.path / f"evaluation_{name}.png")
+        if (pairs := confused_pairs(evaluation, classes, predictions, data.val.split)) is not None:
+            pairs.save(run.path / f"confusions_{name}.png")
     results = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     if trainer.is_global_zero:
         run.write_results(results)
@@ -84,6 +88,13 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 def _build_trainer(config: DictConfig) -> L.Trainer:
     return instantiate(config.trainer, "trainer", strategy=instantiate(config.strategy, "strategy"), logger=False)
+
+
+def _record(run: RunDirectory, config: DictConfig, trained: TrainedModel) -> None:
+    """Write the evaluation's config, with the checkpoint that was found."""
+    if is_rank_zero():
+        found = None if trained.path is None else str(trained.path)  # not the run directory, which is named as given
+        run.record(redacted({**plain(config), "ckpt": found}), redacted(list(HydraConfig.get().overrides.task)))
 
 
 def _title(trained: TrainedModel) -> str:
@@ -102,6 +113,7 @@ def _evaluate_segmentation(
     require_same(classes, data.classes, f"ckpt={trained.path}", "evaluate with data of the same classes")
     inference = build_inference(data, trained.model)
     trainer, run = _build_trainer(config), RunDirectory(output_directory())
+    _record(run, config, trained)
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, SegmentationScores] = {}
     for name in chosen_sets:

@@ -105,7 +105,7 @@ def describe_export(trained: TrainedModel) -> Exported:
         "crop_mode": spec.crop_mode,
     }
     arguments = {key: value for key, value in node.items() if key not in _NOT_EXPORTED and value is not None}
-    classes = trained.classes or [str(number) for number in range(trained.num_classes)]
+    classes = trained.class_names
     card = _card(trained, classes, fed)
     if trained.licence:
         fed["license"] = trained.licence

@@ -1,5 +1,6 @@
 """Reports for people: pictures of batches, tables of results, figures of evaluations."""
 
+from vitrail.reporting.confusions import confused_pairs
 from vitrail.reporting.evaluation import Evaluation, evaluation_report
 from vitrail.reporting.evaluation_figure import evaluation_figure
 from vitrail.reporting.label_maps import LabelMapPicture
@@ -18,6 +19,7 @@ __all__ = [
     "PredictedMasksPicture",
     "PredictionPicture",
     "WandbDashboard",
+    "confused_pairs",
     "evaluation_figure",
     "evaluation_report",
     "training_report",

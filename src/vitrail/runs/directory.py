@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import struct
 import subprocess
 import time
 from importlib import metadata
@@ -115,6 +116,17 @@ def locked(file: IO[str]) -> bool:
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def is_claimed(path: Path) -> bool:
+    """Return whether a process is training in a run directory; the lock itself is not touched."""
+    try:
+        with (path / ".lock").open("rb") as file:
+            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock
+            kind, *_ = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except OSError:
+        return False
+    return kind != fcntl.F_UNLCK
 
 
 def find_checkpoint(ckpt: str, key: str = "ckpt") -> Path:

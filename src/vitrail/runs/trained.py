@@ -13,12 +13,14 @@ from torch import nn
 
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import backbone_weights, read_checkpoint, weight_sets
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, ImageError
 from vitrail.models.licences import inherited_licence, licence_of
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import plain
 from vitrail.runs.directory import find_weights_file
+from vitrail.runs.images import listed_images
+from vitrail.runs.prediction import Prediction, predictions
 from vitrail.types import ImageSize, InputSpec, height_width
 from vitrail_runtime.checking import checked
 from vitrail_runtime.renames import upgraded
@@ -61,6 +63,31 @@ class TrainedModel:
     def num_classes(self) -> int:
         """Number of classes, C."""
         return len(self.classes) if self.classes is not None else int(self.model.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of the logits; numbers if they were not recorded."""
+        return self.classes or [str(number) for number in range(self.num_classes)]
+
+    def predict(self, images: Any, **options: Any) -> list[Prediction]:
+        """Return the most likely classes of each image, in order.
+
+        Args:
+            images: one image or several: paths (also folders and patterns, see `find_images`), Pillow's images, arrays
+                (H, W, 3) or (N, H, W, 3), tensors (3, H, W) or (N, 3, H, W); uint8, or floats in [0, 1].
+            options: `top_k`, `batch_size`, `num_workers`, `device`, `precision`: see
+                `vitrail.runs.prediction.predictions`.
+
+        Raises:
+            ConfigError: a path refers to no image, or an option is invalid.
+            ImageError: an image cannot be read.
+        """
+        found: list[Prediction] = []
+        for prediction in predictions(self.model, self.input, self.class_names, listed_images(images), **options):
+            if prediction.problem:
+                raise ImageError(prediction.problem)
+            found.append(prediction)
+        return found
 
     @property
     def is_run(self) -> bool:

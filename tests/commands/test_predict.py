@@ -1,0 +1,119 @@
+"""`python src/predict.py`: files of predictions, pictures, unreadable images and exit status."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+import vitrail
+from programs import QUICK, error_of, run, train
+from vitrail.reporting.predictions import prediction_writer
+from vitrail.runs.prediction import predictions
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A DeiT-nano of two steps, and its folder for the hub."""
+    logs = tmp_path_factory.mktemp("logs")
+    directory = train(*QUICK, "model=deit_nano", "callbacks.ema.decay=0.5", "augment.crop_pct=0.9", logs=logs)
+    result = run("export.py", f"ckpt={directory}", "to=hub", f"out={logs / 'hub'}", logs=logs)
+    assert result.returncode == 0, result.stderr
+    return directory, logs / "hub"
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predict__equals_a_plain_timm_loop_on_the_export(finished, image_tree, tmp_path):
+    directory, hub = finished
+    model = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    files = sorted(image_tree.rglob("*.jpg"))
+    with torch.inference_mode():
+        expected = torch.stack([model(transform(Image.open(file))[None])[0].softmax(-1) for file in files])
+    arguments = (f"images={image_tree}", "num_workers=1", "batch_size=8", "top_k=10")
+    for ckpt, out in ((directory, "run.csv"), (hub, "hub.jsonl"), (directory, "run.parquet")):
+        result = run("predict.py", f"ckpt={ckpt}", *arguments, f"out={tmp_path / out}", logs=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "hub.jsonl").read_text().splitlines()]
+    table = rows_of(tmp_path / "run.csv")
+    parquet = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "run.parquet").to_pylist()
+    for index, file in enumerate(files):
+        best = expected[index].sort(descending=True)
+        for found in (table[index], parquet[index]):
+            assert found["image"] == str(file)
+            assert [int(found[f"class_{rank}"]) for rank in range(1, 11)] == best.indices.tolist()
+            shares = [float(found[f"probability_{rank}"]) for rank in range(1, 11)]
+            assert shares == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert lines[index]["image"] == str(file)
+        assert [item["probability"] for item in lines[index]["predictions"]] == pytest.approx(
+            best.values.tolist(), abs=1e-5
+        )
+
+
+def test_predict__unreadable_images_are_skipped_and_listed(finished, image_tree, tmp_path):
+    (image_tree / "val" / "<b>broken.jpg").write_bytes(b"nothing")
+    arguments = (f"ckpt={finished[0]}", f"images={image_tree / 'val'}", "num_workers=0", "batch_size=2", "top_k=3")
+    result = run("predict.py", *arguments, "out=found.csv", "overlay=pictures", logs=tmp_path)
+    assert result.returncode == 1
+    assert "1 of 7 images skipped, listed in found_skipped.txt" in result.stdout
+    assert "broken.jpg: not a readable image" in (tmp_path / "found_skipped.txt").read_text()
+    assert len(rows_of(tmp_path / "found.csv")) == 6
+    drawn = sorted(path.relative_to(tmp_path / "pictures") for path in (tmp_path / "pictures").rglob("*.jpg"))
+    assert [str(path) for path in drawn] == [
+        f"{name}/{name}_{number}.jpg" for name in ("flower", "pagoda") for number in range(3)
+    ]
+    with Image.open(tmp_path / "pictures" / drawn[0]) as picture:
+        assert picture.width == 480
+        assert picture.height > 260  # the image of 300 x 260 pixels, and three lines below it
+    assert not list(tmp_path.glob(".found*"))
+    again = run("predict.py", *arguments, "out=found.csv", f"overlay={image_tree}", logs=tmp_path)
+    assert "contains some of the images" in error_of(again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("images=/nowhere",), "images=/nowhere: no such file or folder."),
+        (("images=empty",), "images=empty: contains no images, at any depth."),
+        (("images=broken", "num_workers=0"), "images=broken: no image can be read; the first: broken/a.jpg"),
+        (("images=broken", "out=x.xls"), "out=x.xls: must end with one of .csv, .jsonl, .parquet."),
+        (("images=broken", "device=gpu"), "device=gpu: no such device"),
+        (("images=broken", "weights=last"), "weights=last: choose best, ema, raw."),
+        (("images=broken", "top_k=0"), "top_k=0: "),
+        (("images=broken", "model=vit_nano"), "omit model="),
+    ],
+)
+def test_predict__bad_input(finished, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"nothing")
+    result = run("predict.py", f"ckpt={finished[0]}", *arguments, logs=tmp_path)
+    assert message in error_of(result)
+    assert not list(tmp_path.glob("*predictions*"))
+
+
+@pytest.mark.slow
+def test_predict__ten_thousand_images_in_constant_memory(finished, image_tree, tmp_path):
+    trained = vitrail.load_run(finished[0])
+    images = [str(next(image_tree.rglob("*.jpg")))] * 10_000
+    results = predictions(trained.model, trained.input, trained.class_names, images, batch_size=64, num_workers=1)
+    with prediction_writer(tmp_path / "found.csv", 5) as write:
+        for number, result in enumerate(results, start=1):
+            write(result.image, result.classes, result.probabilities)
+            if number == 1000:
+                before = _resident_bytes()
+        assert _resident_bytes() - before < 20 * 2**20
+    assert len(rows_of(tmp_path / "found.csv")) == 10_000
+
+
+def _resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
