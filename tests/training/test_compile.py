@@ -88,7 +88,7 @@ def test_distillation__two_graphs(tmp_path, counter):
 
 def test_evo_vit__a_third_graph_for_the_second_mode(tmp_path, counter):
     """Evo-ViT selects tokens before every block in the first epochs, and per stage after that."""
-    train(tmp_path, small("evo_deit_tiny_patch16_224", depth=3, stages=(1, 2)), EvoViTLoss())
+    train(tmp_path, small("evo_deit_tiny_patch16_224", depth=3, stages=(1, 2)), EvoViTLoss(), epochs=3)
     assert counter.frame_count == 4
     assert not counters["graph_break"]
 

@@ -35,7 +35,7 @@ def late(monkeypatch):
         ("optimizer=sgd", "optimizer.fused=true"),
         ("optimizer=lamb", "optimizer.fused=true"),
         ("optimizer=muon",),
-        ("optimizer=adamw", "optimizer.name=lookahead_adamw", "seed=4"),
+        ("optimizer=adamw", "optimizer.name=lookahead_adamw", "seed=4", "epochs=1"),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
