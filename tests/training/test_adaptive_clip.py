@@ -1,5 +1,9 @@
+import copy
+
 import pytest
+import timm
 import torch
+from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from vitrail.errors import ArgumentError
@@ -23,6 +27,19 @@ def test_gradients__have_at_most_a_share_of_each_rows_norm():
     expected = torch.tensor([[0.0, 0.5], [1e-4, 0.0], [0.1, 0.0]])
     torch.testing.assert_close(layer.weight.grad, expected)
     torch.testing.assert_close(layer.bias.grad, torch.full((3,), 0.1))
+
+
+def test_gradients__equal_those_of_timm():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=3)
+    model(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    other = copy.deepcopy(model)
+    for value, twin in zip(model.parameters(), other.parameters(), strict=True):
+        twin.grad = value.grad.clone()
+    AdaptiveClip(0.01).on_before_optimizer_step(None, None, torch.optim.SGD(model.parameters()))
+    adaptive_clip_grad(other.parameters(), 0.01)
+    for value, twin in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, twin.grad)
 
 
 def test_factor__none_does_not_clip():

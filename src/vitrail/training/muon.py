@@ -72,7 +72,7 @@ def describe_routing(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.
     )
 
 
-class WholeNorms(TorchFunctionMode):
+class _WholeNorms(TorchFunctionMode):
     """Mode in which norms of sharded tensors are complete on every process.
 
     timm changes them in place, which PyTorch refuses for partial results.
@@ -92,7 +92,7 @@ class _ShardedMuon(Muon):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once."""
-        with WholeNorms():
+        with _WholeNorms():
             return super().step(closure)
 
 
