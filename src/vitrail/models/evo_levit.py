@@ -10,14 +10,11 @@ in the scores; stage-wise, a learned one.
 
 Numerically equal to the official code (github.com/YifanXu74/Evo-ViT, commit 4c5d9b3, `levit/`); its checkpoints load.
 
-Built from timm's LeViT, with these differences:
-- There is a class token with two classifiers of its own, for training only.
-- Learned position tables, at the input and at each downsampling, replace the attention biases.
-- Tokens are sequences: `use_conv=True` is refused.
+Different from timm's LeViT: a class token with two classifiers of its own, for training only; learned position tables,
+at the input and at each downsampling, in place of attention biases; tokens are sequences (no `use_conv`).
 
-Differences from the official code (docs/fidelity.md has the whole table):
-- timm's names; `convert_evo_levit` converts the official ones. The learned weights are one parameter.
-- Tokens stay in image order; the official code sorts them by their scores.
+Different from the official code (docs/fidelity.md has the whole table): timm's names, to which `convert_evo_levit`
+converts; tokens stay in image order, where the official code sorts them by their scores.
 
 Shapes: B images, N patch tokens, S selections, D channels, C classes, A attentions.
 """
@@ -107,8 +104,7 @@ class EvoLevit(LayerToStage, LevitDistilled):
 
     def position_grids(self, image_size: tuple[int, int] | None = None) -> dict[str, tuple[int, int]]:
         """Return rows and columns of each position table for images of (height, width) pixels; None: the model's."""
-        height, width = image_size or self.image_size
-        rows, columns = height // self._stride, width // self._stride
+        rows, columns = (side // self._stride for side in image_size or self.image_size)
         grids = {"pos_embed": (rows, columns)}
         for number in range(1, len(self.stages)):
             grids[f"stages.{number}.downsample.attn_downsample.pos_embed"] = (rows, columns)
@@ -223,8 +219,7 @@ def convert_evo_levit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if "blocks.0.m1.m.learn_tradeoff" not in weights:
         return dict(weights)
-    converted, tradeoffs = {"stage_wise": torch.tensor(True)}, []
-    prefixes = _prefixes(weights)
+    converted, tradeoffs, prefixes = {"stage_wise": torch.tensor(True)}, [], _prefixes(weights)
     for key, value in weights.items():
         if key.startswith("stage_blocks."):
             continue
@@ -260,10 +255,9 @@ def _prefixes(weights: Mapping[str, Tensor]) -> dict[int, str]:
 
 
 def _cfg() -> dict[str, Any]:
-    heads = ("head", "head_dist", "head_cls", "head_cls_dist")
     return vit_cfg(
         first_conv="stem.conv1.linear",
-        classifier=tuple(f"{head}.linear" for head in heads),
+        classifier=("head.linear", "head_dist.linear", "head_cls.linear", "head_cls_dist.linear"),
         crop_pct=0.875,
         license="mit",
         paper_ids="arXiv:2108.01390",
