@@ -14,6 +14,7 @@ from programs import PROJECT, QUICK, run
 from vitrail.data.sources.packed import PackOptions, PackWriter
 from vitrail.runs.config import compose as compose_program
 from vitrail.runs.config import instantiate
+from vitrail.training import AdaptiveClip
 from vitrail_runtime import resolvers
 from vitrail_runtime.project import CONF
 
@@ -144,6 +145,16 @@ def test_keys_of_evo_vit__reach_their_objects(tmp_path):
     assert (module.model.stages, module.model.stage_wise_from) == ((6,), 0)
     assert module.model.keep_ratios == (1.0,) * 6 + (0.4,) * 6
     assert (module.model.tradeoff, module.objective.class_token_weight) == ((1,) * 12, 0.25)
+
+
+def test_keys_of_evo_levit__reach_their_objects(tmp_path):
+    options = ("model.keep_ratio=0.4", "model.first_selection=3", "model.tradeoff=0.25", "model.stage_wise_from=0")
+    options += ("objective=evo_vit", "callbacks.adaptive_clip.factor=0.01", "data.image_size=32")
+    trainer, module, _ = assemble(tmp_path, "model=evo_levit", *options)
+    ratios = [ratio for stage in module.model.stages for ratio in stage.keep_ratios]
+    assert ratios == [1.0] * 3 + [0.4] * 9
+    assert (module.model.tradeoff, module.model.stage_wise_from) == (0.25, 0)
+    assert [callback.factor for callback in trainer.callbacks if isinstance(callback, AdaptiveClip)] == [0.01]
 
 
 def test_keys_of_phases__reach_their_objects(tmp_path):

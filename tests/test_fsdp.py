@@ -64,6 +64,33 @@ def shared(*args, logs, ranks=2, **kwargs):
             ),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "ddp_cpu_2",
+            (
+                *("model=dynamicvit", "model.name=dynamicvit_deit_tiny", "model.patch_size=4", "+model.embed_dim=32"),
+                *("+model.depth=2", "+model.num_heads=2", "+model.selection_blocks=[1]"),
+                *("objective=dynamicvit", "objective.distill_weight=0"),
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "cpu",
+            (
+                *("model=evo_vit", "model.name=evo_deit_tiny_patch16_224", "model.patch_size=4", "+model.embed_dim=32"),
+                *("+model.depth=3", "+model.num_heads=2", "model.stages=[1]", "model.stage_wise_from=0.5"),
+                *("model.drop_path_rate=0", "objective=evo_vit"),
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "ddp_cpu_2 +strategy.broadcast_buffers=false",  # BatchNorm's statistics stay separate, as with FSDP
+            (
+                *("model=evo_levit", "model.name=evo_levit_128s", "+model.embed_dim=[16,24,32]", "+model.key_dim=8"),
+                *("+model.num_heads=2", "+model.depth=[3,2,1]", "model.stage_wise_from=0.5", "data.image_size=64"),
+                *("objective=evo_vit", "optimizer=sgd", "callbacks.adaptive_clip.factor=0.01"),
+            ),
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=(
         "distilled, clipped, EMA",
@@ -71,14 +98,19 @@ def shared(*args, logs, ranks=2, **kwargs):
         "ViT-5, LAMB",
         "offloaded",
         "second-order pooling",
+        "DynamicViT",
+        "Evo-ViT",
+        "Evo-LeViT, adaptively clipped",
     ),
 )
 def test_curve__equals_that_of_unsharded_models(trainer, options, tmp_path):
-    """BatchNorm (LV-ViT, So-ViT) and dropout (T2T-ViT) differ between processes: these models are compared with DDP."""
+    """BatchNorm (LV-ViT, So-ViT, Evo-LeViT), dropout (T2T-ViT) and DynamicViT's decisions differ between processes:
+    these models are compared with DDP.
+    """
     own = tuple(option for option in options if not option.startswith("strategy"))
     ranks = 1 if trainer == "cpu" else 2
     batch = f"data.batch_size={32 // ranks}"
-    one = shared(f"trainer={trainer}", batch, *COMMON, *own, logs=tmp_path, ranks=ranks)
+    one = shared(*f"trainer={trainer}".split(), batch, *COMMON, *own, logs=tmp_path, ranks=ranks)
     two = shared("trainer=fsdp_cpu_2", "data.batch_size=16", *COMMON, *options, logs=tmp_path)
     for whole, sharded in zip(metrics(one), metrics(two), strict=True):
         assert {name for name in whole if "ema" in name} == {"val/loss_ema", "val/top1_ema", "val/top5_ema"}

@@ -3,8 +3,9 @@
 Weights: every entry of a state dict is drawn from NumPy's RandomState, seeded with the CRC-32 of its key, so they are
 reproducible anywhere. With z standard normal, letter `n` means 0.02 z in recipe A and 0.05 z in recipe B (0.7 z for the
 performer's random features), `w` 1 + 0.1 z, `v` 1 + 0.1 |z|, `z` zero. Position tables and running statistics follow
-the recipe too. Matrices of score predictors and of Evo-ViT's `qk` have a standard deviation of 1.5 / sqrt(columns), so
-that scores differ. A prefix of the key changes the seed. Attention is nearly uniform with A, but not with B. Inputs are
+the recipe too. Matrices of score predictors and of Evo-ViT's `qk` have a standard deviation of 1.5 / sqrt(columns), and
+Evo-LeViT's `c` of 2.2 (convolutions), 0.6 (A) or 0.63 (B) over the root of their inputs, so that scores differ. A
+prefix of the key changes the seed. Attention is nearly uniform with A, but not with B. Inputs are
 RandomState(1234).standard_normal.
 """
 
@@ -29,6 +30,8 @@ def draw(key, shape, fill, recipe, prefix=""):
     scale = 0.02 if recipe == "A" else 0.7 if key.endswith(("attention1.w", "attention2.w")) or key == "w" else 0.05
     if key.endswith(".qk.weight") or ("score_predictor" in key and len(shape) == 2):
         scale = np.float32(1.5 / np.sqrt(shape[1]))
+    if key.endswith(".c.weight"):
+        scale = np.float32((2.2 if len(shape) == 4 else 0.6 if recipe == "A" else 0.63) / np.sqrt(np.prod(shape[1:])))
     value = {"n": scale * z, "w": 1 + 0.1 * z, "v": 1 + 0.1 * np.abs(z), "z": 0 * z}[fill]
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 

@@ -59,6 +59,7 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
     """The recipe runs unchanged except for the data, smaller images and batches, and a single block."""
     weights = tmp_path / "teacher.pt"
     name, *options = recipe.split()
+    depth = [1, 1, 1] if name.startswith("evo_levit") else 1
     smaller = [
         *options,
         *("data=imagefolder", f"data.root={image_tree}", "data.image_size=32", "data.batch_size=4"),
@@ -66,7 +67,7 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
         *(
             "epochs=1",
             "schedule.cooldown_epochs=0",
-            *([] if name.startswith("volo") else ["+model.depth=1"]),  # timm's builders fix VOLO's depth
+            *([] if name.startswith("volo") else [f"+model.depth={depth}"]),  # timm's builders fix VOLO's depth
             "callbacks.progress=null",
             f"paths.run={tmp_path}",
         ),
@@ -74,19 +75,18 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
     ]
     if name.startswith("dynamicvit"):
         smaller.append("+model.selection_blocks=[0]")
-    if name.startswith("evo"):
+    if name.startswith("evo_deit"):
         smaller += ["model.depth=2", "model.stages=[1]"]
     config = compose("train", [f"experiment={name}", *smaller])
     if config.objective._target_.endswith("TokenLabelingLoss"):
         config.data.label_maps = str(label_maps)
     if config.teacher is not None:
         teacher = config.teacher.name if name.startswith("dynamicvit") else config.model.name
-        dense = create_model(teacher, num_classes=2, img_size=32, depth=1)
+        dense = create_model(teacher, num_classes=2, img_size=32, depth=depth)
         torch.save(dense.state_dict(), weights)
         extra = ["teacher=timm", f"teacher.name={teacher}", "teacher.num_classes=2", "teacher.image_size=32"]
-        config = compose(
-            "train", [f"experiment={name}", *smaller, *extra, f"teacher.weights={weights}", "+teacher.depth=1"]
-        )
+        extra += [f"teacher.weights={weights}", f"+teacher.depth={depth}"]
+        config = compose("train", [f"experiment={name}", *smaller, *extra])
     data = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
     module = build_module(config, data)
     csv_log = MetricsCSV(tmp_path / "metrics.csv")

@@ -1,4 +1,4 @@
-"""Evo-ViT's recipe equals a plain loop of 30 steps; the mode of the epoch is in checkpoints and EMA weights.
+"""The recipes of Evo-ViT equal a plain loop of 30 steps; the mode of the epoch is in checkpoints and EMA weights.
 
 Shapes: B images, C classes.
 """
@@ -15,10 +15,19 @@ from hydra import compose, initialize_config_dir
 from plain_loop import BATCH, CLASSES, EPOCHS, SIDE, SMALL, STEPS, Batches, Losses
 from programs import PROJECT
 from vitrail.models import create_model, forward_heads
+from vitrail.models.pretrained import PretrainedClassifier
+from vitrail.models.teacher import Teacher
 from vitrail.runs.config import instantiate
 from vitrail.training import ImageClassifier
 
 pytestmark = pytest.mark.thorough
+
+NAMES = [chr(ord("a") + number) for number in range(CLASSES)]
+SMALL_LEVIT = {"embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": 2, "depth": (3, 2, 1)}
+RECIPES = {  # model arguments, weight decay, parameters without it, largest gradient norm of a row over its norm
+    "evo_deit_small": ({**SMALL, "stages": (1, 2)}, 0.05, ("cls_token", "pos_embed"), None),
+    "evo_levit_128": (SMALL_LEVIT, 0.025, ("pos_embed", "tradeoff_logit"), 0.01),
+}
 
 
 def rate(step):
@@ -29,34 +38,64 @@ def rate(step):
     return 1e-5 + 0.5 * (peak - 1e-5) * (1 + math.cos(math.pi * epoch / EPOCHS))
 
 
-def test_recipe__equals_a_plain_loop_and_saves_the_mode(tmp_path):
+def loss_of(heads, batch, teacher):
+    """Return the label's loss, and with a teacher the mean of it and the loss with the teacher's class."""
+    smooth = 0.9 * F.one_hot(batch.label, CLASSES) + 0.1 / CLASSES
+    loss = sum(
+        -0.5 * (smooth * logits.log_softmax(-1)).sum(-1).mean() for logits in (heads.cls, heads.extras["class_token"])
+    )
+    if teacher is None:
+        return loss
+    taught = teacher(batch.image).argmax(-1)
+    students = (heads.distill, heads.extras["class_token_distill"])
+    return 0.5 * loss + 0.25 * sum(F.cross_entropy(logits, taught) for logits in students)
+
+
+@torch.no_grad()
+def clip(model, factor):
+    """Scale each row's gradient to at most `factor` times the norm of its weights, at least 0.001."""
+    for value in model.parameters():
+        rows = value.flatten(1) if value.ndim > 1 else value[None]
+        gradient = value.grad.view_as(rows)
+        largest = factor * rows.norm(dim=1, keepdim=True).clamp(min=1e-3)
+        gradient *= (largest / gradient.norm(dim=1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe__equals_a_plain_loop_and_saves_the_mode(recipe, tmp_path):
+    arguments, weight_decay, exempt, clip_factor = RECIPES[recipe]
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        config = compose("train", ["experiment=evo_deit_small", "schedule.warmup_epochs=2", "data.root=x"])
+        config = compose("train", [f"experiment={recipe}", "schedule.warmup_epochs=2", "data.root=x"])
         objective, optimizer, schedule = (
             instantiate(config[key], key) for key in ("objective", "optimizer", "schedule")
         )
-        targets, ema = instantiate(config.targets, "targets"), instantiate(config.callbacks.ema, "ema")
-    torch.manual_seed(0)
-    model = create_model(config.model.name, CLASSES, SIDE, stages=(1, 2), **SMALL)
+        torch.manual_seed(0)
+        teacher = None
+        if config.teacher is not None:
+            dense = create_model("vit_tiny_patch16_224", CLASSES, SIDE, **SMALL)
+            classifier = PretrainedClassifier(dense, "dense", (SIDE, SIDE), (0.5,) * 3, (0.5,) * 3, classes=NAMES)
+            teacher = Teacher(classifier, (0.5,) * 3, (0.5,) * 3, NAMES)
+        targets = instantiate(config.targets, "targets", teacher=teacher)
+        callbacks = [instantiate(config.callbacks[key], key) for key in ("adaptive_clip", "ema")]
+    model = create_model(config.model.name, CLASSES, SIDE, **arguments)
     reference, data = copy.deepcopy(model).train(), Batches()
     module = ImageClassifier(model, objective, CLASSES, optimizer, schedule, None, targets, seed=7)
     losses = Losses()
     fit = L.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", callbacks=[losses, ema], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        default_root_dir=tmp_path,
+        max_epochs=EPOCHS, accelerator="cpu", callbacks=[losses, *callbacks], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, default_root_dir=tmp_path,
     )  # fmt: skip
     fit.fit(module, datamodule=data)
 
-    exempt = ("cls_token", "pos_embed")
     groups = [
         {
             "params": [
                 value
                 for key, value in reference.named_parameters()
-                if (value.ndim > 1 and key not in exempt) == decayed
+                if (value.ndim > 1 and key.rpartition(".")[2] not in exempt) == decayed
             ],
-            "weight_decay": 0.05 if decayed else 0.0,
+            "weight_decay": weight_decay if decayed else 0.0,
         }
         for decayed in (True, False)
     ]
@@ -66,14 +105,11 @@ def test_recipe__equals_a_plain_loop_and_saves_the_mode(tmp_path):
         for group in plain.param_groups:
             group["lr"] = rate(step)
         batch = data.content[step % STEPS]
-        heads = forward_heads(reference, batch.image)
-        smooth = 0.9 * F.one_hot(batch.label, CLASSES) + 0.1 / CLASSES
-        loss = sum(
-            -0.5 * (smooth * logits.log_softmax(-1)).sum(-1).mean()
-            for logits in (heads.cls, heads.extras["class_token"])
-        )
+        loss = loss_of(forward_heads(reference, batch.image), batch, teacher)
         plain.zero_grad()
         loss.backward()
+        if clip_factor:
+            clip(reference, clip_factor)
         plain.step()
         expected.append(loss.item())
     assert losses.values == pytest.approx(expected, rel=1e-5)
@@ -85,7 +121,7 @@ def test_recipe__equals_a_plain_loop_and_saves_the_mode(tmp_path):
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
     for key in ("state_dict", "current_model_state"):  # EMA weights and raw weights
         assert saved[key]["model.stage_wise"]
-        fresh = create_model(config.model.name, CLASSES, SIDE, stages=(1, 2), **SMALL)
+        fresh = create_model(config.model.name, CLASSES, SIDE, **arguments)
         fresh.load_state_dict(
             {name.removeprefix("model."): value for name, value in saved[key].items() if name.startswith("model.")}
         )

@@ -14,7 +14,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vitrail.checkpoints.classes import describe_difference
-from vitrail.checkpoints.positions import fit_positions
+from vitrail.checkpoints.positions import fit_positions, position_tables
 from vitrail.checkpoints.reading import Origin, backbone_weights, find_weights, origin_of, read_checkpoint
 from vitrail.errors import ConfigError
 
@@ -117,9 +117,10 @@ def fit_weights(
     if fitted.keys() != weights.keys():
         notes.append("LayerScale renamed from gamma_1, gamma_2 to ls1.gamma, ls2.gamma.")
     _same_tokens(fitted, own, model, source)
-    if "pos_embed" in fitted and "pos_embed" in own:
-        fitted["pos_embed"], note = fit_positions(fitted["pos_embed"], own["pos_embed"], model, source, origin)
-        notes += [note] if note else []
+    for table in position_tables(model):
+        if table in fitted and table in own:
+            fitted[table], note = fit_positions(table, fitted[table], own[table], model, source, origin)
+            notes += [note] if note else []
     if (
         (key := "tokens_to_token.attention1.norm1.weight") in own
         and key in fitted

@@ -14,8 +14,16 @@ from vitrail.checkpoints.reading import Origin
 from vitrail.errors import ConfigError
 
 
-def fit_positions(table: Tensor, own: Tensor, model: Any, source: str, origin: Origin) -> tuple[Tensor, str | None]:
-    """Resize position embeddings (1, prefix + N, D), or (1, rows, columns, D), to the model's grid.
+def position_tables(model: Any) -> list[str]:
+    """Return the keys of a backbone's position embeddings: those that it declares, or `pos_embed`."""
+    declared = getattr(model, "position_grids", None)
+    return ["pos_embed"] if declared is None else list(declared())
+
+
+def fit_positions(
+    key: str, table: Tensor, own: Tensor, model: Any, source: str, origin: Origin
+) -> tuple[Tensor, str | None]:
+    """Resize the position embeddings `key` (1, prefix + N, D), or (1, rows, columns, D), to the model's grid.
 
     Bicubic without antialiasing (coefficient -0.75), as in the official scripts. timm's default antialiases, which
     changes values by up to a third of their standard deviation.
@@ -29,7 +37,8 @@ def fit_positions(table: Tensor, own: Tensor, model: Any, source: str, origin: O
         rows, columns = own.shape[1:3]
         resized = F.interpolate(table.permute(0, 3, 1, 2), (rows, columns), mode="bicubic", align_corners=False)
         return resized.permute(0, 2, 3, 1), _resized(tuple(table.shape[1:3]), (rows, columns))
-    grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    declared = getattr(model, "position_grids", None)
+    grid_size = declared()[key] if declared else getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid_size is None:
         return table, None
     new = int(grid_size[0]), int(grid_size[1])
@@ -37,7 +46,7 @@ def fit_positions(table: Tensor, own: Tensor, model: Any, source: str, origin: O
     if not 0 <= prefix < table.shape[1]:  # a table of another kind
         return table, None
     count, side = table.shape[1] - prefix, math.isqrt(table.shape[1] - prefix)
-    old, known = _recorded_grid(model, origin, count), True
+    old, known = _recorded_grid(key, model, origin, count), True
     if old is None:
         old, known = (side, side), False
         if side * side != count:
@@ -60,13 +69,15 @@ def _resized(old: tuple[int, ...], new: tuple[int, int], known: bool = True) -> 
     )
 
 
-def _recorded_grid(model: Any, origin: Origin, count: int) -> tuple[int, int] | None:
+def _recorded_grid(key: str, model: Any, origin: Origin, count: int) -> tuple[int, int] | None:
     """Return the grid of `count` patch tokens for the recorded image size; None if it is unknown or does not fit."""
     if origin.size is None:
         return None
-    own_grid, patch_embed = getattr(model, "token_grid", None), model.patch_embed
-    if own_grid is not None:
-        rows, columns = own_grid(origin.size)
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(model, "position_grids"):
+        rows, columns = model.position_grids(origin.size)[key]
+    elif hasattr(model, "token_grid"):
+        rows, columns = model.token_grid(origin.size)
     elif hasattr(patch_embed, "dynamic_feat_size"):
         rows, columns = patch_embed.dynamic_feat_size(origin.size)
     else:

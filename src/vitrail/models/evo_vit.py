@@ -30,7 +30,16 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrail.models.registry import build, vit_cfg
-from vitrail.models.token_selection import best_positions, gather_tokens, keep_mask, kept_count, restore_tokens
+from vitrail.models.token_selection import (
+    LayerToStage,
+    best_positions,
+    block_ratios,
+    check_shares,
+    gather_tokens,
+    keep_mask,
+    kept_count,
+    restore_tokens,
+)
 from vitrail.types import Outputs
 
 
@@ -62,7 +71,7 @@ class ScoringBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), scores
 
 
-class EvoViT(VisionTransformer):
+class EvoViT(LayerToStage, VisionTransformer):
     """timm's ViT with Evo-ViT's selection of tokens, mean pooling, and a second classifier of the class token.
 
     Args:
@@ -94,20 +103,13 @@ class EvoViT(VisionTransformer):
         if not stages or list(stages) != sorted(set(stages) & set(range(1, depth))):
             raise ValueError(f"stages={list(stages)}: needs ascending numbers of blocks after the first.")
         first = stages[0]
-        if isinstance(keep_ratio, int | float):
-            keep_ratio = [1.0] * first + [float(keep_ratio)] * (depth - first)
         tradeoff = [1.0] * first + [0.5] * (depth - first) if tradeoff is None else tradeoff
-        for name, values in (("keep_ratio", keep_ratio), ("tradeoff", tradeoff)):
-            if len(values) != depth or any(not 0 < value <= 1 for value in values):
-                raise ValueError(f"{name}={list(values)}: needs {depth} numbers, one per block, above 0 and at most 1.")
-        self.keep_ratios, self.tradeoff, self.stages = tuple(keep_ratio), tuple(tradeoff), tuple(stages)
-        self.stage_wise_from = stage_wise_from
+        self.keep_ratios, self.stages = block_ratios(keep_ratio, depth, first), tuple(stages)
+        self.tradeoff = check_shares("tradeoff", tradeoff, depth)
         device = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.head_cls: nn.Module = self._new_class_head()
         self.norm_cls = type(self.fc_norm)(self.embed_dim, eps=self.fc_norm.eps, **device)
-        self.register_buffer("stage_wise", torch.tensor(False, device=kwargs.get("device")))
-        self._stage_wise = False  # the buffer's value on the host
-        self.register_load_state_dict_post_hook(lambda model, _: model._read_mode())
+        self.add_mode(stage_wise_from, kwargs.get("device"))
 
     def _new_class_head(self) -> nn.Module:
         if not self.num_classes:
@@ -117,27 +119,6 @@ class EvoViT(VisionTransformer):
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head
-
-    # Mode
-
-    @property
-    def stage_wise_prune(self) -> bool:
-        """Whether tokens are selected once per stage rather than before every block; can be set."""
-        return self._stage_wise
-
-    @stage_wise_prune.setter
-    def stage_wise_prune(self, stage_wise: bool) -> None:
-        self._stage_wise = bool(stage_wise)
-        self.get_buffer("stage_wise").fill_(self._stage_wise)
-
-    def _read_mode(self) -> None:
-        mode = self.get_buffer("stage_wise")
-        if not mode.is_meta:
-            self._stage_wise = bool(mode)
-
-    def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Choose the mode of training epoch `epoch`, counted from 0, of `epochs`."""
-        self.stage_wise_prune = epoch >= self.stage_wise_from * epochs - 1e-6
 
     def convert_checkpoint(self, weights: Mapping[str, Tensor], _: str) -> dict[str, Tensor]:
         """Return weights under this model's names; those of official checkpoints are converted."""
@@ -244,19 +225,24 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _create(size: str, num_heads: int, pretrained: bool, kwargs: dict[str, Any]) -> EvoViT:
+    config = {"embed_dim": 64 * num_heads, "depth": 12, "num_heads": num_heads}
+    return build(EvoViT, f"evo_deit_{size}_patch16_224", pretrained, kwargs, **config)
+
+
 @register_model
 def evo_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoViT:
     """Evo-ViT on DeiT-Ti: 5.9 M parameters, 0.8 G MACs, 72.0 % top-1."""
-    return build(EvoViT, "evo_deit_tiny_patch16_224", pretrained, kwargs, embed_dim=192, depth=12, num_heads=3)
+    return _create("tiny", 3, pretrained, kwargs)
 
 
 @register_model
 def evo_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoViT:
     """Evo-ViT on DeiT-S: 22.4 M parameters, 3.0 G MACs, 79.4 % top-1."""
-    return build(EvoViT, "evo_deit_small_patch16_224", pretrained, kwargs, embed_dim=384, depth=12, num_heads=6)
+    return _create("small", 6, pretrained, kwargs)
 
 
 @register_model
 def evo_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoViT:
     """Evo-ViT on DeiT-B: 11.7 G MACs, 81.3 % top-1."""
-    return build(EvoViT, "evo_deit_base_patch16_224", pretrained, kwargs, embed_dim=768, depth=12, num_heads=12)
+    return _create("base", 12, pretrained, kwargs)

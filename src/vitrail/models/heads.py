@@ -8,6 +8,8 @@ Such a backbone has
 
 A backbone may also have
 - `begin_epoch(epoch, epochs)`, called before each epoch of training (what it changes must be in the state dict),
+- `position_grids(image_size=None)`, the grid (rows, columns) of each position table by its key, for the model's image
+  size or another, if it has other tables than `pos_embed`,
 - `new_modules`, names of modules that the weights of `init_from` may lack, and
 - `convert_checkpoint(weights, source)`, which converts the names of official checkpoints.
 

@@ -203,10 +203,10 @@ class SoViT(SinusoidViT):
 _RELEASES = "https://jiangtaoxie.oss-cn-beijing.aliyuncs.com/So-ViT/So-ViT-"
 
 
-def _cfg(file: str = "") -> dict[str, Any]:
+def _cfg(url: str = "") -> dict[str, Any]:
     return vit_cfg(
-        url=_RELEASES + file if file else "",
         crop_pct=0.875,
+        url=url,
         first_conv="visual_tokens.tokens.stem.0",
         classifier=("classifier.cls_fc", "classifier.visual_fc"),
         license="unknown",
@@ -214,17 +214,9 @@ def _cfg(file: str = "") -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "so_vit_7.in1k": _cfg("7.pth.tar"),
-        "so_vit_10.in1k": _cfg("10.pth.tar"),
-        "so_vit_14.in1k": _cfg("14.pth.tar"),
-        "so_vit_19.in1k": _cfg("19.pth.tar"),
-        "sot_tiny.untrained": _cfg(),
-        "sot_small.untrained": _cfg(),
-        "sot_base.untrained": _cfg(),
-    }
-)
+_released = {f"so_vit_{depth}.in1k": _cfg(f"{_RELEASES}{depth}.pth.tar") for depth in (7, 10, 14, 19)}
+_untrained = {f"sot_{size}.untrained": _cfg() for size in ("tiny", "small", "base")}
+default_cfgs = generate_default_cfgs({**_released, **_untrained})
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""Selection of patch tokens by their scores, shared by DynamicViT and Evo-ViT.
+"""Selection of patch tokens by their scores, shared by DynamicViT, Evo-ViT and Evo-LeViT.
 
 A model scores its patch tokens and keeps the best. Either it gathers the kept tokens and computes with those only, or
 it keeps all tokens and masks the others in attention. Tokens before the patches (the class token) are always kept.
@@ -8,6 +8,7 @@ Shapes: B images, P prefix tokens, N patch tokens, K kept patch tokens, D channe
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,28 @@ def stage_ratios(keep_ratio: float | Sequence[float], stages: int) -> tuple[floa
     if any(not 0 < ratio <= 1 for ratio in ratios):
         raise ValueError(f"keep_ratio={keep_ratio}: must be above 0 and at most 1.")
     return tuple(float(ratio) for ratio in ratios)
+
+
+def block_ratios(keep_ratio: float | Sequence[float], depth: int, first: int) -> tuple[float, ...]:
+    """Return the share of the patch tokens that each block computes; a single number holds from block `first` on.
+
+    Raises:
+        ValueError: as `check_shares`.
+    """
+    single = isinstance(keep_ratio, int | float)
+    ratios = [1.0] * first + [keep_ratio] * (depth - first) if single else keep_ratio
+    return check_shares("keep_ratio", ratios, depth)  # type: ignore[arg-type]
+
+
+def check_shares(name: str, values: Sequence[float], depth: int) -> tuple[float, ...]:
+    """Return the `depth` values of an argument, one for each block.
+
+    Raises:
+        ValueError: a value is outside (0, 1], or their number is not `depth`.
+    """
+    if len(values) != depth or any(not 0 < value <= 1 for value in values):
+        raise ValueError(f"{name}={list(values)}: needs {depth} numbers, one per block, above 0 and at most 1.")
+    return tuple(float(value) for value in values)
 
 
 def kept_count(tokens: int, ratio: float) -> int:
@@ -57,6 +80,16 @@ def keep_mask(positions: Tensor, tokens: int) -> Tensor:
     """Return a mask (B, N) with 1 at positions (B, K) and 0 elsewhere, in float32."""
     mask = torch.zeros(len(positions), tokens, device=positions.device)
     return mask.scatter(1, positions, 1.0)
+
+
+def merge_left_out(x: Tensor, scores: Tensor, positions: Tensor, prefix: int = 0) -> Tensor:
+    """Return one token (B, 1, D), the mean of the patch tokens of x (B, P + N, D) that are not at positions (B, K).
+
+    Their weights are their scores (B, N), which get a gradient.
+    """
+    weights = scores * (1 - keep_mask(positions, scores.shape[1]))
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return (weights[..., None] * x[:, prefix:]).sum(1, keepdim=True).to(x.dtype)
 
 
 def draw_decisions(log_probabilities: Tensor, kept: Tensor | None) -> Tensor:
@@ -105,3 +138,40 @@ class MaskedAttention(Attention):
         scores = (self.q_norm(q) * self.scale) @ self.k_norm(k).transpose(-2, -1)
         weights = self.attn_drop(masked_softmax(scores, keep, self.mask_eps).to(v.dtype))
         return self.proj_drop(self.proj(self.norm((weights @ v).transpose(1, 2).flatten(2))))
+
+
+class LayerToStage:
+    """Mixin: selection before every block (layer-wise) in the first epochs, once per stage (stage-wise) in the others.
+
+    The mode is a buffer, `stage_wise`, so that checkpoints and EMA weights contain it. List this class before the
+    backbone's among the bases, and call `add_mode` in the constructor.
+    """
+
+    stage_wise_from: float
+
+    def add_mode(self, stage_wise_from: float, device: torch.device | str | None = None) -> None:
+        """Add the mode, at first layer-wise; stage-wise after the share `stage_wise_from` of the epochs."""
+        model: Any = self
+        self.stage_wise_from, self._stage_wise = stage_wise_from, False  # the buffer's value on the host
+        model.register_buffer("stage_wise", torch.tensor(False, device=device))
+        model.register_load_state_dict_post_hook(lambda loaded, _: loaded._read_mode())
+
+    @property
+    def stage_wise_prune(self) -> bool:
+        """Whether tokens are selected once per stage rather than before every block; can be set."""
+        return self._stage_wise
+
+    @stage_wise_prune.setter
+    def stage_wise_prune(self, stage_wise: bool) -> None:
+        model: Any = self
+        self._stage_wise = bool(stage_wise)
+        model.stage_wise.fill_(self._stage_wise)
+
+    def _read_mode(self) -> None:
+        model: Any = self
+        if not model.stage_wise.is_meta:
+            self._stage_wise = bool(model.stage_wise)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Choose the mode of training epoch `epoch`, counted from 0, of `epochs`."""
+        self.stage_wise_prune = epoch >= self.stage_wise_from * epochs - 1e-6

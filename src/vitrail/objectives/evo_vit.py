@@ -16,12 +16,15 @@ class EvoViTLoss(Objective):
     """(1 - class_token_weight) * loss of the mean patch token + class_token_weight * loss of the class token.
 
     The class token's classifier exists for training only: its loss makes the class token's attention, which selects the
-    patch tokens, meaningful. Equal to the official code (github.com/YifanXu74/Evo-ViT, `engine_deit.py`).
+    patch tokens, meaningful. If both have a second classifier for the teacher (Evo-LeViT), `base` gets its logits too,
+    as those of a distillation token. Equal to the official code (github.com/YifanXu74/Evo-ViT, `engine_deit.py`,
+    `losses_levit.py`).
 
     Args:
         class_token_weight: weight of the class token, in [0, 1].
         base: loss of each classifier; None means cross-entropy with smoothing 0.1. With a `DistillationLoss` both
-            classifiers also learn from the teacher; in the official code that fails.
+            classifiers also learn from the teacher, as published for Evo-LeViT; for the DeiT form the official code
+            fails.
 
     Raises:
         ValueError: the weight is out of range, or `base` needs several passes.
@@ -38,7 +41,8 @@ class EvoViTLoss(Objective):
 
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Return the scalar `loss` and its parts `cls_loss` and `class_token_loss` from logits (B, C)."""
-        cls_loss = self.base(outputs_for(self.base, outputs), targets)["loss"]
-        class_token_loss = self.base(Outputs(outputs.extras["class_token"]), targets)["loss"]
+        mean_token = outputs_for(self.base, outputs)._replace(distill=outputs.distill)
+        class_token = Outputs(outputs.extras["class_token"], distill=outputs.extras.get("class_token_distill"))
+        cls_loss, class_token_loss = (self.base(heads, targets)["loss"] for heads in (mean_token, class_token))
         loss = (1 - self.class_token_weight) * cls_loss + self.class_token_weight * class_token_loss
         return {"loss": loss, "cls_loss": cls_loss, "class_token_loss": class_token_loss}

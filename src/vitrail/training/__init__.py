@@ -1,5 +1,6 @@
 """Training: the LightningModule, optimisers, schedules, EMA weights, targets and callbacks."""
 
+from vitrail.training.adaptive_clip import AdaptiveClip
 from vitrail.training.callbacks import EpochReport, IntervalProgressBar, SpeedMonitor
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
@@ -14,6 +15,7 @@ from vitrail.training.targets import TargetBuilder
 __all__ = [
     "EMA",
     "FSDP",
+    "AdaptiveClip",
     "CosineSchedule",
     "EpochReport",
     "ImageClassifier",
