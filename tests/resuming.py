@@ -44,18 +44,19 @@ def finish_ranks(*options, logs):
 def assert_same_state(checkpoint, expected, name=""):
     """Compare the entries `STATE` of two checkpoints, tensors bit for bit."""
     for part in STATE:
-        _assert_same(checkpoint[part], expected[part], f"{name} {part}")
+        assert_same(checkpoint[part], expected[part], f"{name} {part}")
 
 
-def _assert_same(one, other, path):
+def assert_same(one, other, path):
+    """Compare two nested containers, tensors bit for bit."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
         for key in one:
-            _assert_same(one[key], other[key], f"{path}/{key}")
+            assert_same(one[key], other[key], f"{path}/{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
         for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            _assert_same(a, b, f"{path}/{number}")
+            assert_same(a, b, f"{path}/{number}")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), f"{path}: {(one - other).abs().max()}"
     else:
@@ -71,12 +72,13 @@ def fit(folder, root, ckpt=None, copies=None, more=()):
     options = (f"callbacks.preemption.minutes={minutes}", f"data.root={root}", "data.num_workers=0")
     trainer, module, data = assemble(new_folder(folder), *RANDOM_DRAWS, *options, *more)
     if copies is not None:
-        _copy_every_save(trainer.strategy.checkpoint_io, copies)
+        copy_every_save(trainer.strategy.checkpoint_io, copies)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return last_checkpoint(folder)
 
 
-def _copy_every_save(checkpoint_io, copies):
+def copy_every_save(checkpoint_io, copies):
+    """Copy each last.ckpt to the folder `copies`, as 01.ckpt, 02.ckpt, ..."""
     save = checkpoint_io.save_checkpoint
 
     def save_and_copy(checkpoint, path, storage_options=None):

@@ -4,6 +4,7 @@ from vitrail.training.callbacks import EpochReport, SpeedMonitor
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 from vitrail.training.fsdp import FSDP
+from vitrail.training.linear_probe import LinearProbe, ProbeSettings
 from vitrail.training.nonfinite_guard import NonfiniteGuard
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.phases import PhaseReport
@@ -16,9 +17,11 @@ __all__ = [
     "CosineSchedule",
     "EpochReport",
     "ImageClassifier",
+    "LinearProbe",
     "NonfiniteGuard",
     "OptimizerFactory",
     "PhaseReport",
+    "ProbeSettings",
     "SpeedMonitor",
     "TargetBuilder",
 ]
