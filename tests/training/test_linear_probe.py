@@ -12,6 +12,8 @@ from resuming import assert_same, copy_every_save, last_checkpoint, new_folder
 from vitrail.data.sampling import EpochSampler
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
+from vitrail.objectives import CosubLoss, FeatureDistillation
+from vitrail.training import LinearProbe, ProbeSettings
 
 PROBE = (
     *("experiment=linear_probe", "data=digits", "data.batch_size=64", "model=deit_nano", "trainer=cpu", "epochs=2"),
@@ -142,10 +144,6 @@ def test_resume__is_exact(probe, weights, tmp_path):
         (("probe=linear_cached", "augment=crop"), "probe.cache=true: cached features are those of one view"),
         (("probe=linear_cached", "mixing=mixup_08"), "mixing: a linear probe cannot be combined with mixing, as"),
         (("init_from=null",), "init_from: not set, so the linear probe's backbone would have random weights"),
-        (
-            ("objective=cosub", "model.drop_path_rate=0.1"),
-            "objective: CosubLoss needs more than the class logits of one pass",
-        ),
         (("probe.lr_factors=[1,1]",), r"probe.lr_factors=\[1, 1\]: must be different numbers"),
         (("probe.held_out=1",), "probe.held_out=1: must be a number above 0 and below 1"),
     ],
@@ -153,3 +151,10 @@ def test_resume__is_exact(probe, weights, tmp_path):
 def test_unsuitable_settings__are_refused(options, sentence, weights, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         prepare(tmp_path / "run", weights, *options)
+
+
+@pytest.mark.parametrize("objective", [CosubLoss(), FeatureDistillation()])
+def test_objective__sees_class_logits_only(objective):
+    name = type(objective).__name__
+    with pytest.raises(ConfigError, match=f"objective: {name} needs more than the class logits of one pass"):
+        LinearProbe(create_model("deit_nano", 10, 8, depth=1), objective, 10, ProbeSettings([1.0]))
