@@ -235,7 +235,7 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
         images: (B, 3, height, width).
 
     Raises:
-        ConfigError: the backbone has no spatial feature map, or no classifier.
+        ConfigError: the backbone has no spatial feature map or no classifier, or it drops patch tokens.
     """
     timm_model: Any = model
     if not getattr(model, "num_classes", 0):
@@ -243,6 +243,11 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
     size = (images.shape[-2], images.shape[-1])
     if "tokens" in declared_outputs(model):
         tokens, (rows, columns) = timm_model.forward_outputs(images).tokens, token_grid(model, size)
+        if tokens.shape[1] != rows * columns:
+            raise ConfigError(
+                f"annotator: {type(model).__name__} scores only the {tokens.shape[1]} of {rows * columns} patch tokens"
+                " that it keeps; use the network that it was pruned from."
+            )
     else:
         features = timm_model.forward_features(images)
         tokens, (rows, columns) = classify_places(model, features, size, timm_model.forward_head)
