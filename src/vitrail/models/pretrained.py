@@ -235,7 +235,8 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
         images: (B, 3, height, width).
 
     Raises:
-        ConfigError: the backbone has no spatial feature map or no classifier, or it drops patch tokens.
+        ConfigError: the backbone has no spatial feature map or no classifier, or it drops patch tokens
+            or has not been trained to classify them.
     """
     timm_model: Any = model
     if not getattr(model, "num_classes", 0):
@@ -247,6 +248,11 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
             raise ConfigError(
                 f"annotator: {type(model).__name__} scores only the {tokens.shape[1]} of {rows * columns} patch tokens"
                 " that it keeps; use the network that it was pruned from."
+            )
+        if not tokens.any():
+            raise ConfigError(
+                f"annotator: the classifier of patch tokens of this {type(model).__name__} is zero, as after a linear"
+                " probe, which trains the classifier of the class token only; use another network."
             )
     else:
         features = timm_model.forward_features(images)
