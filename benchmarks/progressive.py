@@ -11,13 +11,12 @@ Prints top-1 after the last epoch, mean and spread, against the share of the ope
 Finished trainings are kept, so that an interrupted measurement resumes.
 """
 
-import argparse
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from demo import PROJECT, SEEDS, console, curve, train
-from figures import add_json, write_figures
+from figures import parser_of_trainings, write_figures
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
@@ -60,16 +59,13 @@ def measure(out: Path, epochs: int, share: float, parallel: int) -> dict[str, li
 
 def main() -> None:
     """Run the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "progressive", help="output folder")
-    parser.add_argument("--epochs", type=int, default=24, help="epochs of the plain and the progressive training")
+    out = PROJECT / "logs" / "progressive"
+    parser = parser_of_trainings(__doc__, out, 24, "the plain and the progressive training")
     parser.add_argument("--parallel", type=int, default=1, help="parallel trainings, one core each")
-    add_json(parser)
     options = parser.parse_args()
-    out: Path = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     share = operations_share(options.epochs)
-    found = measure(out, options.epochs, share, options.parallel)
+    found = measure(options.out, options.epochs, share, options.parallel)
     table = Table(title="Top-1 of the held-out digits after the last epoch, %")
     for name in ("training", "operations", *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
         table.add_column(name, justify="right")

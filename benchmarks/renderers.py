@@ -9,12 +9,10 @@ deviation over the orders) and `difference` (device minus loader, mean over the 
 standard error).
 """
 
-import argparse
 import statistics
-from pathlib import Path
 
 from demo import PROJECT, console, curve, train
-from figures import add_json, write_figures
+from figures import parser_of_trainings, write_figures
 from rich.table import Table
 
 RENDERERS = ("loader", "device")
@@ -26,14 +24,10 @@ RECIPE = (
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "renderers", help="output folder")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of each training")
+    parser = parser_of_trainings(__doc__, PROJECT / "logs" / "renderers", 20, "each training")
     parser.add_argument("--orders", type=int, default=6, help="orders of the images, at least 2")
-    add_json(parser)
     options = parser.parse_args()
-    out: Path = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     table = Table(title="Top-1 of the held-out digits after the last epoch, %")
     for name in ("order", *RENDERERS):
         table.add_column(name, justify="right")
@@ -41,7 +35,7 @@ def main() -> None:
     for order in range(1, options.orders + 1):
         for renderer in RENDERERS:
             overrides = (f"data.render={renderer}", f"data.seed={order}", f"epochs={options.epochs}")
-            top1[renderer].append(curve(train(out / f"{renderer}_{order}", *RECIPE, *overrides, threads=1))[-1])
+            top1[renderer].append(curve(train(options.out / f"{renderer}_{order}", *RECIPE, *overrides, threads=1))[-1])
         table.add_row(str(order), *(f"{values[-1]:.2f}" for values in top1.values()))
     figures = {}
     for renderer, values in top1.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from assembly import assemble
-from programs import run_directories, run_ranks, start, start_ranks
+from programs import run, run_directories, run_ranks, start, start_ranks, train
 
 RANDOM_DRAWS = (
     *("trainer=cpu", "model=deit_nano", "model.drop_path_rate=0.2", "model.drop_rate=0.1", "augment=deit"),
@@ -44,18 +44,19 @@ def finish_ranks(*options, logs):
 def assert_same_state(checkpoint, expected, name=""):
     """Compare the entries `STATE` of two checkpoints, tensors bit for bit."""
     for part in STATE:
-        _assert_same(checkpoint[part], expected[part], f"{name} {part}")
+        assert_same(checkpoint[part], expected[part], f"{name} {part}")
 
 
-def _assert_same(one, other, path):
+def assert_same(one, other, path):
+    """Compare two nested containers, tensors bit for bit."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
         for key in one:
-            _assert_same(one[key], other[key], f"{path}/{key}")
+            assert_same(one[key], other[key], f"{path}/{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
         for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            _assert_same(a, b, f"{path}/{number}")
+            assert_same(a, b, f"{path}/{number}")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), f"{path}: {(one - other).abs().max()}"
     else:
@@ -122,6 +123,26 @@ def start_held(*arguments, logs, step, ranks=1, rank=0):
         processes = start_ranks(*arguments, logs=logs, ranks=ranks, **variables)
     wait_until(held.exists, f"step {step}", processes[rank])
     return processes
+
+
+def resume_after_kills(*arguments, folder, steps):
+    """Train twice, the second time with a SIGKILL after each of `steps`, and compare the final checkpoints bit for bit.
+
+    Return the run directory of the second training.
+    """
+    expected = last_checkpoint(train(*arguments, logs=new_folder(folder / "whole")))
+    logs = new_folder(folder / "killed")
+    for step in steps:
+        (process,) = start_held(*arguments, logs=logs, step=step)
+        end_with(process)
+        (directory,) = run_directories(logs)
+        assert last_checkpoint(directory)["global_step"] == step
+        arguments = (f"resume={directory}",)
+    result = run("train.py", *arguments, logs=logs)
+    assert result.returncode == 0, result.stderr
+    assert run_directories(logs) == [directory]
+    assert_same_state(last_checkpoint(directory), expected)
+    return directory
 
 
 def end_with(process, signum=signal.SIGKILL):

@@ -82,7 +82,7 @@ def test_hub__loads_in_transformers_and_timm_without_vitrail(tmp_path):
     """A network of timm's, in a process that cannot import vitrail."""
     transformers = Path(sys.prefix) / "transformers"  # installed by `make setup`
     if not transformers.is_dir():
-        pytest.skip("needs transformers beside the environment: make setup")
+        pytest.skip(f"transformers is not installed in {transformers}; run make setup")
     options = ("model=timm", "model.name=test_vit", "+model.drop_path_rate=0.1", "data.image_size=64")
     directory = train(*QUICK, *options, logs=tmp_path)
     assert run("export.py", f"ckpt={directory}", "to=hub", logs=tmp_path).returncode == 0

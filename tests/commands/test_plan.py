@@ -32,6 +32,15 @@ def test_deit_small__agrees_with_its_header():
     assert "mixup 0.8 or cutmix 1" in plan.augmentation
 
 
+def test_linear_probe__counts_forward_passes_and_classifiers():
+    plan = planned("experiment=linear_probe", "data=imagenet", "trainer=gpu")
+    assert plan.groups == {0.0: 13 * 385 * 1000}
+    assert plan.activations == 0
+    assert plan.hours == pytest.approx(2 * plan.cost.macs * 10 * 10_009 * 128 / (0.3 * 312e12) / 3600)
+    header = (PROJECT / "conf/experiment/linear_probe.yaml").read_text()
+    assert plan.hours == pytest.approx(float(re.search(r"Expected: ([\d.]+) h", header)[1]), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [

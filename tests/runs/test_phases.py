@@ -9,12 +9,11 @@ from programs import error_of, metrics, run, run_directories, train
 from resuming import (
     RANDOM_DRAWS,
     assert_same_state,
-    end_with,
     finish_ranks,
     fit,
     last_checkpoint,
     new_folder,
-    start_held,
+    resume_after_kills,
 )
 from vitrail.checkpoints.reading import read_checkpoint
 
@@ -45,17 +44,7 @@ def test_resume__from_within_and_between_phases_gives_the_same_weights(image_tre
 def test_resume__killed_in_two_phases_gives_the_same_bits(image_tree, tmp_path):
     """SIGKILL within the first phase and near the end of the second; two loader workers that prefetch."""
     arguments = (*RANDOM_DRAWS, *PHASES, f"data.root={image_tree}", "data.num_workers=2")
-    expected = last_checkpoint(train(*arguments, logs=new_folder(tmp_path / "whole")))
-    logs = new_folder(tmp_path / "killed")
-    (process,) = start_held(*arguments, logs=logs, step=2)
-    end_with(process)
-    (directory,) = run_directories(logs)
-    (process,) = start_held(f"resume={directory}", logs=logs, step=7)
-    end_with(process)
-    assert last_checkpoint(directory)["global_step"] == 7
-    result = run("train.py", f"resume={directory}", logs=logs)
-    assert result.returncode == 0, result.stderr
-    assert_same_state(last_checkpoint(directory), expected)
+    directory = resume_after_kills(*arguments, folder=tmp_path, steps=(2, 7))
     assert [row["train/image_size"] for row in metrics(directory)] == [16, 24, 32]
 
 

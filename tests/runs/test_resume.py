@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from assembly import assemble
-from programs import metrics, run, run_directories, train
+from programs import metrics, run_directories
 from resuming import (
     RANDOM_DRAWS,
     assert_same_state,
@@ -16,6 +16,7 @@ from resuming import (
     fit,
     last_checkpoint,
     new_folder,
+    resume_after_kills,
     start_held,
 )
 from vitrail.runs.resume import ResumePosition
@@ -35,19 +36,7 @@ def test_resume__from_every_step_gives_the_same_weights(image_tree, tmp_path):
 def test_resume__killed_twice_gives_the_same_bits(render, image_tree, tmp_path):
     """SIGKILL after step 2, within the first epoch, and after step 6, within the second; two loader workers."""
     arguments = (*RANDOM_DRAWS, f"data.root={image_tree}", "data.num_workers=2", f"data.render={render}")
-    expected = last_checkpoint(train(*arguments, logs=new_folder(tmp_path / "whole")))
-    logs = new_folder(tmp_path / "killed")
-    (process,) = start_held(*arguments, logs=logs, step=2)
-    end_with(process)
-    (directory,) = run_directories(logs)
-    assert last_checkpoint(directory)["global_step"] == 2
-    (process,) = start_held(f"resume={directory}", logs=logs, step=6)
-    end_with(process)
-    assert last_checkpoint(directory)["global_step"] == 6
-    result = run("train.py", f"resume={directory}", logs=logs)
-    assert result.returncode == 0, result.stderr
-    assert run_directories(logs) == [directory]
-    assert_same_state(last_checkpoint(directory), expected)
+    directory = resume_after_kills(*arguments, folder=tmp_path, steps=(2, 6))
     assert [row["epoch"] for row in metrics(directory)] == [0, 1, 2]
     assert all("train/lr" in row and "val/top1" in row for row in metrics(directory)[1:])
 

@@ -3,26 +3,27 @@
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
-from torch import Tensor, UntypedStorage, nn
+from torch import nn
 
 from vitrail.data import Augmentation
 from vitrail.data.phases import Phases
 from vitrail.errors import ConfigError
-from vitrail.models import create_model, forward_heads
-from vitrail.models.cost import Cost, measure_cost
+from vitrail.models import create_model
+from vitrail.models.cost import Cost, activation_bytes, measure_cost
 from vitrail.models.heads import declared_outputs
 from vitrail.objectives.contract import passes_of
-from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, plan_table
+from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, describe_augmentation, plan_table
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import instantiate, settle_model
 from vitrail.runs.phases import build_phases, fit_to_phases
-from vitrail.training import CosineSchedule, OptimizerFactory
+from vitrail.training import CosineSchedule, OptimizerFactory, ProbeSettings
+from vitrail.training.linear_probe import new_classifiers
 from vitrail.types import InputSpec, height_width
 
 _TYPICAL = (375, 500)  # (height, width) of an image of ImageNet, in pixels
@@ -48,52 +49,27 @@ def make_plan(config: DictConfig) -> Plan:
     missing = _take_missing(config)
     images, classes, source = _data_size(config, missing)
     sides = height_width(config.data.get("image_size") or 224)
-    untrained = {"pretrained": False} if "pretrained" in config.model else {}  # a plan downloads no weights
-    model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides, **untrained)
-    if "masks" in declared_outputs(model):
-        raise ConfigError("plan=true: plans trainings of classifiers only, not of segmentation; omit it.")
-    if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()
+    model, probe = _build_backbone(config, classes, sides), instantiate(config.get("probe"), "probe")
     optimizer: OptimizerFactory = instantiate(config.optimizer, "optimizer")
-    schedule: CosineSchedule = instantiate(config.schedule, "schedule")
     augment: Augmentation = instantiate(config.augment, "augment")
     mixing = instantiate(config.mixing, "mixing")
-    trainer = config.trainer
-    devices = (trainer.devices if isinstance(trainer.devices, int) else 1) * trainer.num_nodes
-    per_device = config.data.get("batch_size") or 128
-    per_step = per_device * devices
-    batch = per_step * trainer.accumulate_grad_batches
-    steps = None if images is None else math.ceil((images // per_step) / trainer.accumulate_grad_batches)
-    groups: dict[float, int] = {}
-    for group in optimizer.build(model, batch).param_groups:
-        amount = float(group["weight_decay"])
-        groups[amount] = groups.get(amount, 0) + sum(parameter.numel() for parameter in group["params"])
+    batch = _batch_size(config, images)
+    groups = _decay_groups(optimizer, model, probe, batch.total)
     phases = build_phases(config, sides)
     if phases is not None:
         fit_to_phases(model, phases, classes)
     cost, teacher = measure_cost(model, sides), _teacher_cost(config)
     passes = passes_of(instantiate(config.objective, "objective"))
-    activations = passes * activation_bytes(model, sides) * (0.5 if "16" in str(trainer.precision) else 1.0)
+    halved = 0.5 if "16" in str(config.trainer.precision) else 1.0
+    activations = 0.0 if probe else passes * activation_bytes(model, sides) * halved  # a frozen backbone keeps none
+    speed_of = _speed_estimate(config, batch.devices, passes * (1 if probe else 3), teacher)
+    speed, epochs = speed_of(cost.macs), int(config.trainer.max_epochs)
+    per_epoch = None if batch.steps is None else batch.steps * batch.total
+    costs = [] if phases is None else phase_costs(model, phases, per_epoch, speed_of)
+    hours = None if per_epoch is None or speed is None else per_epoch * epochs / speed / 3600
     states = 4 if optimizer.name in ("sgd", "momentum", "lion", "muon", "nmuon") else 8
     ema = 0 if config.callbacks.get("ema") is None else 4
-
-    def speed_of(macs: int) -> float | None:
-        """Return the images per second of a backbone with `macs`; None for CPUs."""
-        # Two operations per multiply-accumulate; a backward pass costs two forward passes, and a teacher has none.
-        work = 6 * macs * passes + (2 * teacher.macs if teacher else 0)
-        return devices * PEAK * UTILISATION / work if _on_gpus(trainer) else None
-
-    speed = speed_of(cost.macs)
-    # With FSDP each device holds one share; the gathered weights of the current block are neglected.
-    shards = devices if config.strategy.get("_target_") == "vitrail.training.FSDP" else 1
-    state_bytes = cost.parameters * (8 + states + ema) / shards + (4 * teacher.parameters if teacher else 0)
-    epochs = int(trainer.max_epochs)
-    render = config.data.get("render") or "auto"
-    renders_on_device = render == "device" or (
-        render == "auto" and _on_gpus(trainer) and augment.device_problem() is None
-    )
-    hours = None if steps is None or speed is None else steps * batch * epochs / speed / 3600
-    costs = [] if phases is None else phase_costs(model, phases, None if steps is None else steps * batch, speed_of)
+    on_device = _renders_on_device(config, augment)
     return Plan(
         name=model_name(config.model),
         missing=missing,
@@ -103,29 +79,107 @@ def make_plan(config: DictConfig) -> Plan:
         cost=cost,
         teacher=teacher,
         teacher_name="" if config.teacher is None else str(config.teacher.get("name", "a run")),
-        devices=devices,
-        batch_per_device=per_device,
-        accumulated=trainer.accumulate_grad_batches,
-        batch=batch,
-        steps=steps,
+        devices=batch.devices,
+        batch_per_device=batch.per_device,
+        accumulated=config.trainer.accumulate_grad_batches,
+        batch=batch.total,
+        steps=batch.steps,
         epochs=epochs,
-        rates=_rates(schedule, optimizer.scaled_lr(batch), epochs, phases),
+        rates=_rates(instantiate(config.schedule, "schedule"), optimizer.scaled_lr(batch.total), epochs, phases),
         groups=groups,
         activations=activations,
-        memory=state_bytes + activations * per_device,
+        memory=_state_bytes(config, cost, teacher, sum(groups.values()), states, ema) + activations * batch.per_device,
         images_per_second=speed,
         hours=sum(part.hours or 0 for part in costs) if costs and hours is not None else hours,
-        disk=2 * cost.parameters * (4 + states + ema),
+        disk=2 * (cost.parameters * (4 + ema) + sum(groups.values()) * states),
         augmentation=describe_augmentation(augment, config.data.get("hflip", 0.5), mixing),
-        optimizer=optimizer.describe(batch),
+        optimizer=optimizer.describe(batch.total),
         phases=costs,
         equal_epochs=epochs if phases is None else phases.compute(epochs),
         by="epochs" if phases is None else phases.by,
         stored=_declared(source, "describe", ""),
         storage=_declared(source, "storage", "files"),
-        render="device" if renders_on_device else "loader",
-        bytes_per_image=_bytes_per_image(augment, config, sides, renders_on_device),
+        render="device" if on_device else "loader",
+        bytes_per_image=_bytes_per_image(augment, config, sides, on_device),
     )
+
+
+class _Batch(NamedTuple):
+    """Images per step."""
+
+    per_device: int
+    devices: int
+    total: int
+    """Effective batch size: over all devices and accumulated batches."""
+    steps: int | None
+    """Optimiser steps per epoch; None if the number of images is unknown."""
+
+
+def _batch_size(config: DictConfig, images: int | None) -> _Batch:
+    trainer, per_device = config.trainer, config.data.get("batch_size") or 128
+    devices = (trainer.devices if isinstance(trainer.devices, int) else 1) * trainer.num_nodes
+    per_step, accumulated = per_device * devices, trainer.accumulate_grad_batches
+    steps = None if images is None else math.ceil((images // per_step) / accumulated)
+    return _Batch(per_device, devices, per_step * accumulated, steps)
+
+
+def _build_backbone(config: DictConfig, classes: int, sides: tuple[int, int]) -> nn.Module:
+    """Build the backbone without downloading weights."""
+    untrained = {"pretrained": False} if "pretrained" in config.model else {}
+    model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides, **untrained)
+    if "masks" in declared_outputs(model):
+        raise ConfigError("plan=true: plans trainings of classifiers only, not of segmentation; omit it.")
+    if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    return model
+
+
+def _decay_groups(
+    optimizer: OptimizerFactory, model: nn.Module, probe: ProbeSettings | None, batch: int
+) -> dict[float, int]:
+    """Return the number of trained parameters by weight decay."""
+    others = {}
+    if probe is not None:
+        others = {str(number): part for number, part in enumerate(new_classifiers(model, len(probe.lr_factors)))}
+        model.requires_grad_(False)
+    groups: dict[float, int] = {}
+    for group in optimizer.build(model, batch, others).param_groups:
+        amount = float(group["weight_decay"])
+        groups[amount] = groups.get(amount, 0) + sum(parameter.numel() for parameter in group["params"])
+    return groups
+
+
+def _speed_estimate(
+    config: DictConfig, devices: int, forward_passes: int, teacher: Cost | None
+) -> Callable[[int], float | None]:
+    """Return a function from a backbone's multiply-accumulates to images per second; to None for CPUs.
+
+    A backward pass counts as two forward passes; a teacher has none.
+    """
+
+    def speed_of(macs: int) -> float | None:
+        work = 2 * macs * forward_passes + (
+            2 * teacher.macs if teacher else 0
+        )  # a multiply-accumulate is two operations
+        return devices * PEAK * UTILISATION / work if _on_gpus(config.trainer) else None
+
+    return speed_of
+
+
+def _state_bytes(config: DictConfig, cost: Cost, teacher: Cost | None, trained: int, states: int, ema: int) -> float:
+    """Return the bytes of weights, gradients, moments, EMA weights and teacher on one device.
+
+    With FSDP each device holds one share; the gathered weights of the current block are neglected.
+    """
+    sharded = config.strategy.get("_target_") == "vitrail.training.FSDP"
+    shards = _batch_size(config, None).devices if sharded else 1
+    own = cost.parameters * (4 + ema) + trained * (4 + states)
+    return own / shards + (4 * teacher.parameters if teacher else 0)
+
+
+def _renders_on_device(config: DictConfig, augment: Augmentation) -> bool:
+    render = config.data.get("render") or "auto"
+    return render == "device" or (render == "auto" and _on_gpus(config.trainer) and augment.device_problem() is None)
 
 
 def phase_costs(
@@ -238,46 +292,3 @@ def _rates(schedule: CosineSchedule, peak: float, epochs: int, phases: Phases | 
         schedule.advance(scheduler, begin, 100 * middle)
         rates.append(optimizer.param_groups[0]["lr"])
     return rates
-
-
-def activation_bytes(model: nn.Module, sides: tuple[int, int]) -> int:
-    """Return the bytes of activations per image that a float32 training step saves for the backward pass.
-
-    Measured in a forward pass of two images of (height, width) `sides`.
-    """
-    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, UntypedStorage] = {}  # keeps the storages alive, so that no address is reused
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in of_model:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward_heads(model, torch.zeros(2, 3, *sides))
-    return sum(storage.nbytes() for storage in kept.values()) // 2
-
-
-def describe_augmentation(augment: Augmentation, hflip: float, mixing: Any) -> list[str]:
-    """Describe the augmentation of a training image, one step per line."""
-    if not augment.enabled:
-        return ["as in evaluation"]
-    low, high = (f"{100 * share:g}" for share in augment.scale)
-    words = [f"a crop of {low} to {high} % of the area, {augment.interpolation}"]
-    if augment.shift is not None:
-        words = [f"the whole image, moved by up to {100 * augment.shift:g} % of its side"]
-    flip = hflip if augment.hflip is None else augment.hflip
-    if flip:
-        words.append(f"mirrored with probability {flip:g}")
-    if augment.auto_augment:
-        words.append("3-Augment" if augment.auto_augment == "3a" else f"RandAugment {augment.auto_augment}")
-    if augment.color_jitter:
-        words.append(f"colours changed by up to {augment.color_jitter:g}")
-    if augment.erase_prob:
-        words.append(f"a box erased with probability {augment.erase_prob:g}")
-    if mixing is not None:
-        words.append(mixing.describe())
-    words.append(f"evaluation: the central {100 * augment.crop_pct:g} % of the side")
-    return words

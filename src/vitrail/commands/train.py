@@ -33,6 +33,8 @@ from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
 
+_HELD_OUT = "held_out/top1"  # of linear probes
+
 
 def train(config: DictConfig) -> dict[str, Any]:
     """Run the training that `config` describes, and return the contents of results.json.
@@ -145,11 +147,12 @@ def _summarise(csv_log: MetricsCSV, trainer: L.Trainer, seconds: float, run: Run
     rows = csv_log.rows.values()
     speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
     skipped = run.path / "skipped.txt"
-    best = {
-        metric: csv_log.best(metric)
-        for name in ("val/top1", "val/top5", "val/mIoU", "val/mAcc", "val/aAcc")
-        for metric in (name, f"{name}_ema")
-    }
+    names = ("val/top1", "val/top5", "val/mIoU", "val/mAcc", "val/aAcc")
+    metrics = [metric for name in names for metric in (name, f"{name}_ema")]
+    if any(_HELD_OUT in row for row in rows):  # the validation images choose neither the epoch nor the learning rate
+        best = {metric: csv_log.best(metric, by=_HELD_OUT) for metric in (*metrics, _HELD_OUT, "held_out/lr")}
+    else:
+        best = {metric: csv_log.best(metric) for metric in metrics}
     return {
         **{metric: value for metric, value in best.items() if value is not None},
         "epochs": trainer.current_epoch,

@@ -1,7 +1,8 @@
 """Data: sources, augmentation, label maps, mixing, sampling, and the data module that combines them."""
 
 from vitrail.data.augment import Augmentation
-from vitrail.data.datamodule import ImageDataModule, ImageFolderDataModule, ImageNetDataModule
+from vitrail.data.datamodule import ImageDataModule
+from vitrail.data.folder_datamodules import ImageFolderDataModule, ImageNetDataModule
 from vitrail.data.images import load_image
 from vitrail.data.mixing import MixToken, MixupCutMix
 from vitrail.data.phases import PhaseCalendar

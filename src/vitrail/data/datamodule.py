@@ -3,21 +3,24 @@
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data.augment import Augmentation, Transform
+from vitrail.data.cached_features import CachedFeatures
 from vitrail.data.dataset import TrainingTransform, ViewDataset, collate
+from vitrail.data.held_out import hold_out
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.phases import PhasedViews, Phases
 from vitrail.data.render import DeviceLoader, PILRenderer, device_renderer
 from vitrail.data.sampling import EpochSampler
-from vitrail.data.sources import ImageFolder, ImageNet, Source, Split
+from vitrail.data.sources import Source, Split
 from vitrail.data.views import TrainingViews
 from vitrail.errors import ConfigError
 from vitrail.types import ImageSize, InputSpec, Item, height_width
@@ -99,6 +102,8 @@ class ImageDataModule(L.LightningDataModule):
         self.skipped_file = Path(skipped_file) if on_corrupt == "skip" and skipped_file else None
 
     phases: Phases | None = None
+    held_out_share: float | None = None
+    caches_features = False
 
     def set_phases(self, phases: Phases) -> None:
         """Train in phases of image size and RandAugment magnitude; to be called before `setup`.
@@ -109,6 +114,20 @@ class ImageDataModule(L.LightningDataModule):
         if not self.augment.enabled:
             raise ConfigError("augment.enabled=false: phases change the training augmentation; set it to true.")
         self.phases = phases
+
+    def set_probe(self, held_out: float, cache: bool) -> None:
+        """Hold out a share of the training images, for a second validation loader; to be called before `setup`.
+
+        Args:
+            held_out: share of the training images.
+            cache: serve features in place of images, once `fill_cache` has computed them.
+
+        Raises:
+            ConfigError: `cache`, and the training images are augmented.
+        """
+        if cache and self.augment.enabled:
+            raise ConfigError("probe.cache=true: cached features are those of one view per image; set augment=none.")
+        self.held_out_share, self.caches_features = held_out, cache
 
     @property
     def input(self) -> InputSpec:
@@ -145,10 +164,27 @@ class ImageDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the splits."""
         if stage in (None, "fit") and not hasattr(self, "train"):
-            self.train = self._training_set(self.source.open("train"))
+            split = self.source.open("train")
+            if self.held_out_share is not None:
+                split, held_out = hold_out(split, self.held_out_share, self.seed, "probe.held_out")
+                self.held_out = self._cached(self._evaluation_set(held_out))
+            self.train = self._cached(self._training_set(split))
         if not hasattr(self, "val"):
-            transform = self.augment.evaluation(self.input)
-            self.val = ViewDataset(self.source.open("val"), transform, None, self.skipped_file, fill=False)
+            self.val = self._cached(self._evaluation_set(self.source.open("val")))
+
+    def _cached(self, images: ViewDataset) -> ViewDataset | CachedFeatures:
+        return CachedFeatures(images) if self.caches_features else images
+
+    def _evaluation_set(self, split: Split) -> ViewDataset:
+        return ViewDataset(split, self.augment.evaluation(self.input), None, self.skipped_file, fill=False)
+
+    def fill_cache(self, extract: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]) -> None:
+        """Compute the features that the loaders serve in place of images; see `CachedFeatures.compute`."""
+        for dataset in (self.train, self.held_out, self.val):
+            assert isinstance(dataset, CachedFeatures)
+            images = dataset.images
+            options = self._loader_options(self._sampler(images, False), self.eval_batch_size, self._workers())
+            dataset.compute(DataLoader(images, **{**options, "persistent_workers": False}), extract, gather)
 
     def _training_set(self, split: Split) -> ViewDataset:
         maps = None
@@ -198,23 +234,33 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} on {sampler.world_size} devices is more than "
                 f"the {len(self.train)} training images."
             )
-        options = self._loader_options(sampler, self.batch_size)
+        options = self._loader_options(sampler, self.batch_size, self._loader_workers)
         if not self.renders_on_device:
             return DataLoader(self.train, **options)
         renderer = device_renderer(self.input, self._device, self.augment.erase_mode, self.augment.operations)
         return DeviceLoader(renderer, self.train, **options)
 
-    def val_dataloader(self) -> DataLoader[Item]:
-        """Return a loader of all images in order."""
-        return DataLoader(self.val, **self._loader_options(self._sampler(self.val, False), self.eval_batch_size))
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """Return a loader of all validation images in order, and one of the held-out training images, if there are."""
+        loaders = [
+            DataLoader(
+                dataset,
+                **self._loader_options(self._sampler(dataset, False), self.eval_batch_size, self._loader_workers),
+            )
+            for dataset in (self.val, *([] if self.held_out_share is None else [self.held_out]))
+        ]
+        return loaders[0] if self.held_out_share is None else loaders
 
-    def _sampler(self, dataset: ViewDataset, shuffle: bool) -> EpochSampler:
+    def _sampler(self, dataset: Sized, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         repeats = self.repeats if shuffle else 1
         return EpochSampler(len(dataset), self.seed, shuffle, rank, world_size, self.batch_size, repeats)
 
-    def _loader_options(self, sampler: EpochSampler, batch_size: int) -> dict[str, Any]:
-        workers = self._workers()
+    @property
+    def _loader_workers(self) -> int:
+        return 0 if self.caches_features else self._workers()
+
+    def _loader_options(self, sampler: EpochSampler, batch_size: int, workers: int) -> dict[str, Any]:
         return {
             "batch_size": batch_size,
             "sampler": sampler,
@@ -250,25 +296,3 @@ def _ignore_signals(_: int) -> None:
         timer.start()
 
     signal.signal(signal.SIGTERM, end_later)
-
-
-class ImageFolderDataModule(ImageDataModule):
-    """`ImageDataModule` of an `ImageFolder`, for use from Python; configs name the source instead.
-
-    Args:
-        root: folder that holds `train/` and `val/`.
-        augment: as in `ImageDataModule`; Inception's crop and a flip by default.
-        kwargs: arguments of `ImageFolder` (`train_dir`, `val_dir`, `index`, `value_range`) and of `ImageDataModule`.
-    """
-
-    source_type: type[ImageFolder] = ImageFolder
-
-    def __init__(self, root: str | None, augment: Augmentation | None = None, **kwargs: Any) -> None:
-        named = {name: kwargs.pop(name) for name in ("train_dir", "val_dir", "index", "value_range") if name in kwargs}
-        super().__init__(self.source_type(root, **named), augment or Augmentation(), root=root, **kwargs)
-
-
-class ImageNetDataModule(ImageFolderDataModule):
-    """`ImageDataModule` of ImageNet-1k, a folder of `train/` and `val/` with the 1000 class folders each."""
-
-    source_type = ImageNet

@@ -1,4 +1,4 @@
-"""Let a ViT run at several image sizes with one position table.
+"""Let a ViT, ViT-5, DINOv3 or VOLO run at several image sizes with one position table.
 
 The table keeps the grid of the image size that the network was built for, and the forward pass resizes it for images of
 another size. Optimiser state, EMA weights and checkpoints therefore always have the table's own shape, and strategies
@@ -17,9 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.format import Format
+from timm.models import checkpoint
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from vitrail.models.volo import TokenVOLO
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
@@ -62,18 +66,61 @@ class AnySizeViT(VisionTransformer):
         return self.pos_drop(torch.cat((*prefix, patches), 1) + table)
 
 
+class AnySizeEva(Eva):
+    """Mixin for timm's EVA family (ViT-5, DINOv3) that resizes the position table and the rotation.
+
+    List it before the backbone's class among the bases.
+    """
+
+    @property
+    def pos_embed(self) -> None:
+        """None for timm's code, which would resize the table in its own way; the table stays a parameter."""
+
+    def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add positions and prefix tokens to patches (B, h, w, D); return tokens (B, prefix + N, D) and rotations."""
+        table, grid = self._parameters.get("pos_embed"), (x.shape[1], x.shape[2])
+        if table is not None:
+            x = x + resize_positions(table, self.patch_embed.grid_size, grid, 0).unflatten(1, grid)
+        if getattr(self.rope, "feat_shape", None) not in (None, grid):  # timm keeps the rotation of one grid
+            self.rope.update_feat_shape(grid)
+        return super()._pos_embed(x)
+
+
+class AnySizeVOLO(TokenVOLO):
+    """Mixin for VOLO that resizes the position table to the grid of the images."""
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Return tokens (B, N, D) of a map of patches (B, h, w, D)."""
+        for index, block in enumerate(self.network):
+            if index == 2:  # timm adds the positions here, after the outlookers and their downsampling
+                own, grid = self.pos_embed.shape[1:3], (x.shape[1], x.shape[2])
+                table = resize_positions(self.pos_embed.flatten(1, 2), (own[0], own[1]), grid, 0)
+                x = self.pos_drop(x + table.unflatten(1, grid))
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return x.flatten(1, 2)
+
+
 _KNOWN = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
 
 
 def allow_any_size(model: nn.Module) -> nn.Module:
-    """Let a ViT run at every image size that its patches divide, in place; return other models unchanged.
+    """Let a ViT, ViT-5, DINOv3 or VOLO run at every image size that its patches divide, in place.
+
+    Other models are returned unchanged.
 
     The class becomes a subclass; weights, and logits at the image size of the position table, stay the same.
     """
     vit: Any = model
     backbone: Any = type(model)
+    mixin: type | None = None
     if isinstance(model, VisionTransformer) and backbone._pos_embed in _KNOWN:
-        vit.__class__ = _with_any_size(backbone)
+        mixin = AnySizeViT
+    elif isinstance(model, Eva) and (vit.pos_embed is None or vit.no_embed_class):
+        mixin = AnySizeEva
+    elif isinstance(model, TokenVOLO):
+        vit.__class__ = _with_any_size(AnySizeVOLO, backbone)
+    if mixin is not None:
+        vit.__class__ = _with_any_size(mixin, backbone)
         vit.dynamic_img_size = True
         vit.patch_embed.strict_img_size = False
         vit.patch_embed.flatten, vit.patch_embed.output_fmt = False, Format.NHWC
@@ -81,5 +128,5 @@ def allow_any_size(model: nn.Module) -> nn.Module:
 
 
 @cache
-def _with_any_size(backbone: Any) -> Any:
-    return type(f"{backbone.__name__}AtAnySize", (AnySizeViT, backbone), {})
+def _with_any_size(mixin: Any, backbone: Any) -> Any:
+    return type(f"{backbone.__name__}AtAnySize", (mixin, backbone), {})

@@ -1,12 +1,14 @@
-"""Cost of a backbone: parameters, multiply-accumulates, tokens."""
+"""Cost of a backbone: parameters, multiply-accumulates, tokens, memory of activations."""
 
 from typing import NamedTuple
 
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from vitrail.models.heads import forward_heads
 
 
 class Cost(NamedTuple):
@@ -52,3 +54,23 @@ def measure_cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3)
         rows, columns = model.patch_embed.dynamic_feat_size(img_size)
         tokens = rows * columns + model.num_prefix_tokens
     return Cost(count_parameters(model), counter.get_total_flops() // 2, tokens)
+
+
+def activation_bytes(model: nn.Module, sides: tuple[int, int]) -> int:
+    """Return the bytes of activations per image that a float32 training step saves for the backward pass.
+
+    Measured in a forward pass of two images of (height, width) `sides`.
+    """
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, UntypedStorage] = {}  # keeps the storages alive, so that no address is reused
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in of_model:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward_heads(model, torch.zeros(2, 3, *sides))
+    return sum(storage.nbytes() for storage in kept.values()) // 2

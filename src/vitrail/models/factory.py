@@ -43,8 +43,8 @@ def create_model(
         img_size: side of the input in pixels, or (height, width). Passed only to backbones whose weights depend on it
             (ViTs); convolutional networks do not accept it.
         token_head: add a classifier of patch tokens, as token labelling needs; works for any ViT.
-        pool: "second_order" also classifies the covariance of the patch tokens, as So-ViT does; works for ViTs with one
-            classifier. None means the backbone's own pooling.
+        pool: "second_order" adds a classifier of the covariance of the patch tokens, as in So-ViT; works for ViTs with
+            one classifier. None keeps timm's pooling.
         constant_drop_path: use `drop_path_rate` in every block, as DeiT-III does, instead of a linear ramp from 0.
         drop_path_rate: probability of dropping the last block (stochastic depth); None means timm's default.
         drop_rate: dropout of the classifier's input; None means timm's default.
@@ -56,26 +56,54 @@ def create_model(
     Raises:
         ConfigError: the name is unknown, or the backbone does not accept one of the arguments.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() shows all."
-        raise ConfigError(f"model.name={name}: no such backbone{hint}")
+    _check_name(name)
     fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
-    sides = height_width(img_size) if fixed_size and img_size is not None else None
+    model = _create(
+        name,
+        kwargs,
+        num_classes=num_classes,
+        img_size=height_width(img_size) if fixed_size and img_size is not None else None,
+        drop_path_rate=drop_path_rate,
+        drop_rate=drop_rate,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        pretrained=pretrained,
+    )
+    patch = getattr(model, "patch_embed", None)
+    if fixed_size and img_size is not None and not isinstance(patch, TokensToToken):  # T2T pads: any size works
+        _check_patches(name, img_size, getattr(patch, "patch_size", None))
+    if constant_drop_path:
+        _make_drop_path_constant(model, drop_path_rate or 0.0)
+    if pool is not None:
+        model = add_second_order_head(model)
+    return add_token_head(model) if token_head else declare_token_logits(model)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know, and suggest similar ones."""
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() shows all."
+    raise ConfigError(f"model.name={name}: no such backbone{hint}")
+
+
+def _create(name: str, options: dict[str, Any], pretrained: bool, **arguments: Any) -> nn.Module:
+    """Call `timm.create_model`, and report its errors in one sentence.
+
+    Args:
+        name: name in timm.
+        options: arguments that only some backbones accept; error messages show them.
+        pretrained: download timm's weights.
+        arguments: arguments that most backbones accept.
+
+    Raises:
+        ConfigError: the weights cannot be downloaded, or the backbone does not accept one of the arguments.
+    """
     if pretrained:
         skip_hopeless_downloads()
     try:
-        model = timm.create_model(
-            name,
-            num_classes=num_classes,
-            img_size=sides,
-            drop_path_rate=drop_path_rate,
-            drop_rate=drop_rate,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            pretrained=pretrained,
-            **kwargs,
-        )
+        return timm.create_model(name, pretrained=pretrained, **arguments, **options)
     except OSError as error:  # also the errors of the Hugging Face Hub and of requests
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -83,19 +111,9 @@ def create_model(
             f" ({reason.rstrip('.')}); connect to the network once, or load a file with init_from=..."
         ) from error
     except (TypeError, ValueError, AssertionError) as error:
-        given = ", ".join(f"model.{key}={value}" for key, value in kwargs.items() if value is not None)
+        given = ", ".join(f"model.{key}={value}" for key, value in options.items() if value is not None)
         reason = str(error) or type(error).__name__
         raise ConfigError(f"model.name={name}: {reason}{f' ({given})' if given else ''}") from error
-    patch = getattr(model, "patch_embed", None)
-    if (
-        fixed_size and img_size is not None and not isinstance(patch, TokensToToken)
-    ):  # that one pads and accepts any size
-        _check_patches(name, img_size, getattr(patch, "patch_size", None))
-    if constant_drop_path:
-        _make_drop_path_constant(model, drop_path_rate or 0.0)
-    if pool is not None:
-        model = add_second_order_head(model)
-    return add_token_head(model) if token_head else declare_token_logits(model)
 
 
 def _make_drop_path_constant(model: nn.Module, rate: float) -> None:

@@ -235,7 +235,8 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
         images: (B, 3, height, width).
 
     Raises:
-        ConfigError: the backbone has no spatial feature map, or no classifier.
+        ConfigError: the backbone has no spatial feature map or no classifier, or it drops patch tokens
+            or has not been trained to classify them.
     """
     timm_model: Any = model
     if not getattr(model, "num_classes", 0):
@@ -243,6 +244,16 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
     size = (images.shape[-2], images.shape[-1])
     if "tokens" in declared_outputs(model):
         tokens, (rows, columns) = timm_model.forward_outputs(images).tokens, token_grid(model, size)
+        if tokens.shape[1] != rows * columns:
+            raise ConfigError(
+                f"annotator: {type(model).__name__} scores only the {tokens.shape[1]} of {rows * columns} patch tokens"
+                " that it keeps; use the network that it was pruned from."
+            )
+        if not tokens.any():
+            raise ConfigError(
+                f"annotator: the classifier of patch tokens of this {type(model).__name__} is zero, as after a linear"
+                " probe, which trains the classifier of the class token only; use another network."
+            )
     else:
         features = timm_model.forward_features(images)
         tokens, (rows, columns) = classify_places(model, features, size, timm_model.forward_head)

@@ -1,8 +1,8 @@
 """So-ViT's second-order pooling as an option of other ViTs: `model.pool=second_order`.
 
 Xie et al. (arXiv:2104.10935) also add their classifier to DeiT. Here, as in So-ViT-14, patch tokens are projected to 64
-and 48 channels, and the pooled vector has a dropout of 0.5. The stem stays the backbone's own, so the accuracies that
-the paper gives for DeiT with both do not apply.
+and 48 channels, and the pooled vector has a dropout of 0.5. The stem is not replaced, so the accuracies that the
+paper gives for DeiT with So-ViT's stem and head do not apply.
 
 Shapes: B images, N patch tokens, D channels of a token, C classes.
 """

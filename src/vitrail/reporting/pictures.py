@@ -43,8 +43,8 @@ class FirstBatchPicture(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Draw the first batch, unless the run is resumed."""
-        if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0:
+        """Draw the first batch, unless the run is resumed or trains on cached features."""
+        if not trainer.is_global_zero or trainer.global_step > 0 or batch_idx > 0 or batch.image.ndim != 4:
             return
         picture = self.draw(batch, trainer.datamodule)  # type: ignore[attr-defined]
         picture.save(self.path)

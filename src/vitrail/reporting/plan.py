@@ -3,11 +3,12 @@
 import csv
 import importlib.resources
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Group
 from rich.text import Text
 
+from vitrail.data import Augmentation
 from vitrail.models.cost import Cost
 from vitrail_runtime.tables import PlainTable
 
@@ -171,3 +172,26 @@ def curve(values: list[float], width: int = 60) -> str:
     columns = min(width, len(values))
     chosen = [values[column * len(values) // columns] for column in range(columns)]
     return "".join(blocks[math.ceil(8 * value / max(values))] if value > 0 else " " for value in chosen)
+
+
+def describe_augmentation(augment: Augmentation, hflip: float, mixing: Any) -> list[str]:
+    """Describe the augmentation of a training image, one step per line."""
+    if not augment.enabled:
+        return ["as in evaluation"]
+    low, high = (f"{100 * share:g}" for share in augment.scale)
+    words = [f"a crop of {low} to {high} % of the area, {augment.interpolation}"]
+    if augment.shift is not None:
+        words = [f"the whole image, moved by up to {100 * augment.shift:g} % of its side"]
+    flip = hflip if augment.hflip is None else augment.hflip
+    if flip:
+        words.append(f"mirrored with probability {flip:g}")
+    if augment.auto_augment:
+        words.append("3-Augment" if augment.auto_augment == "3a" else f"RandAugment {augment.auto_augment}")
+    if augment.color_jitter:
+        words.append(f"colours changed by up to {augment.color_jitter:g}")
+    if augment.erase_prob:
+        words.append(f"a box erased with probability {augment.erase_prob:g}")
+    if mixing is not None:
+        words.append(mixing.describe())
+    words.append(f"evaluation: the central {100 * augment.crop_pct:g} % of the side")
+    return words

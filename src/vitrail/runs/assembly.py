@@ -35,6 +35,7 @@ from vitrail.runs.directory import RunDirectory, find_weights_file
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.outputs import check_outputs
 from vitrail.runs.phases import build_phases, fit_to_phases
+from vitrail.runs.probe import build_probe, probe_settings
 from vitrail.runs.resume import ResumePosition
 from vitrail.runs.segmentation import build_segmenter, check_task
 from vitrail.training import ImageClassifier, PhaseReport
@@ -63,6 +64,8 @@ def build_data(config: DictConfig) -> ImageDataModule:
     data: ImageDataModule = instantiate(config.data, "data", augment=instantiate(config.augment, "augment"))
     if (phases := build_phases(config, data.input.size)) is not None:
         data.set_phases(phases)
+    if (probe := probe_settings(config)) is not None:
+        data.set_probe(probe.held_out, probe.cache)
     return data
 
 
@@ -179,20 +182,20 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         log.info("model.name=%s: licence of the weights: %s", model_name(config.model), licence)
         fit_pretrained_classes(model, data.classes)
     taught_classes = data.classes if "teacher_logits" in uses_of(objective) else None
-    module = ImageClassifier(
-        model,
-        objective,
-        data.num_classes,
-        optimizer=instantiate(config.optimizer, "optimizer"),
-        schedule=instantiate(config.schedule, "schedule"),
-        mixing=mixing,
-        targets=instantiate(config.targets, "targets", teacher=build_teacher(config, data.input, taught_classes)),
-        seed=config.seed,
-        compile_mode=config.compile,
-        grad_checkpointing=config.grad_checkpointing,
-        phases=data.phases,
-        channels_last=bool(OmegaConf.select(config, "kernels.channels_last")),
-    )
+    settings: dict[str, Any] = {
+        "optimizer": instantiate(config.optimizer, "optimizer"),
+        "schedule": instantiate(config.schedule, "schedule"),
+        "mixing": mixing,
+        "targets": instantiate(config.targets, "targets", teacher=build_teacher(config, data.input, taught_classes)),
+        "seed": config.seed,
+        "compile_mode": config.compile,
+    }
+    if (probe := probe_settings(config)) is not None:
+        module: ImageClassifier = build_probe(probe, model, objective, data, **settings)
+    else:
+        settings |= {"grad_checkpointing": config.grad_checkpointing, "phases": data.phases}
+        settings["channels_last"] = bool(OmegaConf.select(config, "kernels.channels_last"))
+        module = ImageClassifier(model, objective, data.num_classes, **settings)
     # The model summary counts operations in a forward pass of the example, which must not trigger a compilation.
     if module.compile_mode is None:
         module.example_input_array = torch.zeros(1, 3, *data.input.size)

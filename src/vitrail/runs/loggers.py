@@ -91,9 +91,14 @@ class MetricsCSV(Logger):
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror}).") from error
 
-    def best(self, metric: str) -> float | None:
-        """Return the highest value of `metric` over all epochs; None if it was never logged."""
-        return max((row[metric] for row in self.rows.values() if metric in row), default=None)
+    def best(self, metric: str, by: str | None = None) -> float | None:
+        """Return the highest value of `metric` over all epochs; None if it was never logged.
+
+        With `by`, it is the value in the epoch in which that metric is highest.
+        """
+        rows = [row for row in self.rows.values() if metric in row and (by or metric) in row]
+        best = max(rows, key=lambda row: row[by or metric], default=None)
+        return None if best is None else best[metric]
 
 
 @checked

@@ -14,6 +14,7 @@ _EXPECTED_WARNINGS = (
     "The number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     "You're resuming from a checkpoint that ended before the epoch ended.*",  # ResumePosition handles this
+    "Found .* in eval mode at the start of training.*",  # the frozen backbone of a linear probe
 )
 
 

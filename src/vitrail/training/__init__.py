@@ -5,6 +5,7 @@ from vitrail.training.callbacks import EpochReport, IntervalProgressBar, SpeedMo
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.ema import EMA
 from vitrail.training.fsdp import FSDP
+from vitrail.training.linear_probe import LinearProbe, ProbeSettings
 from vitrail.training.nonfinite_guard import NonfiniteGuard
 from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.phases import PhaseReport
@@ -20,10 +21,12 @@ __all__ = [
     "EpochReport",
     "ImageClassifier",
     "IntervalProgressBar",
+    "LinearProbe",
     "LinearSchedule",
     "NonfiniteGuard",
     "OptimizerFactory",
     "PhaseReport",
+    "ProbeSettings",
     "SemanticSegmenter",
     "SpeedMonitor",
     "TargetBuilder",

@@ -5,6 +5,7 @@ Shapes: B images, C classes, H x W pixels.
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -108,10 +109,17 @@ class ImageClassifier(L.LightningModule):
 
     # Training
 
+    part_lr_scales: Mapping[str, float] = {}
+    """Learning rate factors of trained parts; 1 for the others."""
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """Return the modules that are trained besides the backbone, by their dotted names."""
+        return {f"objective.{name}": part for name, part in trained_parts(self.objective).items()}
+
     def configure_model(self) -> None:
         """Shard the backbone and the objective's trained modules, if the strategy shards; the optimiser comes later."""
         if shard := getattr(self.trainer.strategy, "shard", None):
-            shard(self.model, self.compile_mode, trained_parts(self.objective).values())
+            shard(self.model, self.compile_mode, self.trained_parts().values())
             self.heads = forward_heads  # the blocks are compiled instead
 
     def on_fit_start(self) -> None:
@@ -177,7 +185,7 @@ class ImageClassifier(L.LightningModule):
         """Log the gradient norm before clipping, at each epoch's first step and every `log_every_n_steps` steps."""
         step_of_epoch = self.global_step - (self._epoch_start_step or 0)
         if step_of_epoch % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # the norm costs time
-            trained = (self.model, *trained_parts(self.objective).values())
+            trained = (self.model, *self.trained_parts().values())
             grads = [value.grad for module in trained for value in module.parameters() if value.grad is not None]
             self.log(
                 "train/grad_norm",
@@ -211,11 +219,9 @@ class ImageClassifier(L.LightningModule):
         steps = (
             self._steps_per_epoch
         )  # must come before `effective_batch`: it opens the loader if there is no data module
-        parts = trained_parts(self.objective)
-        optimizer = self.optimizer.build(self.model, self.effective_batch, parts)
-        if routing := describe_routing(
-            optimizer, {"": self.model, **{f"objective.{name}.": part for name, part in parts.items()}}
-        ):
+        parts = self.trained_parts()
+        optimizer = self.optimizer.build(self.model, self.effective_batch, parts, self.part_lr_scales)
+        if routing := describe_routing(optimizer, {"": self.model, **{f"{name}.": parts[name] for name in parts}}):
             log.info("%s", routing)
         scheduler = self.schedule.build(optimizer, epochs, steps)
         interval = "step" if self.schedule.per_step else "epoch"

@@ -262,7 +262,8 @@ def first_bad(module: ImageClassifier, step: Step, context: Any) -> str:
         handles = [part.register_forward_hook(look(name)) for name, part in module.model.named_modules() if name]
         reseed(*key)  # draws the same dropout and drop path as the step
         with context():
-            forward_heads(module.model, batch.image)
+            if batch.image.ndim == 4:  # otherwise cached features
+                forward_heads(module.model, batch.image)
         for handle in handles:
             handle.remove()
     for buffer, before in zip(module.model.buffers(), buffers, strict=True):

@@ -75,7 +75,11 @@ class OptimizerFactory:
         return self.lr * (effective_batch / self.lr_reference_batch) ** _LR_RULES[self.lr_scaling]
 
     def build(
-        self, model: nn.Module, effective_batch: int, others: Mapping[str, nn.Module] | None = None
+        self,
+        model: nn.Module,
+        effective_batch: int,
+        others: Mapping[str, nn.Module] | None = None,
+        lr_scales: Mapping[str, float] | None = None,
     ) -> torch.optim.Optimizer:
         """Build the optimiser for all trainable parameters of `model`.
 
@@ -84,6 +88,7 @@ class OptimizerFactory:
             effective_batch: images per optimiser step, over all devices.
             others: further trained modules by name, such as an objective's. They are trained like a classifier: at the
                 full learning rate, with weight decay of their matrices only.
+            lr_scales: factors of the learning rates of modules in `others`, by their names.
 
         Raises:
             ConfigError: timm has no such optimiser, or it does not accept one of the options.
@@ -100,7 +105,10 @@ class OptimizerFactory:
                 model,
                 opt=self.name,
                 lr=lr,
-                param_group_fn=lambda model: [*self._groups(model, lr), *self._other_groups(others or {})],
+                param_group_fn=lambda model: [
+                    *self._groups(model, lr),
+                    *self._other_groups(others or {}, lr_scales or {}),
+                ],
                 **self.options,
             )
         except (TypeError, ValueError, IndexError) as error:
@@ -161,10 +169,14 @@ class OptimizerFactory:
             if (members := [parameter for parameter in group["params"] if (id(parameter) in new) == chosen])
         ]
 
-    def _other_groups(self, others: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
-        groups = [group for module in others.values() for group in param_groups_weight_decay(module, self.weight_decay)]
+    def _other_groups(self, others: Mapping[str, nn.Module], lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
         flag = {"use_fallback": True} if self.adamw_first_last else {}
-        return [{**group, **flag} for group in groups if group["params"]]
+        return [
+            {**group, **flag, **({"lr_scale": lr_scales[name]} if name in lr_scales else {})}
+            for name, module in others.items()
+            for group in param_groups_weight_decay(module, self.weight_decay)
+            if group["params"]
+        ]
 
     def _backbone_settings(self, group: dict[str, Any], lr: float) -> dict[str, Any]:
         """Return the settings of a group of the backbone's parameters; `freeze_epochs` is read by the training."""

@@ -192,7 +192,7 @@ def test_webdataset__classes_that_the_samples_name(samples, classes, labels, tmp
 @pytest.mark.parametrize(
     ("samples", "options", "message"),
     [
-        ([{"jpg": IMAGE}], {}, r"000 has no label; it needs a file 000.cls, .txt or .json"),
+        ([{"jpg": IMAGE}], {}, r"000 has no label; add a file 000.cls, .txt or .json"),
         ([{"jpg": IMAGE, "cls": 0}], {}, r"000 has a class index but no class name. Set data.source.classes"),
         ([{"jpg": IMAGE, "cls": 1, "txt": "dog"}], {}, r"not every class index has samples with a name"),
         ([{"jpg": IMAGE, "cls": 5}], {"classes": ["a"]}, r"000 has the class 5, which is not one of the 1 classes"),

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrail.data.writing import write_atomically
 from vitrail.errors import ConfigError
 
 FORMAT = 1
@@ -137,7 +138,7 @@ class LabelMapWriter:
             "keys_sha256": hashlib.sha256((self.path / "keys.npy").read_bytes()).hexdigest(),
             "about": self.about,
         }
-        _write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
         os.close(self._file)
         (self.path / "done.npy").unlink()
         return LabelMapStore.open(self.path)
@@ -289,7 +290,7 @@ class LabelMapStore:
         np.save(path / "done.npy", np.zeros(num_samples, np.uint8))
         with (path / "maps.bin").open("wb") as file:
             file.truncate(num_samples * layout.record)
-        _write_atomically(begun, json.dumps(description, indent=1).encode())
+        write_atomically(begun, json.dumps(description, indent=1).encode())
         return LabelMapWriter(path, layout, num_samples, about)
 
     @classmethod
@@ -374,13 +375,3 @@ def _save_keys(path: Path, names: Sequence[str]) -> None:
             raise ConfigError(f"{path}: the key {names[order[place]]} occurs twice.")
     for name, array in (("keys", keys), ("hashes", hashes), ("order", order.astype(np.int64))):
         np.save(path / f"{name}.npy", array)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically: to a temporary file next to the target, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

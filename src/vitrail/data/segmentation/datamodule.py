@@ -232,11 +232,14 @@ class SegmentationDataModule(ImageDataModule):
             if self.batches_per_epoch is None
             else PassSampler(len(self.train), self.seed, rank, world_size, self.batch_size, self.batches_per_epoch)
         )
-        return DataLoader(self.train, **{**self._loader_options(sampler, self.batch_size), "collate_fn": collate})
+        return DataLoader(
+            self.train,
+            **{**self._loader_options(sampler, self.batch_size, self._loader_workers), "collate_fn": collate},
+        )
 
     def val_dataloader(self) -> DataLoader[Item]:
         """Return a loader of all images in order, one at a time, because their sizes differ."""
-        options = self._loader_options(self._sampler(self.val, shuffle=False), 1)
+        options = self._loader_options(self._sampler(self.val, shuffle=False), 1, self._loader_workers)
         return DataLoader(self.val, **{**options, "collate_fn": collate})
 
 

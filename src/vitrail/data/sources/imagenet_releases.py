@@ -17,6 +17,7 @@ from vitrail.data.sources.imagenet_labels import SOLUTION, label_file, val_label
 from vitrail.data.sources.imagenet_names import stem_of
 from vitrail.data.sources.index import FileIndex
 from vitrail.data.sources.ranges import RangeSplit
+from vitrail.data.sources.table_sources import TableSource
 from vitrail.data.sources.tables import Strings, Table, TableBuilder, cached
 from vitrail.data.sources.tars import Member, members, nested_members
 from vitrail.errors import ConfigError
@@ -27,7 +28,7 @@ _KAGGLE_MAPPING = "LOC_synset_mapping.txt"
 
 
 @checked
-class ImageNetArchives:
+class ImageNetArchives(TableSource):
     """Source of the official archives, which are read without unpacking them.
 
     The labels of the validation images come from the development kit (an archive, or the folder that it unpacks to), or
@@ -45,6 +46,8 @@ class ImageNetArchives:
         ConfigError: a file is missing or damaged, or its classes are not those of ImageNet-1k.
     """
 
+    wanted = "the name of the archive"
+
     def __init__(
         self,
         root: str | None,
@@ -54,10 +57,11 @@ class ImageNetArchives:
         index: str | Path | None = None,
     ) -> None:
         self.root = _folder(root, val)
-        self.archives: dict[SplitName, Path] = {"val": self.root / val}
+        files: dict[SplitName, Path] = {"val": self.root / val}
         if train is not None:
-            self.archives["train"] = self.root / train
-        for key, archive in self.archives.items():
+            files["train"] = self.root / train
+        self.files = files
+        for key, archive in files.items():
             if not archive.is_file():
                 raise ConfigError(
                     f"data.root={self.root}: contains no {archive.name}. Put the archive there, or set"
@@ -66,35 +70,20 @@ class ImageNetArchives:
         self.devkit, self.index = devkit, Path(index) if index else None
         self.classes = synsets("imagenet-1k")
 
-    @property
-    def splits(self) -> tuple[SplitName, ...]:
-        """Splits that have an archive."""
-        return ("train", "val") if "train" in self.archives else ("val",)
-
-    def prepare(self) -> None:
-        """List the archives once, if the lists are cached for the other processes."""
-        if self.index:
-            for split in self.splits:
-                self.open(split)
-
     def open(self, split: SplitName) -> RangeSplit:
         """Return a split, listing its archive.
 
         Raises:
             ConfigError: there is no such split, the archive is damaged, or validation images have no labels.
         """
-        if split not in self.archives:
-            raise ConfigError(
-                "data.source.train: not set, so there is no training data. Set it to the name of the archive."
-            )
-        path = self.archives[split]
+        path = self.files_of(split)
         files, build = [path], self._train_table
         if split == "val":
             files, build = [path, label_file(self.root, self.devkit)], self._val_table
         return RangeSplit([path], cached(self.index, files, {"imagenet": split}, build))
 
     def _train_table(self) -> Table:
-        path, found = self.archives["train"], {}
+        path, found = self.files["train"], {}
         for name, images in nested_members(path):
             found[stem_of(name)] = sorted(images, key=lambda member: member.name)
         if problem := difference(list(found), self.classes):
@@ -102,7 +91,7 @@ class ImageNetArchives:
         return _table([(label, member) for label, wnid in enumerate(self.classes) for member in found[wnid]])
 
     def _val_table(self) -> Table:
-        path = self.archives["val"]
+        path = self.files["val"]
         label_of = val_labels(label_file(self.root, self.devkit))
         labelled = [(label_of(member.name), member) for member in members(path)]
         if not labelled:

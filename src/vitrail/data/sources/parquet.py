@@ -9,18 +9,15 @@ import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vitrail.data.images import ValueRange, decode_image
+from vitrail.data.images import ValueRange
 from vitrail.data.sources.contract import Encoded, SplitName
 from vitrail.data.sources.imagenet import synsets
 from vitrail.data.sources.imagenet_names import check_wnid, imagenet_key
+from vitrail.data.sources.table_sources import TableSource, TableSplit
 from vitrail.data.sources.tables import Table, TableBuilder, cached
 from vitrail.errors import ConfigError, ImageError
-from vitrail.types import Sample
 from vitrail_runtime.checking import Length, checked
 
 log = logging.getLogger(__name__)
@@ -28,7 +25,7 @@ log = logging.getLogger(__name__)
 _GROUPS = 2  # groups of rows that a process keeps decoded
 
 
-class ParquetSplit:
+class ParquetSplit(TableSplit):
     """Split of images in parquet files.
 
     Args:
@@ -39,26 +36,13 @@ class ParquetSplit:
     """
 
     def __init__(self, paths: Sequence[Path], table: Table, column: str, value_range: ValueRange | None) -> None:
-        self.paths, self.table, self.column = list(paths), table, column
-        self.value_range: ValueRange | Literal["type"] = value_range or "type"
+        super().__init__(table, value_range)
+        self.paths, self.column = list(paths), column
         self._group = lru_cache(_GROUPS)(self._read_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
         value_range = None if self.value_range == "type" else self.value_range
         return ParquetSplit, (self.paths, self.table, self.column, value_range)
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,) classes of all samples."""
-        return self.table.labels
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Sample:
-        encoded = self.encoded(index)
-        image = decode_image(encoded.data, encoded.name, self.value_range)
-        return Sample(image, int(self.table.labels[index]), self.table.keys[index])
 
     def encoded(self, index: int) -> Encoded:
         """Return the file of an image as it is stored.
@@ -77,10 +61,6 @@ class ParquetSplit:
             raise ImageError(f"{name}: has no image data.")
         return Encoded(data, name)
 
-    def keys(self) -> Sequence[str]:
-        """Return the keys of all samples, in order."""
-        return self.table.keys
-
     def _read_group(self, number: int, group: int) -> Any:
         """Return the files (rows,) of a group of rows, as an array of pyarrow's."""
         with _opened(self.paths[number]) as file:
@@ -89,7 +69,7 @@ class ParquetSplit:
 
 
 @checked
-class Parquet:
+class Parquet(TableSource):
     """Source of parquet files as the Hugging Face hub publishes them.
 
     Class names are those of `classes`, or of the files' own description.
@@ -108,6 +88,8 @@ class Parquet:
     Raises:
         ConfigError: pyarrow is not installed, or files, columns or class names are missing.
     """
+
+    wanted = "the files' pattern"
 
     def __init__(
         self,
@@ -128,26 +110,16 @@ class Parquet:
         patterns: dict[SplitName, str] = {"val": val}
         if train:
             patterns["train"] = train
-        self.files: dict[SplitName, list[Path]] = {}
+        files: dict[SplitName, list[Path]] = {}
         for split, pattern in patterns.items():
-            self.files[split] = sorted(self.root.glob(pattern))
-            if not self.files[split]:
+            files[split] = sorted(self.root.glob(pattern))
+            if not files[split]:
                 raise ConfigError(
                     f"data.root={self.root}: contains no {pattern}. Set data.source.{split} to the pattern of the"
                     f" {split} files."
                 )
+        self.files = files
         self.classes = synsets(classes) if isinstance(classes, str) else list(classes or self._own_classes())
-
-    @property
-    def splits(self) -> tuple[SplitName, ...]:
-        """Splits that have files."""
-        return ("train", "val") if "train" in self.files else ("val",)
-
-    def prepare(self) -> None:
-        """Read keys and labels once, if they are cached for the other processes."""
-        if self.index:
-            for split in self.splits:
-                self.open(split)
 
     def open(self, split: SplitName) -> ParquetSplit:
         """Return a split, reading its keys and labels.
@@ -155,9 +127,7 @@ class Parquet:
         Raises:
             ConfigError: there is no such split, a file is damaged, or images have no labels.
         """
-        if split not in self.files:
-            raise ConfigError("data.source.train: not set, so there is no training data. Set it to the files' pattern.")
-        paths = self.files[split]
+        paths = self.files_of(split)
         about = {"columns": [self.image, self.label], "classes": self.classes, "split": split}
         table = cached(self.index, paths, about, lambda: self._table(split, paths))
         return ParquetSplit(paths, table, self.image, self.value_range)

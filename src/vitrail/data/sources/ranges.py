@@ -10,14 +10,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vitrail.data.images import ValueRange, decode_image
+from vitrail.data.images import ValueRange
 from vitrail.data.sources.contract import Encoded
+from vitrail.data.sources.table_sources import TableSplit
 from vitrail.data.sources.tables import Table
 from vitrail.errors import ImageError
-from vitrail.types import Sample
 
 _OPEN = 64  # files that are open at the same time in a process; a system's limit may be 256
 
@@ -50,7 +47,7 @@ class Files:
         return data
 
 
-class RangeSplit:
+class RangeSplit(TableSplit):
     """Split of encoded images in a few large files.
 
     Args:
@@ -64,20 +61,8 @@ class RangeSplit:
     def __init__(
         self, paths: Sequence[Path], table: Table, value_range: ValueRange | Literal["type"] | None = "type"
     ) -> None:
-        self.files, self.table, self.value_range = Files(paths), table, value_range or "type"
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,) classes of all samples."""
-        return self.table.labels
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Sample:
-        encoded = self.encoded(index)
-        image = decode_image(encoded.data, encoded.name, self.value_range)
-        return Sample(image, int(self.table.labels[index]), self.table.keys[index])
+        super().__init__(table, value_range)
+        self.files = Files(paths)
 
     def encoded(self, index: int) -> Encoded:
         """Return the file of an image as it is stored.
@@ -89,7 +74,3 @@ class RangeSplit:
         number = int(table.file[index])
         data = self.files.read(number, int(table.offset[index]), int(table.size[index]))
         return Encoded(data, f"{self.files.paths[number]}: {table.keys[index]}")
-
-    def keys(self) -> Sequence[str]:
-        """Return the keys of all samples, in order; each is decoded when it is asked for."""
-        return self.table.keys

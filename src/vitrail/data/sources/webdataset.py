@@ -16,6 +16,7 @@ from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.imagenet import synsets
 from vitrail.data.sources.imagenet_names import check_wnid, imagenet_key
 from vitrail.data.sources.ranges import Files, RangeSplit
+from vitrail.data.sources.table_sources import TableSource
 from vitrail.data.sources.tables import Table, TableBuilder, cached
 from vitrail.data.sources.tars import Member, members
 from vitrail.errors import ConfigError
@@ -26,7 +27,7 @@ _LABELS, _NAMES = ("label", "cls"), ("class_name", "label_name", "classname")
 
 
 @checked
-class WebDataset:
+class WebDataset(TableSource):
     """Source of WebDataset shards, which are read in any order through an index.
 
     Class names are those of `classes`, of `classes.txt` or `classnames.txt` in `root` (one per line), or those that the
@@ -45,6 +46,8 @@ class WebDataset:
         ConfigError: a shard is missing.
     """
 
+    wanted = "the names of the shards"
+
     def __init__(
         self,
         root: str | None,
@@ -61,15 +64,10 @@ class WebDataset:
         patterns: dict[SplitName, str] = {"val": val}
         if train:
             patterns["train"] = train
-        self.shards = {split: _shards(self.root, split, pattern) for split, pattern in patterns.items()}
+        self.files = {split: _shards(self.root, split, pattern) for split, pattern in patterns.items()}
         self._given = _class_names(self.root, classes)
         self.is_imagenet = self._given == synsets("imagenet-1k")
         self._names: list[str] | None = None
-
-    @property
-    def splits(self) -> tuple[SplitName, ...]:
-        """Splits that have shards."""
-        return ("train", "val") if "train" in self.shards else ("val",)
 
     @property
     def classes(self) -> list[str]:
@@ -77,14 +75,8 @@ class WebDataset:
         if self._given is not None:
             return self._given
         if self._names is None:
-            self._names = _names_in(self.shards[self.splits[0]])
+            self._names = _names_in(self.files[self.splits[0]])
         return self._names
-
-    def prepare(self) -> None:
-        """List the shards once, if the lists are cached for the other processes."""
-        if self.index:
-            for split in self.splits:
-                self.open(split)
 
     def open(self, split: SplitName) -> RangeSplit:
         """Return a split, listing its shards.
@@ -92,11 +84,7 @@ class WebDataset:
         Raises:
             ConfigError: there is no such split, a shard is damaged, or a sample has no label.
         """
-        if split not in self.shards:
-            raise ConfigError(
-                "data.source.train: not set, so there is no training data. Set it to the names of the shards."
-            )
-        paths = self.shards[split]
+        paths = self.files_of(split)
         about = {"classes": list(self.classes), "split": split}
         table = cached(self.index, paths, about, lambda: self._table(paths))
         return RangeSplit(paths, table, self.value_range)
@@ -148,7 +136,7 @@ def _samples(path: Path) -> Iterator[_Found]:
         }
         label, name = _label(path, key, texts)
         if label is None and name is None:
-            raise ConfigError(f"{path}: {key} has no label; it needs a file {key}.cls, .txt or .json beside the image.")
+            raise ConfigError(f"{path}: {key} has no label; add a file {key}.cls, .txt or .json next to the image.")
         yield _Found(key, image, label, name)
 
 
@@ -198,7 +186,7 @@ def _names_in(paths: list[Path]) -> list[str]:
             if sample.class_name is None:
                 raise ConfigError(
                     f"{path}: {sample.key} has a class index but no class name. Set data.source.classes to the list of"
-                    " names or to imagenet-1k, or write the names to classes.txt beside the shards, one per line."
+                    " names or to imagenet-1k, or list the names in classes.txt next to the shards, one per line."
                 )
             if sample.label is None:
                 unnumbered.add(sample.class_name)

@@ -134,7 +134,7 @@ class Segmenter(nn.Module):
         }
         key, own = "backbone.pos_embed", self.state_dict()
         if key in renamed and key in own:
-            renamed[key], _ = fit_positions(renamed[key], own[key], self.backbone, source, Origin())
+            renamed[key], _ = fit_positions("pos_embed", renamed[key], own[key], self.backbone, source, Origin())
         return renamed
 
 

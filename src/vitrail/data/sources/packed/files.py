@@ -1,7 +1,6 @@
-"""Files of a pack: errors of the file system in one sentence, atomic files, checksums and sizes."""
+"""Files of a pack: errors of the file system in one sentence, checksums and sizes."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +22,6 @@ def writing(out: Path) -> Iterator[None]:
             f"out={out}: cannot be written to ({error.strerror or error}). Choose a folder on a disk with space and"
             " with permission to write; the same command resumes what is written."
         ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def file_hash(path: Path) -> str:

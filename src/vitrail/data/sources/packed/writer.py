@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from vitrail.data.sampling import sample_of
 from vitrail.data.sources.contract import Source, Split, SplitName, splits_of
-from vitrail.data.sources.packed.files import file_hash, gib, text_hash, write_atomically, writing
+from vitrail.data.sources.packed.files import file_hash, gib, text_hash, writing
 from vitrail.data.sources.packed.options import PackOptions, Stored
 from vitrail.data.sources.tables import Strings, Table
+from vitrail.data.writing import write_atomically
 from vitrail.errors import ConfigError, ImageError
 
 FORMAT = 1
