@@ -57,7 +57,7 @@ def hydra():
 @pytest.mark.parametrize("recipe", [*EXPERIMENTS, "deit3_small objective=cosub"])
 def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, tmp_path):
     """The recipe runs unchanged except for the data, smaller images and batches, and a single block."""
-    weights = tmp_path / "teacher.pt"
+    weights = tmp_path / "weights.pt"
     name, *options = recipe.split()
     depth = [1, 1, 1] if name.startswith("evo_levit") else 1
     smaller = [
@@ -78,6 +78,9 @@ def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, 
     if name.startswith("evo_deit"):
         smaller += ["model.depth=2", "model.stages=[1]"]
     config = compose("train", [f"experiment={name}", *smaller])
+    if config.probe is not None:
+        torch.save(create_model(config.model.name, num_classes=2, img_size=32, depth=depth).state_dict(), weights)
+        config = compose("train", [f"experiment={name}", *smaller, f"init_from={weights}"])
     if config.objective._target_.endswith("TokenLabelingLoss"):
         config.data.label_maps = str(label_maps)
     if config.teacher is not None:

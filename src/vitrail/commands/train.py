@@ -89,6 +89,7 @@ def _final_config(config: DictConfig, run: RunDirectory) -> DictConfig:
     if config.get("reproduce"):
         config = recorded_config(config, defaults_of("train"), run.path)
     elif not config.resume and run.last.is_file():
+        settle_auto(config)  # as in the recorded config, with which it is compared
         config = continue_restarted(config, run)
     config.trainer = given_processes(config.trainer)
     check_devices(config.trainer)

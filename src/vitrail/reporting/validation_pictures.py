@@ -51,7 +51,9 @@ class ValidationPicture(L.Callback):
     ) -> None:
         """Draw the first batch if it is this epoch's turn."""
         epoch = trainer.current_epoch + 1
-        if self.every is None or batch_idx > 0 or trainer.sanity_checking:
+        if self.every is None or batch_idx > 0 or dataloader_idx > 0 or trainer.sanity_checking:
+            return
+        if batch.image.ndim < 4:  # features that a linear probe keeps in memory
             return
         if epoch % self.every and epoch != trainer.max_epochs:
             return

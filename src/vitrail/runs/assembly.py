@@ -159,7 +159,8 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     mixing = instantiate(config.mixing, "mixing")
     if mixing is not None and data.batch_size % 2:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
-    model = build_model(config.model, data.num_classes, data.input.size)
+    replaced = {} if config.init_from is None and not config.resume else {"pretrained": False}
+    model = build_model(config.model, data.num_classes, data.input.size, **replaced)
     check_task(model, data)
     if "masks" in data.provides:
         return build_segmenter(config, data, model)  # type: ignore[arg-type]

@@ -142,7 +142,7 @@ class IntervalProgressBar(RichProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show the finished batch and the metrics, if the bar is due."""
-        if self._is_due(self.total_train_batches, batch_idx):
+        if self.is_enabled and self._is_due(self.total_train_batches, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_batch_end(
@@ -155,7 +155,7 @@ class IntervalProgressBar(RichProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Show the finished batch, if the bar is due."""
-        if self._is_due(self.total_val_batches_current_dataloader, batch_idx):
+        if self.is_enabled and self._is_due(self.total_val_batches_current_dataloader, batch_idx):
             super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
 

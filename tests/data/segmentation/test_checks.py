@@ -1,12 +1,11 @@
 """What the doctor says about images with masks."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import masked
 from vitrail.commands.doctor import _findings
-from vitrail_runtime.project import CONF
+from vitrail.runs import compose
 
 
 @pytest.fixture
@@ -16,9 +15,7 @@ def root(tmp_path):
 
 def findings(root, *overrides):
     options = ("data=segmentation_folder", f"data.root={root}", "data.source.shift=-1", f"paths.logs={root}/logs")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("doctor", [*options, *overrides])
-        return {finding.check: finding for finding in _findings(config)}
+    return {finding.check: finding for finding in _findings(compose("doctor", [*options, *overrides]))}
 
 
 def test_doctor__no_problems(root):
