@@ -1,4 +1,8 @@
+import ctypes
+import gc
 import os
+import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +15,18 @@ torch.set_num_threads(1)  # the suite runs on as many processes as there are cor
 
 
 _STARTERS = ("run", "train", "start", "run_ranks", "start_ranks", "subprocess")
+
+
+_next_trim = [0.0]
+
+
+def pytest_runtest_teardown():
+    """Return freed memory to the system now and then: the tests' many models would fill it with fragments."""
+    if time.monotonic() > _next_trim[0]:
+        _next_trim[0] = time.monotonic() + 20
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_collection_modifyitems(items):

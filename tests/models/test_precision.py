@@ -83,7 +83,8 @@ def test_bf16__close_to_fp32(name):
     assert (half - exact).abs().max() < 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow  # tests/training/test_compile.py compiles whole trainings of most families
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compile__one_graph(name, training):
     """The model and its heads compile to one graph each, forward and backward, with the same results."""
