@@ -14,6 +14,7 @@ webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.slow,  # on a busy machine, a click may come before the page has drawn
     pytest.mark.skipif(
         not (BROWSER and DRIVER), reason="needs Debian's chromium and its driver (apt-get install chromium-driver)"
     ),
@@ -214,7 +215,6 @@ def test_page__fits_the_width(opened, page, width):
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.slow  # the page may reload between two clicks on a busy machine
 def test_page__reloads_itself_and_keeps_what_the_user_chose(browser, tmp_path):
     paths = [
         make_run(tmp_path / "a" / "b" / str(number), overrides=[f"seed={number}"], seed=number) for number in (1, 2)
