@@ -4,8 +4,8 @@ Follows the protocol of DINOv2 and DINOv3 (Oquab et al., arXiv:2304.07193, appen
 dinov3, eval/linear.py). Differences:
 - The learning rate is chosen on held-out training images; the official code chooses it on the images that it reports.
 - The features are those that the backbone pools; the official code joins class token and mean of the patches.
-  The best classifier can therefore replace the backbone's, and the run can be evaluated, exported and used as an annotator
-  like any other.
+  The best classifier can therefore replace the backbone's, and the run can be evaluated, exported and used as an
+  annotator like any other.
 
 Shapes: B images, D features, C classes, K learning rates, H x W pixels.
 """
