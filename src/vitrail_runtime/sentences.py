@@ -46,6 +46,8 @@ def _composition(error: BaseException, text: str) -> str:
     """Shorten Hydra's and OmegaConf's messages to the requested name and the available ones."""
     if (override := getattr(error, "override", None)) is not None:
         return _unreadable(str(override), text.splitlines()[0])
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return f"{match[1]}: not set; write {match[1]}=..., --help describes it."
     if match := re.search(r"Ambiguous value for argument '(.+?)=(.*)'", text):
         key, value = match[1], match[2]
         return (

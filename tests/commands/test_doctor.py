@@ -95,7 +95,7 @@ def test_doctor__finds_broken_images_and_missing_folders(image_tree, tmp_path, t
     broken = image_tree / "val" / "flower" / "flower_0.jpg"
     broken.write_bytes(b"no picture")
     assert not examine(image_tree, "null")
-    assert "1 of 6 sampled images cannot be read" in terminal.getvalue()
+    assert "1 of 6 sampled images cannot be used" in terminal.getvalue()
     assert not examine(tmp_path / "nowhere", "null")
     assert "nowhere: no such folder" in terminal.getvalue()
 

@@ -61,6 +61,8 @@ def test_predict__equals_a_plain_timm_loop_on_the_export(finished, image_tree, t
 
 def test_predict__unreadable_images_are_skipped_and_listed(finished, image_tree, tmp_path):
     (image_tree / "val" / "<b>broken.jpg").write_bytes(b"nothing")
+    os.mkfifo(image_tree / "val" / "pipe.jpg")
+    (image_tree / "val" / "flower" / "up").symlink_to("..")
     arguments = (f"ckpt={finished[0]}", f"images={image_tree / 'val'}", "num_workers=0", "batch_size=2", "top_k=3")
     result = run("predict.py", *arguments, "out=found.csv", "overlay=pictures", logs=tmp_path)
     assert result.returncode == 1
@@ -79,9 +81,22 @@ def test_predict__unreadable_images_are_skipped_and_listed(finished, image_tree,
     assert "contains some of the images" in error_of(again)
 
 
+def test_predict__pipes_are_not_opened(finished, tmp_path):
+    """Reading a pipe would wait for its writer for ever."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "list.txt").write_text("pipe.jpg\n")
+    for images in ("*.jpg", "list.txt", "pipe.jpg"):
+        result = run("predict.py", f"ckpt={finished[0]}", f"images={images}", "num_workers=0", logs=tmp_path)
+        assert "pipe.jpg: not a regular file" in error_of(result)
+    with pytest.raises(vitrail.errors.ImageError, match=r"pipe\.jpg: not a regular file"):
+        vitrail.load_run(finished[0]).predict(tmp_path / "pipe.jpg")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "images: not set; write images=..., --help describes it."),
+        (("images=broken", "ckpt=null"), "ckpt: not set; set it to a run, an exported folder or"),
         (("images=/nowhere",), "images=/nowhere: no such file or folder."),
         (("images=empty",), "images=empty: contains no images, at any depth."),
         (("images=broken", "num_workers=0"), "images=broken: no image can be read; the first: broken/a.jpg"),

@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from vitrail.data import load_image
-from vitrail.data.images import decode_image, find_value_range, image_extensions
+from vitrail.data.images import decode_image, image_extensions
+from vitrail.data.sources.value_range import find_value_range
 from vitrail.errors import ConfigError, ImageError
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[1]).crop((100, 50, 340, 230))  # 240 x 180

@@ -26,7 +26,7 @@ from vitrail.data.label_maps.checks import (
 from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.checks import check_masks
 from vitrail.data.sources import Split, splits_of
-from vitrail.data.sources.folders import describe_ignored
+from vitrail.data.sources.files import describe_ignored
 from vitrail.errors import ConfigError, ImageError
 from vitrail.reporting.segmentation import overlays
 from vitrail.reporting.tables import findings_table
@@ -63,10 +63,7 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
         return
     counts = ", ".join(f"{len(split):,} {name} images" for name, split in splits.items())
     yield Finding("folders", "ok", f"{counts} of {data.num_classes} classes")
-    if has_masks:
-        yield from _masks(data, splits, config)
-        return
-    if "train" in splits:
+    if not has_masks and "train" in splits:
         yield _balance(splits["train"], data.classes)
         yield _overlap(splits)
     if config.checksums and hasattr(data.source, "damaged"):
@@ -78,7 +75,9 @@ def _findings(config: DictConfig) -> Iterator[Finding]:
     if (value_range := data.input.value_range) is not None:
         text = f"images with more than 8 bits per channel: {value_range[0]:g} is black, {value_range[1]:g} is white"
         yield Finding("value range", "ok", text)
-    if data.label_maps is not None and "train" in splits:
+    if has_masks:
+        yield from _masks(data, splits, config)
+    elif data.label_maps is not None and "train" in splits:
         yield from _label_maps(data, splits["train"], config, shapes[False] / max(shapes.total(), 1))
 
 
@@ -149,7 +148,7 @@ def _images(name: str, split: Split, sample: int, shapes: Counter[bool]) -> Iter
     sizes = [size for size, *_ in seen]
     shapes.update(width == height for width, height in sizes)
     if broken:
-        text = f"{len(broken)} of {len(found)} sampled images cannot be read: {broken[0]}"
+        text = f"{len(broken)} of {len(found)} sampled images cannot be used: {broken[0]}"
         yield Finding(f"{name} images", "error", text, "remove them, or set data.on_corrupt=skip")
         return
     sides = sorted(min(size) for size in sizes)

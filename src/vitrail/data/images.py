@@ -1,12 +1,12 @@
 """Decode any image file that Pillow supports to RGB, as an image viewer shows it.
 
 8-bit images need no scaling. Others (16-bit grey and colour, 32-bit integers, floats) do not say what white is, so a
-data set has one value range for all of them: `find_value_range` finds it, and values outside it are errors.
+data set has one value range for all of them (`vitrail.data.bit_depth`), and values outside it are errors.
 """
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -17,15 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from vitrail.data.bit_depth import OutsideRangeError, ValueRange, scaled
 from vitrail.data.jpeg import ORIENTATION, decode_jpeg
-from vitrail.errors import ConfigError, ImageError
+from vitrail.errors import ImageError
 from vitrail.types import Picture
-
-ValueRange = tuple[float, float]
-"""Values that become black and white in images with more than 8 bits per channel."""
-
-TYPE_RANGES: dict[str, ValueRange] = {"u": (0.0, 65535.0), "f": (0.0, 1.0)}
-"""Value ranges by numpy's kind of type, for a data set in whose sample no image has more than 8 bits."""
 
 _JPEG_ENDINGS = (".jpg", ".jpeg")
 _UPRIGHT = {
@@ -39,10 +34,6 @@ _UPRIGHT = {
 }
 # Formats whose pixels Pillow cannot read on its own: it only recognises them, or needs another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_FLOAT_WHITES = (1.0, 255.0, 65535.0)
-_INTEGER_WHITES = tuple(2.0**bits - 1 for bits in (8, 10, 12, 14, 16))  # bits of usual sensors
-_WIDE_WHITES = tuple(2.0**bits - 1 for bits in (8, 10, 12, 14, 15, 16, 24, 31))
-_HALF_STEP = 0.5  # of 255: a value that rounds to black or white is not outside
 
 
 @cache
@@ -129,9 +120,9 @@ def _decoded(
             image.load()
             upright = _upright(image)
             if colours is not None:
-                upright = _upright(_scaled(colours, value_range, image.info.get("transparency")), image)
+                upright = _upright(scaled(colours, value_range, image.info.get("transparency")), image)
             return _to_rgb(upright, value_range)
-    except _OutsideError as error:
+    except OutsideRangeError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
         raise ImageError(f"{name}: not a readable image ({_reason(error)}).") from error
@@ -160,55 +151,8 @@ def to_rgb(picture: Picture, value_range: ValueRange | Literal["type"] | None = 
         return picture
     try:
         return _to_rgb(picture, value_range)
-    except _OutsideError as error:
+    except OutsideRangeError as error:
         raise ImageError(f"the image {error}") from None
-
-
-def find_value_range(paths: Iterable[Path]) -> tuple[ValueRange | None, int]:
-    """Find the value range of a data set from a sample of its files.
-
-    The range starts at 0. It ends at 1, 255 or 65535 for floats, and at the largest value of 8, 10, 12, 14 or 16 bits
-    for integers: the smallest that holds all values of the sample.
-
-    Args:
-        paths: files of the data set; unreadable ones are skipped.
-
-    Returns:
-        The range, and the number of files with more than 8 bits; None and 0 if there are none.
-
-    Raises:
-        ConfigError: there is no such range; the message names a file and `data.value_range`.
-    """
-    found: dict[str, tuple[float, float, Path]] = {}
-    count = 0
-    for path in paths:
-        values = _high_bit_depth_values(path)
-        if values is None or not np.isfinite(values).all():
-            continue
-        count += 1
-        kind, low, high = values.dtype.kind, float(values.min()), float(values.max())
-        before = found.get(kind, (low, high, path))
-        found[kind] = (min(low, before[0]), max(high, before[1]), path if high >= before[1] else before[2])
-    if not found:
-        return None, 0
-    if len({"f" if kind == "f" else "i" for kind in found}) > 1:
-        files = " and ".join(str(path) for *_, path in found.values())
-        raise ConfigError(
-            f"data.value_range: there are images of integers and of floats ({files}); set it to [low, high]."
-        )
-    low, high = min(item[0] for item in found.values()), max(item[1] for item in found.values())
-    white = _white(low, high, "i" if "i" in found else next(iter(found)))
-    if white is None:
-        path = max(found.values(), key=lambda item: item[1])[2]
-        raise ConfigError(
-            f"data.value_range: values from {low:g} to {high:g} (in {path}, for example) do not say what is black and"
-            " white; set it to [low, high]."
-        )
-    return (0.0, white), count
-
-
-class _OutsideError(Exception):
-    """A value lies outside the value range."""
 
 
 def _upright(image: Image.Image, original: Image.Image | None = None) -> Image.Image:
@@ -238,39 +182,7 @@ def _to_rgb(image: Image.Image, value_range: ValueRange | Literal["type"] | None
 
 
 def _to_eight_bits(image: Image.Image, value_range: ValueRange | Literal["type"] | None) -> Image.Image:
-    return _scaled(np.asarray(image), value_range, image.info.get("transparency"))
-
-
-def _scaled(
-    values: NDArray[Any], value_range: ValueRange | Literal["type"] | None, transparent: Any = None
-) -> Image.Image:
-    """Scale values (H, W) or (H, W, 3) from `value_range`, and alpha (H, W, 4) from 16 bits, to an 8-bit image.
-
-    A transparent value becomes white.
-    """
-    colours = values[..., :3] if values.ndim == 3 else values
-    if value_range == "type":
-        value_range = TYPE_RANGES.get(values.dtype.kind)
-        if value_range is None:
-            raise _OutsideError("its integers do not say what is black and white; set data.value_range=[low, high].")
-    if value_range is None:
-        value_range = _own_range(colours)
-    low, high = value_range
-    scaled = (colours.astype(np.float64) - low) * (255 / (high - low))
-    outside = ~((scaled >= -_HALF_STEP) & (scaled <= 255 + _HALF_STEP))  # also true for NaN
-    if outside.any():
-        raise _OutsideError(
-            f"has the value {colours[outside][0]:g}, outside of data.value_range=[{low:g}, {high:g}]; set the range to"
-            " that of your images, or repair the file."
-        )
-    eight = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    if isinstance(transparent, int) and values.ndim == 2:
-        eight[values == transparent] = 255
-    elif isinstance(transparent, tuple) and values.shape[2:] == (3,):
-        eight[(values == np.array(transparent)).all(-1)] = 255
-    if values.shape[2:] == (4,):
-        eight = np.dstack([eight, (values[..., 3] >> 8).astype(np.uint8)])
-    return Image.fromarray(eight)
+    return scaled(np.asarray(image), value_range, image.info.get("transparency"))
 
 
 def _sixteen_bit_colours(file: Callable[[], str | Path | IO[bytes]], image: Image.Image) -> NDArray[np.uint16] | None:
@@ -300,27 +212,8 @@ def _raw_mode(image: Image.Image) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _own_range(values: NDArray[Any]) -> ValueRange:
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    white = _white(low, high, values.dtype.kind)
-    if white is None:
-        raise _OutsideError(
-            f"values from {low:g} to {high:g} do not say what is black and white; set data.value_range=[low, high]."
-        )
-    return 0.0, white
-
-
-def _white(low: float, high: float, kind: str) -> float | None:
-    """Return the smallest usual white that holds all values: `kind` is numpy's (f float, u unsigned, i signed)."""
-    whites = {"f": _FLOAT_WHITES, "u": _INTEGER_WHITES}.get(kind, _WIDE_WHITES)
-    rounding = _HALF_STEP / 255 if kind == "f" else 0.0
-    white = next((white for white in whites if high <= white * (1 + rounding)), None)
-    return white if white is not None and low >= -white * rounding else None
-
-
-def _high_bit_depth_values(path: Path) -> NDArray[Any] | None:
-    """Return the values of an image with more than 8 bits per channel; None, without decoding, for others."""
+def high_bit_depth_values(path: Path) -> NDArray[Any] | None:
+    """Return the values (H, W) or (H, W, 3) of an image with more than 8 bits; None, without decoding, for others."""
     try:
         with Image.open(path) as image:
             if (colours := _sixteen_bit_colours(lambda: path, image)) is not None:

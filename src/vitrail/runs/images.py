@@ -4,8 +4,7 @@ Shapes: H x W pixels, N images.
 """
 
 import glob
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitrail.data.images import ValueRange, as_image, load_image, to_rgb
-from vitrail.data.sources.index import is_hidden, is_image, is_system_folder
+from vitrail.data.bit_depth import ValueRange
+from vitrail.data.images import as_image, load_image, to_rgb
+from vitrail.data.sources.files import FolderWalk, is_image, readable
 from vitrail.errors import ConfigError, ImageError
 
 
@@ -32,7 +32,7 @@ def find_images(where: str | Path, key: str = "images") -> list[str]:
     """
     path = Path(where).expanduser()
     if path.is_dir():
-        found = sorted(_walk(path))
+        found = sorted(str(path / name) for name in FolderWalk(path).files["."])
         if not found:
             raise ConfigError(f"{key}={where}: contains no images, at any depth.")
     elif path.suffix == ".txt" and path.is_file():
@@ -43,7 +43,7 @@ def find_images(where: str | Path, key: str = "images") -> list[str]:
         found = [str(Path(line.strip()).expanduser()) for line in lines if line.strip()]
         if not found:
             raise ConfigError(f"{key}={where}: lists no images; write one path per line.")
-    elif path.is_file():
+    elif path.exists():
         found = [str(path)]
     elif glob.has_magic(str(path)):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
@@ -53,12 +53,6 @@ def find_images(where: str | Path, key: str = "images") -> list[str]:
     else:
         raise ConfigError(f"{key}={where}: no such file or folder.")
     return found
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_hidden(name) and not is_system_folder(name)]
-        yield from (os.path.join(root, name) for name in names if is_image(name))  # noqa: PTH118  # much faster
 
 
 def listed_images(images: Any) -> list[Any]:
@@ -102,6 +96,8 @@ def open_image(image: Any, name: str, value_range: ValueRange | None = None) -> 
         ImageError: the image cannot be read, or has another shape or type; the message names it.
     """
     if isinstance(image, (str, Path)):
+        if Path(image).exists() and not Path(image).is_file():  # reading a pipe would wait for its writer
+            raise ImageError(f"{readable(str(image))}: not a regular file.")
         return load_image(image, value_range)
     if isinstance(image, Tensor):
         tensor = image.detach().cpu()

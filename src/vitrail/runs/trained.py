@@ -126,8 +126,14 @@ def load_run(
         _refuse_model(model, model_name(upgraded(checkpoint["config"])["model"]), file, "the checkpoint")
         return _open_run(file, checkpoint, weights, image_size, key)
     if model is None:
-        missing = f"{key}={file}: contains no config, so it was not written by train.py" if file else f"{key}: not set"
-        raise ConfigError(f"{missing}; set model=..., for example model=t2t_vit_14.")
+        if file is None:
+            raise ConfigError(
+                f"{key}: not set; set it to a run, an exported folder or, with model=..., a weights file."
+            )
+        raise ConfigError(
+            f"{key}={file}: contains no config, so it was not written by train.py; set model=..., for example"
+            " model=t2t_vit_14."
+        )
     node = {"name": model} if isinstance(model, str) else dict(model)
     node = {"_target_": "vitrail.models.create_model", **node}
     return _open_published(file, checkpoint, node, weights, image_size, key)

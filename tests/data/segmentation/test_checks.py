@@ -28,8 +28,8 @@ def test_doctor__no_problems(root):
 
 def test_doctor__forgotten_shift(root):
     found = findings(root, "data.source.shift=0")
-    assert found["train masks"].level == "error"
-    assert "has the value 4, which is no class" in found["train masks"].text
+    assert found["train images"].level == "error"
+    assert "has the value 4, which is no class" in found["train images"].text
 
 
 def test_doctor__sizes_pairs_and_orientation(root):
@@ -40,7 +40,7 @@ def test_doctor__sizes_pairs_and_orientation(root):
     exif[274] = 3
     Image.open(path).save(path, exif=exif)
     found = findings(root)
-    assert "1 of 4 sampled images cannot be used" in found["train masks"].text
+    assert "1 of 4 sampled images cannot be used" in found["train images"].text
     assert found["train pairs"].text == "1 masks have no image, the first is picture_9"
     assert "1 images are rotated by their EXIF orientation" in found["train orientation"].text
     (root / "masks" / "train" / "picture_2.png").unlink()

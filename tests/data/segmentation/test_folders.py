@@ -1,5 +1,7 @@
 """Pairs of images and masks, in the layouts of ADE20K, Cityscapes and PASCAL VOC."""
 
+import os
+
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,6 +13,8 @@ from vitrail.data.segmentation.folders import read_classes
 from vitrail.errors import ConfigError, ImageError
 from vitrail.runs.config import instantiate
 from vitrail_runtime.project import CONF
+
+LINK = "link to a folder that is listed elsewhere"
 
 
 def save(path, values, colours=None):
@@ -109,6 +113,47 @@ def test_sizes__must_agree(root):
         folder(root).open("train")[0]
 
 
+def test_files__follow_the_rule_of_class_folders(root, caplog):
+    """Hidden files, thumbnails, links upwards and pipes are no images, and are counted."""
+    caplog.set_level("INFO")
+    images = root / "images" / "train"
+    for name in (".hidden.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png", "notes.txt"):
+        photograph(images / name) if name.endswith("png") else (images / name).write_text("")
+    (images / "up").symlink_to("..")
+    os.mkfifo(images / "pipe.png")
+    split = folder(root).open("train")
+    assert split.keys() == ["picture_0", "picture_1", "picture_2"]
+    assert split.ignored == {"hidden": 2, "@eaDir/": 1, ".txt": 1, "special file": 1, LINK: 1}
+    assert "images/train: ignored 2 hidden" in caplog.text
+
+
+def test_names__in_two_unicode_forms_and_other_encodings_belong_together(root):
+    for kind, accented in (("images", "cafe\u0301.png"), ("masks", "caf\u00e9.png")):
+        files = root / kind / "train"
+        (files / "picture_0.png").rename(files / accented)
+        (files / "picture_1.png").rename(files / os.fsdecode(b"stra\xdfe.png"))
+    assert folder(root).open("train").keys() == ["caf\u00e9", "picture_2", "stra\\xdfe"]
+    photograph(root / "images" / "train" / "caf\u00e9.png")
+    with pytest.raises(ConfigError, match=r"train_images: .* have the same name; remove one of them"):
+        folder(root).open("train")
+
+
+def test_value_range__is_found_once_or_given(root, caplog):
+    caplog.set_level("INFO")
+    for number in range(3):
+        values = np.full((72, 96), 4095 if number == 1 else 100, np.uint16)
+        Image.fromarray(values).save(root / "images" / "train" / f"picture_{number}.png")
+    source = folder(root)
+    assert np.asarray(source.open("val")[0].image).shape == (72, 96, 3)
+    assert source.value_range == (0.0, 4095.0)
+    assert "data.value_range=[0, 4095], found in 3 of 3 images" in caplog.text
+    assert np.unique(np.asarray(source.open("train")[0].image)).tolist() == [6]
+    with pytest.raises(
+        ImageError, match=r"picture_1\.png: has the value 4095, outside of data.value_range=\[0, 1023\]"
+    ):
+        folder(root, value_range=[0, 1023]).open("train")[1]
+
+
 def test_exif_rotation__of_the_image_alone_is_noticed(root):
     path = root / "images" / "train" / "picture_0.png"
     picture = Image.open(path)
@@ -144,6 +189,12 @@ def test_class_files__are_checked(tmp_path):
     assert read_classes(path) == ["wall", "bed"]
     path.write_text("a\nb\na\n")
     with pytest.raises(ConfigError, match="the name a occurs twice"):
+        read_classes(path)
+    path.write_text("caf\u00e9\ncafe\u0301\n", encoding="utf-8-sig")
+    with pytest.raises(ConfigError, match="the name caf\u00e9 occurs twice"):
+        read_classes(path)
+    path.write_bytes(b"stra\xdfe\n")
+    with pytest.raises(ConfigError, match=r"names\.csv: is not UTF-8 text"):
         read_classes(path)
     path.write_text("\n")
     with pytest.raises(ConfigError, match="contains no names"):

@@ -49,7 +49,7 @@ def test_value_range__of_a_type_if_the_sample_has_none(image_tree, monkeypatch):
     """A rare 16-bit image among 8-bit ones is not scaled by its own maximum."""
     grey = np.asarray(Image.open(next(image_tree.glob("train/flower/*"))).convert("L"), np.uint16)
     Image.fromarray(grey * 16).save(image_tree / "train" / "flower" / "flower_00.png")
-    monkeypatch.setattr("vitrail.data.sources.folders._SAMPLE", 1)
+    monkeypatch.setattr("vitrail.data.sources.folders.SAMPLE", 1)
     source = ImageFolder(str(image_tree))
     split = source.open("train")
     assert source.value_range is None

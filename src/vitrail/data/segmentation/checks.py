@@ -33,10 +33,7 @@ def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Fin
     else:
         yield Finding(f"{name} pairs", "ok", "every image has a mask and every mask an image")
     counts, errors = class_pixels(split, indices, len(source.classes))
-    if errors:
-        text = f"{len(errors)} of {len(indices)} sampled images cannot be used: {errors[0]}"
-        yield Finding(f"{name} masks", "error", text, "repair them, or set data.on_corrupt=skip")
-    else:
+    if not errors:  # otherwise reported with the images
         yield Finding(f"{name} masks", "ok", f"{len(indices)} read; sizes agree, all values are classes or ignored")
     yield _shares(name, counts, source.classes)
     rotated = [split.files(index)[0] for index in indices if _orientation(split.files(index)[0]) != 1]

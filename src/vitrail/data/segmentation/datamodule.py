@@ -133,6 +133,7 @@ class SegmentationDataModule(ImageDataModule):
         eval_scales: factors of the image size whose predictions are averaged.
         eval_flip: also predict the mirrored image.
         root: folder of the data, which a config's source refers to as `${data.root}`; not used here.
+        value_range: as `root`, for `${data.value_range}`; see `ImageFolder`.
         published_size: number of training images and of classes of a published data set.
 
     Raises:
@@ -162,6 +163,7 @@ class SegmentationDataModule(ImageDataModule):
         eval_scales: Sequence[Positive] = (1.0,),
         eval_flip: bool = False,
         root: str | None = None,
+        value_range: Annotated[Sequence[float], Length(2)] | None = None,
         published_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
@@ -190,7 +192,9 @@ class SegmentationDataModule(ImageDataModule):
     @property
     def input(self) -> InputSpec:
         """Input of the network in training."""
-        return InputSpec(self.image_size, self.mean, self.std, "bilinear")
+        return InputSpec(
+            self.image_size, self.mean, self.std, "bilinear", value_range=getattr(self.source, "value_range", None)
+        )
 
     @property
     def provides(self) -> frozenset[str]:

@@ -5,18 +5,21 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrail.data.bit_depth import ValueRange
 from vitrail.data.images import read_image, size_of
+from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import ValueTable, read_mask
 from vitrail.data.sources.contract import SplitName
-from vitrail.data.sources.index import is_hidden, is_image
+from vitrail.data.sources.files import FolderWalk, describe_ignored, normal_form, readable
+from vitrail.data.sources.value_range import SAMPLE, given_range, sampled_range
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import MASK_IGNORE, Picture
-from vitrail_runtime.checking import RGB, checked
+from vitrail_runtime.checking import RGB, Length, checked
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,19 @@ class MaskedSplit:
     Args:
         pairs: image and mask by key.
         table: table from values to classes.
+        value_range: see `read_image`.
+        ignored: number of files and folders beside the images, by kind.
     """
 
-    def __init__(self, pairs: Mapping[str, tuple[Path, Path]], table: ValueTable) -> None:
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[Path, Path]],
+        table: ValueTable,
+        value_range: ValueRange | Literal["type"] = "type",
+        ignored: Mapping[str, int] | None = None,
+    ) -> None:
         self._keys, self._pairs, self.table = list(pairs), list(pairs.values()), table
+        self.value_range, self.ignored = value_range, dict(ignored or {})
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -59,7 +71,7 @@ class MaskedSplit:
             ImageError: a file cannot be read, the sizes differ, a value is in no class, or no pixel is labelled.
         """
         image_path, mask_path = self._pairs[index]
-        image, values = read_image(image_path, "type"), read_mask(mask_path)
+        image, values = read_image(image_path, self.value_range), read_mask(mask_path)
         height, width = size_of(image)
         if values.shape[:2] != (height, width):
             raise ImageError(
@@ -94,6 +106,7 @@ class SegmentationFolder:
         classes: names of the classes, or a file of them: one per line, or a table with a column `Name` (ADE20K's
             objectInfo150).
         on_unpaired: `stop` if an image has no mask, or `skip` such images.
+        value_range: as in `ImageFolder`.
         shift, map, ignore, colours, ignore_colours: see `ValueTable`.
 
     Raises:
@@ -113,6 +126,7 @@ class SegmentationFolder:
         image_suffix: str = "",
         mask_suffix: str = "",
         on_unpaired: Literal["stop", "skip"] = "stop",
+        value_range: Annotated[Sequence[float], Length(2)] | None = None,
         shift: int = 0,
         map: Mapping[int, int] | None = None,
         ignore: Sequence[int] = (),
@@ -128,6 +142,9 @@ class SegmentationFolder:
         self.lists, self.suffixes = {"train": train_list, "val": val_list}, (image_suffix, mask_suffix)
         self.on_unpaired = on_unpaired
         self.classes = read_classes(self.root / classes) if isinstance(classes, str) else list(classes)
+        self.value_range = given_range(value_range)
+        self.ignored: dict[str, Counter[str]] = {}
+        self._found: dict[str, tuple[dict[str, Path], dict[str, Path]]] = {}
         self.table = ValueTable(len(self.classes), shift, map, ignore, colours, ignore_colours)
 
     def prepare(self) -> None:
@@ -153,17 +170,19 @@ class SegmentationFolder:
                 f"data.source.{split}_images: no image in {images} has a mask in {masks}; check the folders,"
                 " data.source.image_suffix and data.source.mask_suffix."
             )
-        return MaskedSplit(pairs, self.table)
+        if self.value_range is None:
+            files = [image for image, _ in (self.pairs("train")[0] if split == "val" else pairs).values()]
+            self.value_range = sampled_range([files[int(index)] for index in sample_of(len(files), SAMPLE)])
+        if ignored := self.ignored[split]:
+            log.info("%s: ignored %s", self.root / self.folders[split][0], describe_ignored(ignored))
+        return MaskedSplit(pairs, self.table, self.value_range or "type", ignored)
 
     def pairs(self, split: SplitName) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
         """Return image and mask of a split by key, sorted, and the keys of images without mask."""
-        images, masks = (
-            _by_key(self.root / folder, suffix, f"data.source.{split}_{what}")
-            for folder, suffix, what in zip(self.folders[split], self.suffixes, ("images", "masks"), strict=True)
-        )
+        images, masks = self._files(split)
         keys = sorted(images)
         if (listed := self.lists[split]) is not None:
-            keys = _read_list(self.root / listed, f"data.source.{split}_list")
+            keys = _read_lines(self.root / listed, f"data.source.{split}_list")
             if missing := [key for key in keys if key not in images]:
                 raise ConfigError(
                     f"data.source.{split}_list={listed}: {len(missing)} of its images are missing, the first is"
@@ -173,35 +192,73 @@ class SegmentationFolder:
 
     def masks_alone(self, split: SplitName) -> list[str]:
         """Return the keys of masks without image."""
-        images, masks = (
-            _by_key(self.root / folder, suffix, f"data.source.{split}")
-            for folder, suffix in zip(self.folders[split], self.suffixes, strict=True)
-        )
-        return [] if self.lists[split] is not None else sorted(masks.keys() - images.keys())
+        if self.lists[split] is not None:
+            return []
+        images, masks = self._files(split)
+        return sorted(masks.keys() - images.keys())
+
+    def _files(self, split: SplitName) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Return the image files and the mask files of a split by key."""
+        if split not in self._found:
+            images, masks = (
+                FilesByKey(self.root / folder, suffix, f"data.source.{split}_{what}")
+                for folder, suffix, what in zip(self.folders[split], self.suffixes, ("images", "masks"), strict=True)
+            )
+            self.ignored[split] = images.ignored
+            self._found[split] = images.files, masks.files
+        return self._found[split]
 
 
-def _by_key(folder: Path, suffix: str, key: str) -> dict[str, Path]:
-    """Return the image files below `folder` whose stem ends with `suffix`, by path without suffix and extension."""
-    if not folder.is_dir():
-        raise ConfigError(f"{key}: no such folder {folder}. Set it to the folder's path below data.root.")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if not is_image(path.name) or any(map(is_hidden, relative.parts)) or not path.stem.endswith(suffix):
-            continue
-        name = relative.with_suffix("").as_posix().removesuffix(suffix)
-        if name in found:
-            raise ConfigError(f"{key}: {found[name]} and {path} have the same name; remove one of them.")
-        found[name] = path
-    return found
+class FilesByKey:
+    """Image files below a folder whose stem ends with a suffix, by key: path without suffix and extension.
+
+    Keys are valid UTF-8 in Unicode's normal form, so that names which look the same belong together.
+
+    Args:
+        folder: the folder.
+        suffix: end of the stem.
+        key: config key of the folder, for messages.
+
+    Attributes:
+        files: path by key.
+        ignored: see `FolderWalk`.
+
+    Raises:
+        ConfigError: the folder is missing or cannot be read, or two files have the same key.
+    """
+
+    def __init__(self, folder: Path, suffix: str, key: str) -> None:
+        if not folder.is_dir():
+            raise ConfigError(f"{key}: no such folder {folder}. Set it to the folder's path below data.root.")
+        walk = FolderWalk(folder)
+        self.files: dict[str, Path] = {}
+        self.ignored = walk.ignored
+        for name in sorted(walk.files["."]):
+            stem = name.rpartition(".")[0]
+            if not stem.endswith(suffix):
+                continue
+            short = normal_form(stem.removesuffix(suffix))
+            if short in self.files:
+                raise ConfigError(
+                    f"{key}: {readable(self.files[short].name)} and {readable(str(folder / name))} have the same name;"
+                    " remove one of them."
+                )
+            self.files[short] = folder / name
 
 
-def _read_list(path: Path, key: str) -> list[str]:
+def _read_lines(path: Path, key: str) -> list[str]:
+    """Return the lines of a text file in Unicode's normal form, without empty ones.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{key}={path}: cannot be read ({error.strerror}).") from error
-    return [line.strip() for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}={path}: is not UTF-8 text; save it as UTF-8.") from None
+    return [normal_form(line.strip()) for line in text.split("\n") if line.strip()]
 
 
 def read_classes(path: Path) -> list[str]:
@@ -212,10 +269,7 @@ def read_classes(path: Path) -> list[str]:
     Raises:
         ConfigError: the file is missing or empty, or a name occurs twice.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"data.source.classes={path}: cannot be read ({error.strerror}).") from error
+    lines = _read_lines(path, "data.source.classes")
     if lines and "Name" in lines[0].replace("\t", ",").split(","):
         rows: Iterable[dict[str, Any]] = csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")
         entries = [str(row["Name"]).strip() for row in rows]
@@ -223,7 +277,7 @@ def read_classes(path: Path) -> list[str]:
         counts = Counter(short)
         names = [one if counts[one] == 1 else entry for one, entry in zip(short, entries, strict=True)]
     else:
-        names = [line.strip() for line in lines]
+        names = lines
     if not names or len(set(names)) != len(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
         reason = f"the name {twice[0]} occurs twice" if twice else "contains no names"

@@ -1,7 +1,6 @@
 """Image folders with one subfolder per class."""
 
 import logging
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,17 +8,25 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.data.images import ValueRange, find_value_range, read_image
+from vitrail.data.bit_depth import ValueRange
+from vitrail.data.images import read_image
 from vitrail.data.sampling import sample_of
 from vitrail.data.sources.contract import Encoded, SplitName
-from vitrail.data.sources.index import FileIndex, is_hidden, is_image, is_system_folder, readable
+from vitrail.data.sources.files import (
+    describe_ignored,
+    is_hidden,
+    is_image,
+    is_system_folder,
+    normal_form,
+    readable,
+)
+from vitrail.data.sources.index import FileIndex
+from vitrail.data.sources.value_range import SAMPLE, given_range, sampled_range
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import Sample
 from vitrail_runtime.checking import Length, checked
 
 log = logging.getLogger(__name__)
-
-_SAMPLE = 256  # files that are looked at to find the value range
 
 
 class FolderSplit:
@@ -95,13 +102,6 @@ def class_folders(folder: Path) -> Iterator[str]:
     )
 
 
-def describe_ignored(ignored: dict[str, int]) -> str:
-    """Return the counts of ignored files and folders in words, the largest first."""
-    kinds = sorted(ignored.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{count} {kind}" for kind, count in kinds[:8])
-    return f"{shown}, and {len(kinds) - 8} other kinds" if len(kinds) > 8 else shown
-
-
 @checked
 class ImageFolder:
     """Source of a `train/` and `val/` tree of class folders.
@@ -133,7 +133,7 @@ class ImageFolder:
             )
         self.root, self.index = Path(root).expanduser().absolute(), Path(index).expanduser() if index else None
         self.folders = {"val": self.root / val_dir} | ({"train": self.root / train_dir} if train_dir else {})
-        self.value_range = None if value_range is None else _checked_range(value_range)
+        self.value_range = given_range(value_range)
         if not self.root.is_dir():
             raise ConfigError(
                 f"data.root={self.root}: no such folder. Set data.root to the folder that holds train/ and val/."
@@ -179,15 +179,8 @@ class ImageFolder:
         """Find the value range of the training images, `files` if they are listed already."""
         if files is None:
             files = FileIndex(self.folders["train"], self.class_folders, self.index)
-        sample = [files.root / files.path(int(index)) for index in sample_of(len(files), _SAMPLE)]
-        self.value_range, count = find_value_range(sample)
-        if self.value_range is not None:
-            log.info(
-                "data.value_range=[%g, %g], found in %d of %d images, which have more than 8 bits per channel",
-                *self.value_range,
-                count,
-                len(sample),
-            )
+        sample = [files.root / files.path(int(index)) for index in sample_of(len(files), SAMPLE)]
+        self.value_range = sampled_range(sample)
 
     def _find_class_folders(self, split: SplitName) -> list[str]:
         folder = self.folders[split]
@@ -202,9 +195,9 @@ class ImageFolder:
             raise ConfigError(f"data.root: {folder} contains {what}. Put the images into one folder per class.")
         names_by_form: dict[str, str] = {}
         for name in names:
-            if names_by_form.setdefault(_normal_form(name), name) != name:
+            if names_by_form.setdefault(normal_form(name), name) != name:
                 raise ConfigError(
-                    f"data.root: {folder} contains the class folder {_normal_form(name)} twice, in two Unicode forms;"
+                    f"data.root: {folder} contains the class folder {normal_form(name)} twice, in two Unicode forms;"
                     " join them."
                 )
         return names
@@ -213,7 +206,7 @@ class ImageFolder:
         train, val = set(self.class_folders), set(val_classes)
         if train == val:
             return
-        if both := {_normal_form(name) for name in train - val} & {_normal_form(name) for name in val - train}:
+        if both := {normal_form(name) for name in train - val} & {normal_form(name) for name in val - train}:
             raise ConfigError(
                 f"data.root={self.root}: train and val write the class {min(both)} in two Unicode forms, as Macs and"
                 " other systems do; rename one of the folders."
@@ -230,15 +223,3 @@ class ImageFolder:
 
 def _first(names: set[str]) -> str:
     return ", ".join(map(readable, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
-
-
-def _normal_form(name: str) -> str:
-    """Return the Unicode normal form (NFC) of a name, in which names that look the same are equal."""
-    return unicodedata.normalize("NFC", readable(name))
-
-
-def _checked_range(value_range: Sequence[float]) -> ValueRange:
-    low, high = value_range
-    if not low < high:
-        raise ConfigError(f"data.value_range=[{low:g}, {high:g}]: the first must be below the second.")
-    return float(low), float(high)

@@ -19,34 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrail.data.images import image_extensions
+from vitrail.data.sources.files import FolderWalk, readable, reason_to_ignore, signature
 
 _VERSION = 2
 _ARRAYS = ("names", "ends", "counts", "same_stem")
 _KEEP_SECONDS = 3600  # arrays younger than this are not deleted: another process may be about to open them
 _SETTLED_SECONDS = 2.0  # timestamps are coarse: a folder changed this shortly before the listing is not trusted
-# Folders of file servers and operating systems: thumbnails, deleted files, forks of other files.
-_SYSTEM_FOLDERS = {
-    "#recycle",
-    "$recycle.bin",
-    "@eadir",
-    "@recently-snapshot",
-    "@recycle",
-    "__macosx",
-    "__pycache__",
-    "_thumbnails",
-    "_thumbs",
-    "lost+found",
-    "system volume information",
-    "thumbnails",
-}
 
 
 class FileIndex:
     """Paths of the image files below `root`, class by class, sorted by name.
 
-    Image files are regular files with an extension that Pillow reads, at any depth. Hidden files and folders, and the
-    folders of thumbnails and deleted files that systems create, are skipped. Each folder is visited once, so links in a
-    circle do no harm.
+    Image files are those of `FolderWalk`.
 
     Args:
         root: folder that contains the class folders.
@@ -98,15 +82,15 @@ class FileIndex:
 
     def _list_files(self) -> None:
         self._start_time = time.time()
-        self._folders: dict[str, list[int]] = {}  # folder -> signature
-        self.ignored: Counter[str] = Counter()
-        images = self._find_images()
+        walk = FolderWalk(self.root, self.classes)
+        self._folders, self.ignored = walk.signatures, walk.ignored
+        self._count_other_entries()
         names, end = bytearray(), 0
         ends: list[int] = []
         counts: list[int] = []
         same_stem: list[int] = []
         for name in self.classes:
-            found = sorted(images[name])
+            found = sorted(walk.files[name])
             stems = Counter(file.rpartition(".")[0] for file in found)
             if len(stems) < len(found):
                 same_stem += [
@@ -123,58 +107,15 @@ class FileIndex:
         self.counts: NDArray[np.int64] = np.array(counts, np.int64)
         self.same_stem: NDArray[np.int64] = np.array(same_stem, np.int64)
 
-    def _find_images(self) -> dict[str, list[str]]:
-        """Return the image files below each class folder, at any depth, relative to it.
-
-        Links to folders come last, so that a folder that is there itself is listed under its own name.
-        """
-        found: dict[str, list[str]] = {name: [] for name in self.classes}
-        links: list[tuple[str, str]] = []
-        above = {parent for name in self.classes for parent in (self.root / name).resolve().parents}
-        visited = {_identity(os.stat(folder)) for folder in above}  # noqa: PTH116
-        self._count_other_entries()
-        for name in self.classes:
-            self._walk(name, "", found[name], links, visited)
-        while links:
-            name, prefix = min(links)
-            links.remove((name, prefix))
-            self._walk(name, prefix, found[name], links, visited)
-        return found
-
     def _count_other_entries(self) -> None:
         """Count the files and folders of the root that are not class folders."""
         classes = set(self.classes)
-        self._folders["."] = _signature(os.stat(self.root))  # noqa: PTH116
+        self._folders["."] = signature(os.stat(self.root))  # noqa: PTH116
         with os.scandir(self.root) as entries:
             for entry in entries:
                 if entry.name not in classes:
                     other = "folder that is no class" if entry.is_dir() else "image outside of the class folders"
-                    self.ignored[_reason_to_ignore(entry) or other] += 1
-
-    def _walk(
-        self, name: str, prefix: str, found: list[str], links: list[tuple[str, str]], visited: set[tuple[int, int]]
-    ) -> None:
-        """List the class folder `name`, or the folder `prefix` in it (with a slash at the end); collect `links`."""
-        waiting = [prefix]
-        while waiting:
-            prefix = waiting.pop()
-            folder = self.root / name / prefix
-            status = os.stat(folder)  # noqa: PTH116
-            if prefix and _identity(status) in visited:
-                self.ignored["link to a folder that is listed elsewhere"] += 1
-                continue
-            visited.add(_identity(status))
-            self._folders[f"{name}/{prefix}"] = _signature(status)
-            with os.scandir(folder) as entries:  # several times faster than pathlib on ImageNet
-                for entry in entries:
-                    if reason := _reason_to_ignore(entry):
-                        self.ignored[reason] += 1
-                    elif not entry.is_dir():
-                        found.append(prefix + entry.name)
-                    elif entry.is_symlink():
-                        links.append((name, f"{prefix}{entry.name}/"))
-                    else:
-                        waiting.append(f"{prefix}{entry.name}/")
+                    self.ignored[reason_to_ignore(entry) or other] += 1
 
     # The cached list: arrays, and a manifest that describes them.
 
@@ -210,8 +151,8 @@ class FileIndex:
     def _is_current(self, manifest: dict[str, Any]) -> bool:
         latest = (manifest["began"] - _SETTLED_SECONDS) * 1e9
         return all(
-            _signature((self.root / name).stat()) == signature and signature[0] <= latest
-            for name, signature in manifest["folders"].items()
+            signature((self.root / name).stat()) == recorded and recorded[0] <= latest
+            for name, recorded in manifest["folders"].items()
         )
 
     def _keep(self, folder: Path) -> None:
@@ -235,48 +176,3 @@ class FileIndex:
         for old in folder.glob("arrays-*"):
             if old.name != arrays and old.stat().st_mtime < time.time() - _KEEP_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file name is that of a visible image file."""
-    return name.lower().endswith(image_extensions()) and not is_hidden(name)
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden by its name."""
-    return name.startswith(".")
-
-
-def is_system_folder(name: str) -> bool:
-    """Return whether a folder is one that file servers and operating systems create."""
-    return name.lower() in _SYSTEM_FOLDERS
-
-
-def readable(name: str) -> str:
-    """Return a file name as valid UTF-8: other bytes become backslash escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _extension(name: str) -> str:
-    stem, dot, extension = name.rpartition(".")
-    return f".{readable(extension).lower()}" if dot and stem and len(extension) < 12 else "without extension"
-
-
-def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
-    """Return the reason to ignore a file or folder, as in `ignored`; None if it is used."""
-    if is_hidden(entry.name):
-        return "hidden"
-    if entry.is_dir():
-        return f"{entry.name}/" if is_system_folder(entry.name) else None
-    if not entry.is_file():
-        return "broken link" if entry.is_symlink() else "special file"
-    return None if is_image(entry.name) else _extension(entry.name)
-
-
-def _signature(status: os.stat_result) -> list[int]:
-    """Return numbers that change whenever the list of files changes, even if the modification time is reset."""
-    return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size]
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from vitrail.data.images import ValueRange
+from vitrail.data.bit_depth import ValueRange
 from vitrail.data.sources.contract import Encoded, SplitName
 from vitrail.data.sources.imagenet import synsets
 from vitrail.data.sources.imagenet_names import check_wnid, imagenet_key

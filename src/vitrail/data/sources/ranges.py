@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrail.data.images import ValueRange
+from vitrail.data.bit_depth import ValueRange
 from vitrail.data.sources.contract import Encoded
 from vitrail.data.sources.table_sources import TableSplit
 from vitrail.data.sources.tables import Table

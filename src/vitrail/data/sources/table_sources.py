@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.data.images import ValueRange, decode_image
+from vitrail.data.bit_depth import ValueRange
+from vitrail.data.images import decode_image
 from vitrail.data.sources.contract import Encoded, Split, SplitName
 from vitrail.data.sources.tables import Table
 from vitrail.errors import ConfigError

@@ -13,7 +13,7 @@ from typing import Annotated, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrail.data.images import ValueRange
+from vitrail.data.bit_depth import ValueRange
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.packed.files import file_hash
 from vitrail.data.sources.packed.options import PackOptions
