@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-CLASSES = ("ground", "red", "green", "blue")
+CLASSES = ("ground", "[red]", "green", "blue")
 
 
 def draw(seed, height=72, width=96):

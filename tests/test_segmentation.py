@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import masked
-from programs import error_of, metrics, run, run_directories, run_ranks, train
+from programs import QUICK, error_of, metrics, run, run_directories, run_ranks, train
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,9 @@ def finished(root, tmp_path_factory):
 
 def evaluated(directory, logs, *options, ranks=1):
     trainer = "cpu" if ranks == 1 else "ddp_cpu_2"
-    for result in run_ranks("eval.py", f"ckpt={directory}", f"trainer={trainer}", *options, logs=logs, ranks=ranks):
-        assert result.returncode == 0, result.stderr
+    results = run_ranks("eval.py", f"ckpt={directory}", f"trainer={trainer}", *options, logs=logs, ranks=ranks)
+    assert [result.returncode for result in results] == [0] * ranks, results[0].stderr
+    assert "IoU [red]" in results[0].stdout
     folder = run_directories(logs, "eval")[-1]
     return json.loads((folder / "results.json").read_text())["raw"], folder
 
@@ -48,6 +49,22 @@ def test_evaluation__equals_the_training_s_validation_on_any_number_of_processes
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list(masked.CLASSES)
     assert sum(float(row["iou"]) for row in rows) / 4 == pytest.approx(single["mIoU"], abs=0.01)
+
+
+def test_programs_for_classifiers__refuse_it(finished, image_tree, root, tmp_path):
+    directory, logs = finished
+    refused = "ckpt={}: this network segments images; a classifier is needed here."
+    images = f"images={image_tree}"
+    assert refused.format(directory) in error_of(run("predict.py", f"ckpt={directory}", images, logs=logs))
+    options = ("annotator=run", f"annotator.ckpt={directory}", "data=imagefolder", f"data.root={image_tree}")
+    assert refused.format(directory) in error_of(run("annotate.py", *options, f"out={tmp_path / 'maps'}", logs=logs))
+    folder = ("data=imagefolder", f"+data.root={image_tree}")
+    assert "data: has no masks" in error_of(run("eval.py", f"ckpt={directory}", *folder, logs=logs))
+    classifier = train(*QUICK, "model=deit_nano", logs=tmp_path)
+    masks = ("data=segmentation_folder", f"+data.root={root}")
+    assert "is a classifier, but the data has masks" in error_of(
+        run("eval.py", f"ckpt={classifier}", *masks, logs=logs)
+    )
 
 
 def test_evaluation__at_several_scales_and_of_whole_images(finished):

@@ -26,6 +26,7 @@ from vitrail.runs.segmentation import build_inference, check_task
 from vitrail.runs.trained import TrainedModel, load_run
 from vitrail.training.predictions import Predictions, Predictor
 from vitrail.training.segmentation import SegmentationScores, SemanticSegmenter
+from vitrail_runtime.allowed_targets import resolve_target
 from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,6 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     trained = open_trained(config)
     chosen_sets = [name for name in trained.weight_sets if config.weights in ("both", name)]
     data = build_data(config, trained)
-    check_task(trained.model, data)
     if "masks" in data.provides:
         return _evaluate_segmentation(config, trained, data, chosen_sets)
     classes = _class_names(trained, data)
@@ -204,6 +204,7 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
         data["source"]["value_range"] = data.get("value_range")
     if "skipped_file" in data:  # must not overwrite the training's file
         data["skipped_file"] = str(output_directory() / "skipped.txt")
+    check_task(trained.model, getattr(resolve_target(str(data["_target_"])), "has_masks", False))
     if "masks" in declared_outputs(trained.model) and not trained.is_run:  # evaluation does not augment
         return instantiate(OmegaConf.create(data), "data", augment=None)
     augmentation = instantiate(OmegaConf.create(augment), "augment")

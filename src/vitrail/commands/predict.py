@@ -14,7 +14,7 @@ from vitrail.reporting.tables import near
 from vitrail.runs.config import check_choices, check_keys, plain
 from vitrail.runs.images import find_images, open_image
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.prediction import DTYPES, Prediction, predictions
+from vitrail.runs.prediction import DTYPES, Prediction, predictions, require_classifier
 from vitrail.runs.trained import TrainedModel, load_run
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def predict(config: DictConfig) -> bool:
         raise ConfigError(f"overlay={config.overlay}: contains some of the images; choose another folder.")
     model = None if config.model is None else plain(config.model)
     trained = load_run(config.ckpt, config.weights, model, image_size=config.image_size)
+    require_classifier(trained.model, f"ckpt={config.ckpt}")
     log.info("%s, %s weights: %d images", trained.name, trained.weights, len(images))
     unreadable = _write(config, trained, images, out, overlay)
     skipped = out.with_name(f"{out.stem}_skipped.txt")

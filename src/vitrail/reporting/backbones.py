@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import timm
 from rich import box
-from rich.table import Table
 from rich.tree import Tree
 from torch import nn
 
@@ -87,7 +86,7 @@ def _licence_line(rows: Sequence[BackboneRow]) -> str:
     return f"licence of the weights: {', '.join([most or 'none released', *others])}"
 
 
-def backbone_table(rows: Sequence[BackboneRow]) -> Table:
+def backbone_table(rows: Sequence[BackboneRow]) -> PlainTable:
     """Return a table with one row per backbone, narrow enough for 80 columns."""
     table = PlainTable(
         title="Backbones: model=timm model.name=<name>, or model=<family>",
@@ -147,7 +146,7 @@ def _grow(tree: Tree, module: nn.Module, depth: int) -> None:
             _grow(branch, child, depth - 1)
 
 
-def speed_table(rows: Sequence[Mapping[str, Any]], peak: float, ratios: Sequence[float]) -> Table:
+def speed_table(rows: Sequence[Mapping[str, Any]], peak: float, ratios: Sequence[float]) -> PlainTable:
     """Return a table of speed and memory of one or two backbones; for two, with the ratios of the first to the second.
 
     Args:

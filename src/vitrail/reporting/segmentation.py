@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from vitrail.reporting.validation_pictures import PredictionPicture
 from vitrail.training.segmentation import SegmentationScores
 from vitrail.types import MASK_IGNORE, Batch
 from vitrail_runtime.checking import checked
+from vitrail_runtime.tables import PlainTable
 
 _SIDE = 288  # pixels of an image in a picture of overlays, before it is drawn as a tile
 _SHOWN = 10  # classes in the table of the terminal, from each end
@@ -138,7 +138,7 @@ def segmentation_report(
     title: str,
 ) -> Group:
     """Return the scores of each set of weights, how they were measured, and the best and worst classes."""
-    table = Table(title=title, title_justify="left")
+    table = PlainTable(title=title, title_justify="left")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")

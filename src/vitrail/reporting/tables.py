@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from timm.data import ImageNetInfo
 
@@ -26,6 +25,9 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     if results.get("skipped_images"):
         table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
     run, train = near(directory), shown_command("train")
+    own = "data=imagefolder data.root=/path/with/train/and/val model=deit_small"
+    if "val/mIoU" in results:
+        own = "experiment=segmentation data=segmentation_folder data.root=/path/with/images/and/masks"
     # Plain lines rather than table cells, so that paths and commands can be copied without line breaks.
     lines = [
         ("run directory", run),
@@ -34,7 +36,7 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
         ("metrics", f"{run}/metrics.csv"),
         ("evaluate", f"{shown_command('eval')} ckpt={run}"),
         ("train longer", f"{train} resume={run} epochs={2 * results['epochs']}"),
-        ("your images", f"{train} data=imagefolder data.root=/path/with/train/and/val model=deit_small"),
+        ("your images", f"{train} {own}"),
     ]
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 
@@ -77,7 +79,7 @@ def size_words(size: float) -> str:
     return f"{size / 2**10:,.1f} KiB"
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> PlainTable:
     """Return a table of the doctor's findings and advice."""
     wrong = sum(finding.level == "error" for finding in findings)
     table = PlainTable(

@@ -161,7 +161,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
     replaced = {} if config.init_from is None and not config.resume else {"pretrained": False}
     model = build_model(config.model, data.num_classes, data.input.size, **replaced)
-    check_task(model, data)
+    check_task(model, "masks" in data.provides)
     if "masks" in data.provides:
         return build_segmenter(config, data, model)  # type: ignore[arg-type]
     if data.phases is not None:

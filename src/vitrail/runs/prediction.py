@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitrail.data import Augmentation
 from vitrail.errors import ConfigError, ImageError
 from vitrail.models import forward_heads
+from vitrail.models.heads import declared_outputs
 from vitrail.runs.images import name_of, open_image
 from vitrail.types import InputSpec
 
@@ -58,6 +59,16 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
             return index, str(error)
 
 
+def require_classifier(model: nn.Module, key: str) -> None:
+    """Refuse a network that segments images where classes of whole images are needed.
+
+    Raises:
+        ConfigError: the network predicts masks; the message names `key`.
+    """
+    if "masks" in declared_outputs(model):
+        raise ConfigError(f"{key}: this network segments images; a classifier is needed here.")
+
+
 def predictions(
     model: nn.Module,
     spec: InputSpec,
@@ -84,8 +95,9 @@ def predictions(
         precision: `fp32`, or `bf16` or `fp16` with autocast.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the network is no classifier, or there is no such device.
     """
+    require_classifier(model, "ckpt")
     place = device_of(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores, -(-len(images) // batch_size)) if num_workers is None else num_workers

@@ -23,16 +23,20 @@ log = logging.getLogger(__name__)
 _ADVICE = "experiment=segmentation selects model, objective and augmentation of segmentation"
 
 
-def check_task(model: nn.Module, data: Any) -> None:
+def check_task(model: nn.Module, has_masks: bool) -> None:
     """Check that network and data belong to the same task, classification or segmentation.
+
+    Args:
+        model: network.
+        has_masks: whether the data has masks.
 
     Raises:
         ConfigError: one of them has masks and the other has not.
     """
-    has_masks = "masks" in declared_outputs(model)
-    if has_masks == ("masks" in data.provides):
+    predicts_masks = "masks" in declared_outputs(model)
+    if predicts_masks == has_masks:
         return
-    if has_masks:
+    if predicts_masks:
         raise ConfigError(f"data: has no masks, which {type(model).__name__} learns; {_ADVICE}, data=ade20k its data.")
     raise ConfigError(f"model: {type(model).__name__} is a classifier, but the data has masks; {_ADVICE}.")
 

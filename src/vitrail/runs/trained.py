@@ -20,7 +20,7 @@ from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import plain
 from vitrail.runs.directory import find_weights_file
 from vitrail.runs.images import listed_images
-from vitrail.runs.prediction import Prediction, predictions
+from vitrail.runs.prediction import Prediction, predictions, require_classifier
 from vitrail.types import ImageSize, InputSpec, height_width
 from vitrail_runtime.checking import checked
 from vitrail_runtime.renames import upgraded
@@ -290,6 +290,7 @@ def run_classifier(
         ConfigError: the same errors as `load_run`.
     """
     opened = load_run(ckpt, weights, image_size=image_size, key=f"{key}.ckpt")
+    require_classifier(opened.model, f"{key}.ckpt={ckpt}")
     if kwargs:
         node = plain(OmegaConf.merge(OmegaConf.create(opened.config["model"]), kwargs))
         model = build_model(node, len(opened.classes or ()), opened.input.size)

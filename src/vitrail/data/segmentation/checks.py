@@ -35,7 +35,8 @@ def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Fin
     counts, errors = class_pixels(split, indices, len(source.classes))
     if not errors:  # otherwise reported with the images
         yield Finding(f"{name} masks", "ok", f"{len(indices)} read; sizes agree, all values are classes or ignored")
-    yield _shares(name, counts, source.classes)
+    if counts.any():
+        yield _shares(name, counts, source.classes)
     rotated = [split.files(index)[0] for index in indices if _orientation(split.files(index)[0]) != 1]
     if rotated:
         text = f"{len(rotated)} images are rotated by their EXIF orientation, the first is {rotated[0].name}"
