@@ -156,6 +156,14 @@ def train(*args: str, logs: Path, timeout: float = 240, fresh: bool = False, **e
     return directory
 
 
+def train_and_export(logs: Path) -> tuple[Path, Path]:
+    """Train a DeiT-nano for two steps; return the run, whose EMA weights differ from the raw ones, and its export."""
+    directory = train(*QUICK, "model=deit_nano", "callbacks.ema.decay=0.5", "augment.crop_pct=0.9", logs=logs)
+    result = run("export.py", f"ckpt={directory}", "to=hub", f"out={logs / 'hub'}", logs=logs)
+    assert result.returncode == 0, result.stderr
+    return directory, logs / "hub"
+
+
 def error_of(result: subprocess.CompletedProcess[str]) -> str:
     """Return the one-line error of a run that must fail without a traceback."""
     assert result.returncode == 1, result.stdout + result.stderr

@@ -12,19 +12,14 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import vitrail
-from programs import QUICK, error_of, run, train
+from programs import error_of, run, train_and_export
 from vitrail.reporting.predictions import prediction_writer
 from vitrail.runs.prediction import predictions
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A DeiT-nano of two steps, and its folder for the hub."""
-    logs = tmp_path_factory.mktemp("logs")
-    directory = train(*QUICK, "model=deit_nano", "callbacks.ema.decay=0.5", "augment.crop_pct=0.9", logs=logs)
-    result = run("export.py", f"ckpt={directory}", "to=hub", f"out={logs / 'hub'}", logs=logs)
-    assert result.returncode == 0, result.stderr
-    return directory, logs / "hub"
+    return train_and_export(tmp_path_factory.mktemp("logs"))
 
 
 def rows_of(path):

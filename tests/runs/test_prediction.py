@@ -1,5 +1,7 @@
 """`TrainedModel.predict`: the same for paths, Pillow's images, arrays and tensors, as a plain timm loop."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
@@ -91,11 +93,30 @@ def test_predict__unreadable_image(trained, image, message):
 
 
 def test_predict__refuses(trained):
-    for images, message in ((3, "images: int is not an image"), ("/nowhere", "images=/nowhere: no such file")):
+    for images, message in (
+        (3, "images: int is not an image"),
+        (b"bytes of a file", "images: bytes is not an image"),
+        ({"a": 1}, "images: dict is not an image"),
+        (BytesIO(), "images: BytesIO is not an image"),
+        ("/nowhere", "images=/nowhere: no such file"),
+    ):
         with pytest.raises(ConfigError, match=message):
             trained.predict(images)
-    with pytest.raises(ConfigError, match="device=cuda:99"):
-        trained.predict(np.zeros((4, 4, 3), np.uint8), device="cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"device": "cuda:99"}, "device=cuda:99"),
+        ({"top_k": "a"}, "top_k=a: must be an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be an integer of at least 1"),
+        ({"num_workers": "x"}, "num_workers=x: must be an integer of at least 0 or null"),
+        ({"precision": "int8"}, "precision=int8: must be one of fp32, bf16, fp16"),
+    ],
+)
+def test_predict__refuses_options(trained, option, message):
+    with pytest.raises(ConfigError, match=message):
+        trained.predict(np.zeros((4, 4, 3), np.uint8), **option)
 
 
 def test_find_images__folder_pattern_and_list(image_tree, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitrail
-from programs import QUICK, run, run_directories, train
+from programs import run, run_directories, train_and_export
 from vitrail.checkpoints.reading import backbone_weights, read_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
@@ -16,12 +16,7 @@ from vitrail.runs.trained import run_classifier
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A DeiT-nano of two steps whose EMA weights differ from the raw ones, and its folder for the hub."""
-    logs = tmp_path_factory.mktemp("logs")
-    directory = train(*QUICK, "model=deit_nano", "callbacks.ema.decay=0.5", "augment.crop_pct=0.9", logs=logs)
-    result = run("export.py", f"ckpt={directory}", "to=hub", f"out={logs / 'hub'}", logs=logs)
-    assert result.returncode == 0, result.stderr
-    return directory, logs / "hub"
+    return train_and_export(tmp_path_factory.mktemp("logs"))
 
 
 def test_run__weights_input_and_classes(finished):
@@ -104,7 +99,7 @@ def test_published__convolutional_network_and_another_class(tmp_path):
         ({"path": "/nowhere.ckpt"}, "ckpt=/nowhere.ckpt: no such file"),
         ({"path": "/nowhere.ckpt", "key": "teacher.ckpt"}, "teacher.ckpt=/nowhere.ckpt: no such file"),
         ({"path": None, "model": "vit_nano"}, "ckpt: not set.*model.pretrained=true"),
-        ({"path": None, "weights": "worst"}, "weights=worst: choose best, ema or raw"),
+        ({"path": None, "weights": "worst"}, "weights=worst: must be one of best, ema, raw"),
     ],
 )
 def test_refuses(arguments, message):

@@ -156,7 +156,7 @@ def open_trained(config: DictConfig) -> TrainedModel:
     size = None if config.data is None else config.data.get("image_size")
     named = size is not None and _is_named("data.image_size")
     model = None if config.model is None else plain(config.model)
-    weights = "best" if config.weights == "both" else config.weights
+    weights: Any = "best" if config.weights == "both" else config.weights
     if model is not None and model.get("_target_") in _SEGMENTERS:  # the data says for which size they were trained
         named = size is not None
     trained = load_run(config.ckpt, weights, model, image_size=size if named else None)

@@ -4,7 +4,8 @@ Shapes: H x W pixels, N images.
 """
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def listed_images(images: Any) -> list[Any]:
         return [images] if images.ndim <= 3 else list(images)
     if isinstance(images, Image.Image):
         return [images]
-    if not isinstance(images, Iterable):
+    if not isinstance(images, Iterable) or isinstance(images, (bytes, Mapping, IOBase)):
         raise ConfigError(f"images: {type(images).__name__} is not an image; pass paths, Pillow's, arrays or tensors.")
     return [image for item in images for image in _listed(item)]
 

@@ -6,7 +6,7 @@ Shapes: B images of a batch, C classes, K most likely classes, H x W pixels.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from vitrail.models import forward_heads
 from vitrail.models.heads import declared_outputs
 from vitrail.runs.images import name_of, open_image
 from vitrail.types import InputSpec
+from vitrail_runtime.checking import NonNegativeInt, PositiveInt, checked
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,17 +70,18 @@ def require_classifier(model: nn.Module, key: str) -> None:
         raise ConfigError(f"{key}: this network segments images; a classifier is needed here.")
 
 
+@checked
 def predictions(
     model: nn.Module,
     spec: InputSpec,
     classes: Sequence[str],
     images: Sequence[Any],
     *,
-    top_k: int = 5,
-    batch_size: int = 32,
-    num_workers: int | None = 0,
+    top_k: PositiveInt = 5,
+    batch_size: PositiveInt = 32,
+    num_workers: NonNegativeInt | None = 0,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> Iterator[Prediction]:
     """Yield the prediction for each image, in order.
 
@@ -95,7 +97,7 @@ def predictions(
         precision: `fp32`, or `bf16` or `fp16` with autocast.
 
     Raises:
-        ConfigError: the network is no classifier, or there is no such device.
+        ConfigError: the network is no classifier, or an option is invalid.
     """
     require_classifier(model, "ckpt")
     place = device_of(device)

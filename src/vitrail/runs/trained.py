@@ -95,9 +95,10 @@ class TrainedModel:
         return "data" in self.config
 
 
+@checked
 def load_run(
     path: str | Path | None,
-    weights: str = "best",
+    weights: Literal["best", "ema", "raw"] = "best",
     model: str | Mapping[str, Any] | None = None,
     image_size: ImageSize | None = None,
     key: str = "ckpt",
@@ -115,8 +116,6 @@ def load_run(
     Raises:
         ConfigError: the model is unknown, or the weights are missing or do not fit.
     """
-    if weights not in ("best", "ema", "raw"):
-        raise ConfigError(f"weights={weights}: choose best, ema or raw.")
     file, described = (None, None) if path is None else find_weights_file(path, key)
     if described is not None:
         _refuse_model(model, described["architecture"], file, "config.json")
@@ -270,7 +269,7 @@ def _classes_in(checkpoint: dict[str, Any], cfg: Any) -> int | None:
 @checked
 def run_classifier(
     ckpt: str,
-    weights: str = "best",
+    weights: Literal["best", "ema", "raw"] = "best",
     image_size: ImageSize | None = None,
     classes: Literal["data"] | None = None,
     key: str = "annotator",
