@@ -14,6 +14,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
+import timm
 import torch
 
 FOLDER = Path(__file__).parent
@@ -100,3 +102,15 @@ def assert_tensor(actual, expected, rtol=1e-4):
     assert abs(a.mean() - expected["mean"]) <= rtol * std
     assert abs(a.std() - expected["std"]) <= rtol * std
     assert abs(np.sqrt((a * a).sum()) - expected["l2"]) <= rtol * max(expected["l2"], std * np.sqrt(a.size))
+
+
+def check_initial_weights(name, statistics):
+    """Compare mean, spread and largest values of each new weight with those of the official code."""
+    torch.manual_seed(0)
+    state = timm.create_model(name).state_dict()
+    for key, mean, std, low, high in statistics[name]:
+        values = state[key].double()
+        n = values.numel()
+        assert values.std(correction=0).item() == pytest.approx(std, rel=0.05 + 4 / n**0.5, abs=1e-9), key
+        assert values.mean().item() == pytest.approx(mean, abs=8 * std / n**0.5 + 1e-9), key
+        assert values.abs().max().item() <= 1.5 * max(abs(low), abs(high)) + 1e-9, key

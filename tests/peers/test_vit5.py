@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vitrail  # noqa: F401
-from peers.recorded import assert_tensor, draw, images, recorded
+from peers.recorded import assert_tensor, check_initial_weights, draw, images, recorded
 from vitrail.models import load_checkpoint
 from vitrail.models.cost import measure_cost
 from vitrail.models.vit5 import ViT5
@@ -140,14 +140,7 @@ def test_stochastic_depth__one_rate_in_all_blocks():
 
 
 def test_initial_weights__distributed_as_official():
-    torch.manual_seed(0)
-    state = timm.create_model("vit5_small").state_dict()
-    for key, mean, std, low, high in RECORDS["init_stats"]["vit5_small"]:
-        values = state[key].double()
-        n = values.numel()
-        assert values.std(correction=0).item() == pytest.approx(std, rel=0.05 + 4 / n**0.5, abs=1e-9), key
-        assert values.mean().item() == pytest.approx(mean, abs=8 * std / n**0.5 + 1e-9), key
-        assert values.abs().max().item() <= 1.5 * max(abs(low), abs(high)) + 1e-9, key
+    check_initial_weights("vit5_small", RECORDS["init_stats"])
 
 
 @pytest.mark.parametrize("name", ["vit5_toy", "vit5_toy_no_reg", "vit5_toy_reg9_hd24"])

@@ -9,7 +9,7 @@ import torch
 from timm.models.volo import VOLO
 
 import vitrail  # noqa: F401
-from peers.recorded import assert_tensor, draw, images, recorded
+from peers.recorded import assert_tensor, check_initial_weights, draw, images, recorded
 from peers.test_token_labels import check_loss
 from vitrail.data import MixToken
 from vitrail.models import forward_heads, load_checkpoint
@@ -172,11 +172,4 @@ def test_stochastic_depth__none_in_outlookers_and_class_blocks(name):
 
 
 def test_initial_weights__distributed_as_official():
-    torch.manual_seed(0)
-    state = timm.create_model("volo_d1_224").state_dict()
-    for key, mean, std, low, high in RECORDS["init_stats"]["volo_d1_224"]:
-        values = state[key].double()
-        n = values.numel()
-        assert values.std(correction=0).item() == pytest.approx(std, rel=0.05 + 4 / n**0.5, abs=1e-9), key
-        assert values.mean().item() == pytest.approx(mean, abs=8 * std / n**0.5 + 1e-9), key
-        assert values.abs().max().item() <= 1.5 * max(abs(low), abs(high)) + 1e-9, key
+    check_initial_weights("volo_d1_224", RECORDS["init_stats"])
