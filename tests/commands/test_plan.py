@@ -41,6 +41,22 @@ def test_linear_probe__counts_forward_passes_and_classifiers():
     assert plan.hours == pytest.approx(float(re.search(r"Expected: ([\d.]+) h", header)[1]), rel=0.02)
 
 
+def test_segmentation__counts_steps_and_the_whole_network():
+    plan = planned("experiment=seg_lvvit_s", "trainer=ddp_8gpu")
+    assert plan.missing == ["data.root", "init_from"]
+    assert (plan.images, plan.classes, plan.image_size) == (20_210, 150, (512, 512))
+    assert plan.steps * plan.epochs == 160_000
+    assert plan.cost.parameters == sum(plan.groups.values()) == 44_452_076
+    assert plan.rates[0] == pytest.approx(6e-5 * (1 - 4000 / 160_000), rel=1e-3)  # the warm-up has 1,500 steps
+    assert plan.rates[-1] == pytest.approx(6e-5 * 4000 / 160_000, rel=1e-2)
+    assert plan.hours == pytest.approx(3 * 2 * plan.cost.macs * 160_000 * 32 / (8 * 0.3 * 312e12) / 3600)
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(plan_table(plan))
+    assert "a crop in which no class fills 75 % or more" in shown.get()
+    assert "cores" not in shown.get()  # the speed of its loader has not been measured
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [

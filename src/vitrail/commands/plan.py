@@ -16,15 +16,17 @@ from vitrail.data.phases import Phases
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
 from vitrail.models.cost import Cost, activation_bytes, measure_cost
-from vitrail.models.heads import declared_outputs
 from vitrail.objectives.contract import passes_of
 from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, describe_augmentation, plan_table
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import instantiate, settle_model
 from vitrail.runs.phases import build_phases, fit_to_phases
-from vitrail.training import CosineSchedule, OptimizerFactory, ProbeSettings
+from vitrail.runs.segmentation import check_task
+from vitrail.training import OptimizerFactory, ProbeSettings
 from vitrail.training.linear_probe import new_classifiers
+from vitrail.training.schedules import epoch_rates
 from vitrail.types import InputSpec, height_width
+from vitrail_runtime.allowed_targets import resolve_target
 
 _TYPICAL = (375, 500)  # (height, width) of an image of ImageNet, in pixels
 _SAMPLE = 1000  # views
@@ -51,9 +53,9 @@ def make_plan(config: DictConfig) -> Plan:
     sides = height_width(config.data.get("image_size") or 224)
     model, probe = _build_backbone(config, classes, sides), instantiate(config.get("probe"), "probe")
     optimizer: OptimizerFactory = instantiate(config.optimizer, "optimizer")
-    augment: Augmentation = instantiate(config.augment, "augment")
+    augment = instantiate(config.augment, "augment")
     mixing = instantiate(config.mixing, "mixing")
-    batch = _batch_size(config, images)
+    batch, has_masks = _batch_size(config, images), _has_masks(config)
     groups = _decay_groups(optimizer, model, probe, batch.total)
     phases = build_phases(config, sides)
     if phases is not None:
@@ -69,7 +71,7 @@ def make_plan(config: DictConfig) -> Plan:
     hours = None if per_epoch is None or speed is None else per_epoch * epochs / speed / 3600
     states = 4 if optimizer.name in ("sgd", "momentum", "lion", "muon", "nmuon") else 8
     ema = 0 if config.callbacks.get("ema") is None else 4
-    on_device = _renders_on_device(config, augment)
+    on_device = not has_masks and _renders_on_device(config, augment)
     return Plan(
         name=model_name(config.model),
         missing=missing,
@@ -85,22 +87,30 @@ def make_plan(config: DictConfig) -> Plan:
         batch=batch.total,
         steps=batch.steps,
         epochs=epochs,
-        rates=_rates(instantiate(config.schedule, "schedule"), optimizer.scaled_lr(batch.total), epochs, phases),
+        rates=epoch_rates(
+            instantiate(config.schedule, "schedule"),
+            optimizer.scaled_lr(batch.total),
+            epochs,
+            batch.steps or 100,  # any number will do, unless the schedule counts steps
+            None if phases is None else phases.schedule_epochs,
+        ),
         groups=groups,
         activations=activations,
         memory=_state_bytes(config, cost, teacher, sum(groups.values()), states, ema) + activations * batch.per_device,
         images_per_second=speed,
         hours=sum(part.hours or 0 for part in costs) if costs and hours is not None else hours,
         disk=2 * (cost.parameters * (4 + ema) + sum(groups.values()) * states),
-        augmentation=describe_augmentation(augment, config.data.get("hflip", 0.5), mixing),
+        augmentation=augment.describe()
+        if has_masks
+        else describe_augmentation(augment, config.data.get("hflip", 0.5), mixing),
         optimizer=optimizer.describe(batch.total),
         phases=costs,
         equal_epochs=epochs if phases is None else phases.compute(epochs),
         by="epochs" if phases is None else phases.by,
         stored=_declared(source, "describe", ""),
-        storage=_declared(source, "storage", "files"),
+        storage=None if has_masks else _declared(source, "storage", "files"),
         render="device" if on_device else "loader",
-        bytes_per_image=_bytes_per_image(augment, config, sides, on_device),
+        bytes_per_image=None if has_masks else _bytes_per_image(augment, config, sides, on_device),
     )
 
 
@@ -119,7 +129,8 @@ def _batch_size(config: DictConfig, images: int | None) -> _Batch:
     trainer, per_device = config.trainer, config.data.get("batch_size") or 128
     devices = (trainer.devices if isinstance(trainer.devices, int) else 1) * trainer.num_nodes
     per_step, accumulated = per_device * devices, trainer.accumulate_grad_batches
-    steps = None if images is None else math.ceil((images // per_step) / accumulated)
+    batches = config.data.get("batches_per_epoch") or (None if images is None else images // per_step)
+    steps = None if batches is None else math.ceil(batches / accumulated)
     return _Batch(per_device, devices, per_step * accumulated, steps)
 
 
@@ -127,8 +138,7 @@ def _build_backbone(config: DictConfig, classes: int, sides: tuple[int, int]) ->
     """Build the backbone without downloading weights."""
     untrained = {"pretrained": False} if "pretrained" in config.model else {}
     model: Any = build_model(config.model, config.model.get("num_classes") or classes, sides, **untrained)
-    if "masks" in declared_outputs(model):
-        raise ConfigError("plan=true: plans trainings of classifiers only, not of segmentation; omit it.")
+    check_task(model, _has_masks(config))
     if config.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing()
     return model
@@ -241,6 +251,10 @@ def _on_gpus(trainer: DictConfig) -> bool:
     return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
 
 
+def _has_masks(config: DictConfig) -> bool:
+    return getattr(resolve_target(str(config.data.get("_target_"))), "has_masks", False)
+
+
 def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int, Any]:
     """Return the number of training images and of classes, and the source.
 
@@ -251,7 +265,8 @@ def _data_size(config: DictConfig, missing: list[str]) -> tuple[int | None, int,
         missing.insert(0, "data.root")
     else:
         try:
-            data = instantiate(config.data, "data", augment=Augmentation())
+            augment = {} if _has_masks(config) else {"augment": Augmentation()}
+            data = instantiate(config.data, "data", **augment)
             return len(data.source.open("train")), data.num_classes, data.source
         except ConfigError:
             if published is None:
@@ -279,16 +294,3 @@ def _bytes_per_image(
     views = augment.views(InputSpec(sides, tuple(mean or (0.5,) * 3), tuple(std or (0.5,) * 3)), 0.5)
     crops = [views.draw_view(_TYPICAL, 0, index).steps[0].values for index in range(_SAMPLE)]
     return 3.0 * sum(height * width for _, _, height, width, _ in crops) / _SAMPLE
-
-
-def _rates(schedule: CosineSchedule, peak: float, epochs: int, phases: Phases | None = None) -> list[float]:
-    """Return the learning rate in the middle of each epoch, for per-step and per-epoch schedules."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = schedule.build(optimizer, epochs, steps_per_epoch=100)
-    rates = []
-    for epoch in range(epochs):
-        positions = (epoch, epoch + 0.5)
-        begin, middle = positions if phases is None else map(phases.schedule_epochs, positions)
-        schedule.advance(scheduler, begin, 100 * middle)
-        rates.append(optimizer.param_groups[0]["lr"])
-    return rates

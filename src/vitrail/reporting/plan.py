@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     equal_epochs: float  # epochs at the final size that cost as much, counted in pixels
     by: str  # what the phases share: epochs or compute
     stored: str = ""  # how the stored pixels differ from the original files
-    storage: str = "files"  # files, packed, packed_256, ...
+    storage: str | None = "files"  # files, packed, packed_256, ...; None if the loader's speed is not known
     render: str = "loader"  # where training images are rendered: loader or device
     bytes_per_image: float | None = None  # from loader to device, for images of 500 x 375 pixels; None if not known
 
@@ -119,11 +119,14 @@ def plan_table(plan: Plan) -> Group:
         table.add_row("time", "not estimated for CPUs; add trainer=gpu or trainer=ddp_8gpu")
     else:
         speeds = [plan.images_per_second, *(phase.images_per_second or 0 for phase in plan.phases)]
-        per_core = loader_speed(plan.storage, plan.render)
-        cores = math.ceil(max(speeds) / per_core)
         needed = f"{'up to ' if plan.phases else ''}{max(speeds):,.0f} images/s needed"
-        where = f"{_STORAGES[plan.storage]}, rendered {_PLACES[plan.render]}"
-        table.add_row("loader", f"{needed}: about {cores:,} cores, {per_core:,} images/s each\n({where})")
+        if plan.storage is None:
+            table.add_row("loader", needed)
+        else:
+            per_core = loader_speed(plan.storage, plan.render)
+            cores = math.ceil(max(speeds) / per_core)
+            where = f"{_STORAGES[plan.storage]}, rendered {_PLACES[plan.render]}"
+            table.add_row("loader", f"{needed}: about {cores:,} cores, {per_core:,} images/s each\n({where})")
         if plan.bytes_per_image is not None:
             rate = max(speeds) * plan.bytes_per_image / plan.devices / 1e9
             table.add_row(

@@ -2,6 +2,7 @@
 one of segmentation."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 
 import torch
@@ -154,3 +155,29 @@ class _WarmPoly(PolyLRScheduler):
             return rates
         factor = 1 - (1 - t / self.mmcv_warmup) * (1 - self.warmup_ratio)
         return [rate * factor for rate in rates]
+
+
+def epoch_rates(
+    schedule: CosineSchedule | LinearSchedule,
+    peak: float,
+    epochs: int,
+    steps: int,
+    position: Callable[[float], float] | None = None,
+) -> list[float]:
+    """Return the learning rate in the middle of each epoch, or for all of it if the schedule is not per step.
+
+    Args:
+        schedule: the schedule.
+        peak: learning rate of the optimiser.
+        epochs: number of epochs.
+        steps: optimiser steps per epoch.
+        position: maps epochs since the start to epochs of the schedule, for trainings in phases.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = schedule.build(optimizer, epochs, steps_per_epoch=steps)
+    rates = []
+    for epoch in range(epochs):
+        begin, middle = (float(at) if position is None else position(at) for at in (epoch, epoch + 0.5))
+        schedule.advance(scheduler, begin, steps * middle)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates

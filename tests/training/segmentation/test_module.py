@@ -7,11 +7,9 @@ import masked
 from assembly import assemble
 from programs import metrics
 from resuming import assert_same_state, copy_every_save, last_checkpoint, new_folder
-from vitrail.commands.plan import make_plan
 from vitrail.data.segmentation.augment import normalised, resized
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
-from vitrail.runs.config import compose
 from vitrail.training.segmentation import SegmentationMetrics
 
 EMA = "callbacks.ema={_target_: vitrail.training.EMA, decay: 0.9}"
@@ -201,8 +199,3 @@ def test_keys_of_segmentation__reach_their_objects(root, tmp_path):
     with torch.no_grad():
         scores = module.eval().inference(module, torch.zeros(3, 72, 96, dtype=torch.uint8))
     assert scores.shape == (4, 72, 96)  # whole images, for which the network was not built
-
-
-def test_plan__is_for_classifiers_only():
-    with pytest.raises(ConfigError, match="plan=true: plans trainings of classifiers only"):
-        make_plan(compose("train", [*masked.SMALL, "plan=true"]))

@@ -108,6 +108,20 @@ class JointAugmentation:
             pair = F.horizontal_flip(pair[0]), F.horizontal_flip(pair[1])
         return padded(normalised(self._distorted(pair[0]), mean, std), pair[1], size)
 
+    def describe(self) -> list[str]:
+        """Describe the augmentation of a training image, one step per line."""
+        low, high = self.ratio
+        words = [
+            f"resized to a shorter side of {self.short_side}, a longer side of at most {self.long_side} pixels, times"
+            f" {low:g} to {high:g}",
+            f"a crop in which no class fills {100 * self.max_class_share:g} % or more",
+        ]
+        if self.hflip:
+            words.append(f"mirrored with probability {self.hflip:g}")
+        if self.photometric:
+            words.append(f"brightness, contrast, saturation and hue, each with probability {self.photometric:g}")
+        return words
+
     def _crop_box(self, mask: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Draw top, left, height and width of a crop, until no class fills too much of it or the attempts are used up.
 
