@@ -110,6 +110,7 @@ def main() -> None:
         cells = [f"{value:.1f}" for value in (macs[name], *values, statistics.mean(values), statistics.stdev(values))]
         table.add_row(name, *cells)
         figures |= {f"{name}_top1": statistics.mean(values), f"{name}_spread": statistics.stdev(values)}
+        figures |= {f"{name}_seed_{seed}": value for seed, value in zip(SEEDS, values, strict=True)}
         figures[f"{name}_macs"] = macs[name]
     console.print(table)
     draw(top1, macs, out / "pruned" / "accuracy.png")
