@@ -9,6 +9,8 @@ from annotating import annotate, examine
 from vitrail.errors import ConfigError, ImageError
 from vitrail.models.pretrained import dense_scores, timm_classifier
 
+pytestmark = pytest.mark.thorough
+
 
 @torch.inference_mode()
 def by_hand(path, classes, crop=False):

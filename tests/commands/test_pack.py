@@ -17,6 +17,8 @@ from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.sources import ImageFolder
 from vitrail.errors import ConfigError
 
+pytestmark = pytest.mark.thorough
+
 
 def composed(program, *overrides):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):

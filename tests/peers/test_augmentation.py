@@ -17,6 +17,8 @@ from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw
 from vitrail.runs.config import instantiate
 
+pytestmark = pytest.mark.thorough
+
 FILES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
 # Arguments of timm's create_transform in the official commands.
 PUBLISHED = {

@@ -14,6 +14,8 @@ from vitrail.models.sinusoid import sinusoid_table
 from vitrail.models.tokens_to_token import TokenPerformer, TokenTransformer
 from vitrail.training import OptimizerFactory
 
+pytestmark = pytest.mark.thorough
+
 RECORDS = {**recorded("backbones.json"), **recorded("second_order.json")}
 PARTS = recorded("backbone_parts.json")
 

@@ -13,6 +13,8 @@ from vitrail.errors import ConfigError
 from vitrail.reporting.wandb_report import ProjectPath, varied_keys
 from wandb_server import ENTITY, Run, shown_metrics
 
+pytestmark = pytest.mark.thorough
+
 PICTURE = {"_type": "images/separated", "count": 1}
 
 

@@ -117,6 +117,7 @@ def test_family__names_in_its_file_exist(family):
     assert all(timm.is_model(name) for name in names)
 
 
+@pytest.mark.thorough
 def test_optimizers_schedules_objectives__build():
     import torch
 

@@ -21,6 +21,8 @@ from resuming import (
 )
 from vitrail.runs.resume import ResumePosition
 
+pytestmark = pytest.mark.thorough
+
 
 def test_resume__from_every_step_gives_the_same_weights(image_tree, tmp_path):
     """A checkpoint after each of the 4 optimiser steps of 3 epochs; an epoch's last one follows its validation."""

@@ -15,6 +15,8 @@ from vitrail.models import create_model
 from vitrail.objectives import CosubLoss, FeatureDistillation
 from vitrail.training import LinearProbe, ProbeSettings
 
+pytestmark = pytest.mark.thorough
+
 PROBE = (
     *("experiment=linear_probe", "data=digits", "data.batch_size=64", "model=deit_nano", "trainer=cpu", "epochs=2"),
     *("probe.lr_factors=[0.01,0.1,1]", "optimizer.lr=5", "data.image_size=8", "+model.depth=2"),

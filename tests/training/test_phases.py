@@ -15,6 +15,8 @@ from vitrail.models.any_size import allow_any_size
 from vitrail.objectives import CrossEntropy, TokenLabelingLoss
 from vitrail.training import EMA, CosineSchedule, ImageClassifier, OptimizerFactory, PhaseReport
 
+pytestmark = pytest.mark.thorough
+
 CALENDAR = [
     {"share": 0.5, "image_size": 8, "magnitude": 1},
     {"share": 0.25, "image_size": 12},

@@ -7,6 +7,8 @@ import torch
 from assembly import assemble
 from waits import Waits
 
+pytestmark = pytest.mark.thorough
+
 FIRST, LAST = 5, 55
 
 

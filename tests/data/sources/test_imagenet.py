@@ -10,6 +10,8 @@ from PIL import Image
 from vitrail.data.sources.imagenet import ImageNet, ImageNetReal, ImageNetVariant, synsets
 from vitrail.errors import ConfigError
 
+pytestmark = pytest.mark.thorough
+
 INFO = Path(timm.data.__path__[0], "_info")
 
 

@@ -110,6 +110,7 @@ def test_pack__value_range(mixed, tmp_path):
         Packed(str(tmp_path / "raw"), [0, 8190])
 
 
+@pytest.mark.thorough
 def test_pack__real_labels(tmp_path):
     source = ImageNetReal(str(layouts.write_folders(tmp_path / "imagenet")))
     pack = written(tmp_path / "pack", source, shard_images=400)

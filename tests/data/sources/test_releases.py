@@ -11,6 +11,8 @@ import layouts
 from vitrail.data.sources import ImageNet, ImageNetArchives, ImageNetKaggle, ImageNetReal, Parquet, WebDataset
 from vitrail.errors import ConfigError, ImageError
 
+pytestmark = pytest.mark.thorough
+
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
 SOURCES = {
     "archives": (layouts.write_archives, ImageNetArchives, {}),

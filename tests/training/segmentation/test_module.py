@@ -12,6 +12,8 @@ from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads
 from vitrail.training.segmentation import SegmentationMetrics
 
+pytestmark = pytest.mark.thorough
+
 EMA = "callbacks.ema={_target_: vitrail.training.EMA, decay: 0.9}"
 
 
