@@ -83,7 +83,7 @@ def shared(*args, logs, ranks=2, **kwargs):
             marks=pytest.mark.thorough,
         ),
         pytest.param(
-            "ddp_cpu_2 +strategy.broadcast_buffers=false",  # BatchNorm's statistics stay separate, as with FSDP
+            "ddp_cpu_2",
             (
                 *("model=evo_levit", "model.name=evo_levit_128s", "+model.embed_dim=[16,24,32]", "+model.key_dim=8"),
                 *("+model.num_heads=2", "+model.depth=[3,2,1]", "model.stage_wise_from=0.5", "data.image_size=64"),

@@ -122,6 +122,22 @@ def build_parts(objective: nn.Module, widths: Mapping[str, int]) -> None:
             module.build_parts(widths)  # type: ignore[operator]
 
 
+class FeatureWidths(dict[str, int]):
+    """Channels of the features of a backbone and its teacher, looked up when an objective asks for them."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        super().__init__()
+        self._owners = {"outputs.features": model, "teacher_features": teacher}
+
+    def __missing__(self, name: str) -> int:
+        owner = self._owners.get(name)
+        width = getattr(owner, "num_features", None)
+        if width is None:
+            what = "the teacher" if name == "teacher_features" else type(owner).__name__
+            raise ConfigError(f"objective: the width of {name} is not known; {what} needs an attribute num_features.")
+        return int(width)
+
+
 def passes_of(objective: nn.Module) -> int:
     """Return the forward passes per image and step."""
     return int(getattr(objective, "passes", 1))

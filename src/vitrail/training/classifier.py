@@ -21,7 +21,15 @@ from vitrail.data.transfer import to_device
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
 from vitrail.models.heads import declared_outputs, return_features, token_grid
-from vitrail.objectives.contract import build_parts, check_losses, passes_of, trained_parts, uses_of
+from vitrail.objectives.contract import (
+    FeatureWidths,
+    build_parts,
+    check_losses,
+    passes_of,
+    trained_parts,
+    uses_of,
+)
+from vitrail.training.buffers import share_buffers
 from vitrail.training.metrics import ValidationMetrics
 from vitrail.training.muon import describe_routing
 from vitrail.training.optimizers import OptimizerFactory
@@ -73,7 +81,7 @@ class ImageClassifier(L.LightningModule):
         self.model, self.objective, self.num_classes = model, objective, num_classes
         if "outputs.features" in uses_of(objective):
             return_features(model)
-        build_parts(objective, _Widths(model, None if targets is None else targets.teacher))
+        build_parts(objective, FeatureWidths(model, None if targets is None else targets.teacher))
         self.optimizer, self.schedule = optimizer, schedule
         self.mixing, self.targets, self.seed = mixing, targets or TargetBuilder(), seed
         self.compile_mode, self.phases = compile_mode, phases
@@ -263,6 +271,10 @@ class ImageClassifier(L.LightningModule):
 
     # Validation
 
+    def on_validation_start(self) -> None:
+        """Measure the running statistics that a checkpoint contains, those of the first process."""
+        share_buffers(self.model.buffers())
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the metrics with images (B, 3, H, W) and labels (B,); `IGNORE` marks images to leave uncounted."""
         self.measure(batch, self.val_metrics)
@@ -278,22 +290,6 @@ class ImageClassifier(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all processes."""
         self.log_dict(self.val_metrics.compute_and_reset("val/"), prog_bar=True, sync_dist=True, batch_size=1)
-
-
-class _Widths(dict[str, int]):
-    """Channels of the features of a backbone and its teacher, looked up when an objective asks for them."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
-        super().__init__()
-        self._owners = {"outputs.features": model, "teacher_features": teacher}
-
-    def __missing__(self, name: str) -> int:
-        owner = self._owners.get(name)
-        width = getattr(owner, "num_features", None)
-        if width is None:
-            what = "the teacher" if name == "teacher_features" else type(owner).__name__
-            raise ConfigError(f"objective: the width of {name} is not known; {what} needs an attribute num_features.")
-        return int(width)
 
 
 def _overlaps(module: nn.Module) -> bool:

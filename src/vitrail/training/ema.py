@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.checkpoints.shards import local, shard_like
+from vitrail.training.buffers import share_buffers
 from vitrail.training.classifier import ImageClassifier
 from vitrail_runtime.checking import Rate, checked
 
@@ -107,6 +108,10 @@ class EMA(L.Callback):
         kept = [ema.clone() for ema in averages]
         torch._foreach_copy_(averages, current)
         torch._foreach_copy_(current, kept)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+        """Measure the statistics that a checkpoint contains, as the module does for the raw weights."""
+        share_buffers(self.average[name] for name, _ in pl_module.model.named_buffers() if name in self.average)
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
