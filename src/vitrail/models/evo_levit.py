@@ -113,6 +113,10 @@ class EvoLevit(LayerToStage, LevitDistilled):
 
     # Forward
 
+    def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the first stage's patch tokens for images of (height, width) pixels."""
+        return self.position_grids(image_size)["pos_embed"]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the tokens (B, 1 + N, D) of the last stage, the class token first."""
         return self._stages(x)[-1][0]
