@@ -7,8 +7,9 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from small_training import build, trainer
+from vitrail.models.explanations import Explanation
 from vitrail.reporting import AttentionPicture, PredictionPicture
-from vitrail.reporting.attention import attention_sheet, heat_overlay
+from vitrail.reporting.explanations import explanation_sheet, heat_overlay
 from vitrail.training import CosineSchedule, OptimizerFactory
 
 
@@ -25,8 +26,8 @@ def test_overlay__red_where_the_map_is_largest():
 
 def test_sheet__one_row_per_image_and_one_panel_per_map():
     pixels = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255)])
-    maps = [torch.rand(2, 4, 4), torch.rand(2, 4, 4)]
-    sheet = attention_sheet(pixels, maps)
+    heats = {"attention": torch.rand(2, 4, 4), "rollout": torch.rand(2, 4, 4)}
+    sheet = explanation_sheet(pixels, Explanation(heats, None, None), ())
     assert sheet.size == (6 + 3 * 174, 22 + 2 * 174)
     assert sheet.getpixel((90, 100)) == (0, 0, 0)
     assert sheet.getpixel((90, 274)) == (255, 255, 255)
