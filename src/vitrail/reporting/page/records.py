@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from vitrail.data.sources.index import readable
 from vitrail.errors import ConfigError
 from vitrail.reporting.page.history import History, read_history
 
@@ -159,7 +160,7 @@ def read_run(
         upgrade: converts the config of an earlier version.
     """
     name = path.relative_to(root).as_posix() if path != root and path.is_relative_to(root) else path.name
-    run = RunRecord(path, name)
+    run = RunRecord(path, readable(name))
     job = _jobs(path.parent).get(int(path.name)) if path.name.isdigit() else None
     if job is not None:
         run.sweep = path.parent.name
