@@ -91,6 +91,9 @@ def test_record__a_resumed_run_keeps_its_first_overrides(tmp_path):
     run.record({"resume": None}, ["epochs=3", "seed=1"])
     run.record({"resume": "x"}, ["epochs=3", "seed=1"])  # restarted by torchrun: the same command
     assert file.read_text() == "epochs=3\nseed=1\n"
+    run.record({"resume": "x"}, ["seed=1"])  # another command, although the file ends like this
+    assert file.read_text().count("seed=1") == 2
+    file.write_text("epochs=3\nseed=1\n")
     for _ in range(2):
         run.record({"resume": "x"}, ["resume=x", "epochs=9"])
     run.record({"resume": "x"}, ["resume=x"])

@@ -1,7 +1,8 @@
 """Which places of an image raise a class's logit: gradient times activation, summed over the channels.
 
 At the last feature map of a CNN this is HiResCAM (Draelos and Carin, arXiv:2011.08891). For a ViT the activations are
-the tokens that enter the last block: its output does not reach the logits at the patches. captum computes it.
+the tokens that enter the last block, because a class token's logits do not depend on the patch tokens behind it. captum
+computes the gradient.
 
 Shapes: B images, P prefix tokens, N patch tokens, T = P + N, D channels, K kept tokens with the prefix.
 """
@@ -38,9 +39,7 @@ def gradient_map(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     if not isinstance(info, list) or not info or "module" not in info[-1]:
         raise ConfigError(f"{type(model).__name__} declares no feature_info, which names its last layer.")
     if "decisions" in declared_outputs(model) and not hasattr(model, "selection_blocks"):
-        raise ConfigError(
-            f"{type(model).__name__} selects tokens within its stages, so none has a place for each token."
-        )
+        raise ConfigError(f"{type(model).__name__} selects tokens within its stages; its tokens cannot be placed.")
     with torch.inference_mode(False), torch.enable_grad():
         images, classes = images.clone(), classes.clone()  # validation makes tensors that autograd cannot use
         attribution = LayerGradientXActivation(model, model.get_submodule(info[-1]["module"]))
@@ -62,6 +61,5 @@ def _as_maps(model: nn.Module, product: Tensor, images: Tensor) -> Tensor:
     with torch.no_grad():
         kept = forward_heads(model, images).extras["decisions"][:, -1].bool()  # (B, N)
     patches = product.sum(2)[:, product.shape[1] - int(kept[0].sum()) :]
-    return (
-        torch.zeros(kept.shape, device=kept.device).masked_scatter(kept, patches).unflatten(1, token_grid(model, size))
-    )
+    everything = torch.zeros(kept.shape, device=kept.device).masked_scatter(kept, patches)  # (B, N)
+    return everything.unflatten(1, token_grid(model, size))

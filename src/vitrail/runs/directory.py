@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import struct
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from vitrail_runtime.project import checkout
 
 log = logging.getLogger(__name__)
 
-_RESUMED = "# resumed"
 _PACKAGES = ("vitrail", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "torchmetrics", "timm", "numpy")
 
 
@@ -98,13 +98,12 @@ class RunDirectory:
 
     def _write_overrides(self, overrides: list[str], is_resumed: bool) -> None:
         """Write the overrides of a new run, or add those of a resumed one below a comment, unless they are the same."""
-        file = self.path / "overrides.txt"
-        before = file.read_text(encoding="utf-8") if is_resumed and file.is_file() else None
-        lines = "".join(f"{override}\n" for override in overrides)
-        if before is None:
+        file, lines = self.path / "overrides.txt", "".join(f"{override}\n" for override in overrides)
+        before = file.read_text(encoding="utf-8") if is_resumed and file.is_file() else ""
+        if not before:
             self.write(file.name, lines)
-        elif lines != before.rpartition(_RESUMED)[2].partition("\n")[2] and lines != before:
-            self.write(file.name, f"{before}{_RESUMED} {time.strftime('%Y-%m-%d %H:%M:%S')}\n{lines}")
+        elif lines != re.split(r"^# resumed.*\n", before, flags=re.MULTILINE)[-1]:
+            self.write(file.name, f"{before}# resumed {time.strftime('%Y-%m-%d %H:%M:%S')}\n{lines}")
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run atomically."""
