@@ -4,7 +4,7 @@ Each picture is made by the program that it shows: a training (`run.svg`), a swe
 compares its trials (`report.png`), an evaluation (`evaluation.png`), label maps of photographs (`label_maps.jpg`), and
 explanations of predictions (`explanations.jpg`) by networks of `make demo`, which are trained if they are not there.
 `overview.jpg` shows three of them together. Trainings are kept in `--out` and `--demo`, so that an interrupted command
-resumes. The page needs chromium (apt-get install chromium).
+resumes; remove these folders to repeat them. The page needs chromium (apt-get install chromium).
 
 `--only sweep,overview` makes some of them.
 """
