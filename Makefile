@@ -63,7 +63,7 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offline (13 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
-pictures: $(VENV)/.dev  ## Make every picture of README and docs (15 minutes on 2 cores; needs chromium)
+pictures: $(VENV)/.dev  ## Make every picture of README and docs (15 minutes on 2 cores after `make demo`; needs chromium)
 	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 recipes: $(VENV)/.dev  ## Generate docs/recipes.md from conf/experiment/ and results/results.csv

@@ -1,8 +1,10 @@
-"""Make every picture of README and docs: `make pictures`, in 15 minutes on two cores, without a network.
+"""Make every picture of README and docs: `make pictures`, without a network.
 
 Each picture is made by the program that it shows: a training (`run.svg`), a sweep (`sweep.png`) and the page that
 compares its trials (`report.png`), an evaluation (`evaluation.png`), label maps of photographs (`label_maps.jpg`), and
-explanations of predictions (`explanations.jpg`) by networks of `make demo`, which are trained if they are not there.
+explanations of predictions (`explanations.jpg`) by networks of `make demo`, which are trained if they are not there, as
+are those that show accuracy against operations (`token_pruning.png`). With these networks it takes about 15 minutes on
+two cores.
 `overview.jpg` shows three of them together. Trainings are kept in `--out` and `--demo`, so that an interrupted command
 resumes; remove these folders to repeat them. The page needs chromium (apt-get install chromium).
 
@@ -139,6 +141,13 @@ def explanations(out: Path, demo: Path) -> None:
     save(beside(left, right.crop((TILE, 0, right.width, right.height))), "explanations.jpg")
 
 
+def token_pruning(demo: Path) -> None:
+    """Draw accuracy against operations of DynamicViT; its benchmark trains what is not there."""
+    benchmark = [sys.executable, "benchmarks/pruned_accuracy.py", "--out", str(demo)]
+    subprocess.run(benchmark, cwd=PROJECT, check=True)
+    save(Image.open(demo / "pruned" / "accuracy.png"), "token_pruning.png")
+
+
 def explained(folder: Path, ckpt: Path, images: Path, kinds: str) -> Image.Image:
     """Return the maps that predict.py draws for three images, one row each, below the titles."""
     run(
@@ -214,6 +223,7 @@ def main() -> None:
         "evaluation": evaluation,
         "label_maps": label_maps,
         "explanations": lambda out: explanations(out, options.demo),
+        "token_pruning": lambda _: token_pruning(options.demo),
         "overview": overview,
     }
     names = options.only.split(",") if options.only else list(makers)
