@@ -6,7 +6,7 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training run in the same one
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo recipes reproduce benchmark clean
+.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo pictures recipes reproduce benchmark clean
 
 help:  ## List all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 
 demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offline (13 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+pictures: $(VENV)/.dev  ## Make every picture of README and docs (15 minutes on 2 cores after `make demo`; needs chromium)
+	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 recipes: $(VENV)/.dev  ## Generate docs/recipes.md from conf/experiment/ and results/results.csv
 	$(BIN)/python benchmarks/recipes.py

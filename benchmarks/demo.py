@@ -124,7 +124,7 @@ def run(program: str, *arguments: str, log: Path, threads: int = 2) -> None:
         SystemExit: the program failed.
     """
     command = ["python", f"src/{program}", *arguments]
-    console.print(f"[dim]$ {shlex.join(command)}", soft_wrap=True, highlight=False)
+    console.print(f"$ {shlex.join(command)}", style="dim", soft_wrap=True, highlight=False, markup=False)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "160"}
     with log.open("w") as output:
         status = subprocess.run(
@@ -233,20 +233,23 @@ def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
     return maps
 
 
+def recipe(epochs: int, smallest: float) -> tuple[str, ...]:
+    """Return the overrides of a training on crops of `smallest` to 1 of the image."""
+    return (
+        *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
+        *("trainer.gradient_clip_val=1", f"augment.scale=[{smallest},1.0]"),
+    )
+
+
 def compare(
     out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, smallest: float, parallel: int
 ) -> dict[str, list[list[float]]]:
     """Train all kinds on crops of `smallest` to 1 of the image; return top-1 after each epoch, for each seed."""
-    recipe = (
-        *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
-        *("trainer.gradient_clip_val=1", f"augment.scale=[{smallest},1.0]"),
-    )
+    options = (*data_options(data), *recipe(epochs, smallest))
     jobs = [(name, seed) for seed in SEEDS for name in kinds]
     with ThreadPoolExecutor(parallel) as pool:
         runs = [
-            pool.submit(
-                train, out / f"{kind}_{seed}", *data_options(data), *recipe, *kinds[kind], f"seed={seed}", threads=1
-            )
+            pool.submit(train, out / f"{kind}_{seed}", *options, *kinds[kind], f"seed={seed}", threads=1)
             for kind, seed in jobs
         ]
         curves = [curve(run.result()) for run in runs]

@@ -9,7 +9,7 @@ import pytest
 from programs import PROJECT, environment
 
 BENCHMARKS = sorted(
-    path.stem for path in (PROJECT / "benchmarks").glob("*.py") if path.stem not in ("figures", "recipes")
+    path.stem for path in (PROJECT / "benchmarks").glob("*.py") if path.stem not in ("figures", "pictures", "recipes")
 )
 
 

@@ -77,8 +77,8 @@ class Job(NamedTuple):
         saved = Path(self.directory) / "overrides.txt"
         if self.results() is None or not saved.is_file():
             return False
-        before = [line for line in saved.read_text(encoding="utf-8").splitlines() if not line.startswith("resume=")]
-        return before == self.overrides
+        first = saved.read_text(encoding="utf-8").partition("# resumed")[0]
+        return [line for line in first.splitlines() if not line.startswith("resume=")] == self.overrides
 
 
 Outcome = tuple[int | str, float]

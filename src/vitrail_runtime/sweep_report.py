@@ -107,7 +107,7 @@ def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) 
         axes.set_title(f"{title}; the best {study.best_value:.4g}")
         if shares := importances(study, finished):
             text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-            figure.text(0.5, -0.02, f"importance: {text}", ha="center", va="top")
+            figure.text(0.5, -0.09, f"importance: {text}", ha="center", va="top")
     pyplot.close(figure)
     return figure
 

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +14,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import vitrail
-from programs import error_of, run, train_and_export
+from programs import QUICK, error_of, run, train, train_and_export
+from vitrail.data.label_maps import LabelMapStore
 from vitrail.reporting.predictions import prediction_writer
 from vitrail.runs.prediction import predictions
 
@@ -109,6 +112,94 @@ def test_predict__bad_input(finished, tmp_path, arguments, message):
     result = run("predict.py", f"ckpt={finished[0]}", *arguments, logs=tmp_path)
     assert message in error_of(result)
     assert not list(tmp_path.glob("*predictions*"))
+
+
+NAMES = ("<b>b", "[red] a", os.fsdecode(b"caf\xe9"))  # folders
+CLASSES = [*NAMES[:2], r"caf\xe9"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """An LV-ViT of two steps with label maps, of three classes whose names and files are hard to print."""
+    logs = tmp_path_factory.mktemp("labelled")
+    root = logs / "images"
+    noise = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in NAMES:
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{name}_{number}.jpg")
+    keys = [f"{name}/{name}_{number}" for name in CLASSES for number in range(4)]
+    writer = LabelMapStore.create(logs / "maps", len(keys), 1, (4, 4), 3, keys, class_names=CLASSES)
+    for index in range(len(keys)):
+        writer.write(index, np.full((1, 4, 4), 8.0), np.full((1, 4, 4), index // 4))
+    writer.finish()
+    maps = ("objective=token_labeling", "model.token_head=true", f"data.label_maps={logs / 'maps'}")
+    size = ("data.image_size=32", "data.batch_size=4", "data.num_workers=0")
+    arguments = (*QUICK, "data=imagefolder", f"data.root={root}", "model=lvvit_nano", *maps, *size)
+    return train(*arguments, logs=logs), root
+
+
+@pytest.mark.parametrize("out", ["found.csv", "found.jsonl", "found.parquet"])
+def test_predict__names_that_are_hard_to_print(labelled, tmp_path, out):
+    directory, root = labelled
+    images = tmp_path / "images"
+    shutil.copytree(root / "val", images)
+    (images / NAMES[2] / os.fsdecode(b"bro[red]ken\xe9.jpg")).write_bytes(b"nothing")
+    arguments = (f"ckpt={directory}", f"images={images}", "num_workers=0", "overlay=pictures", "explain=attention")
+    result = run("predict.py", *arguments, f"out={out}", logs=tmp_path)
+    assert result.returncode == 1, result.stderr
+    broken = r"caf\xe9/bro[red]ken\xe9.jpg: not a readable image"
+    assert broken in " ".join(result.stdout.split())
+    assert broken in (tmp_path / "found_skipped.txt").read_text()
+    drawn = {str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.jpg")}
+    assert drawn == {f"{name}/{name}_{number}.jpg" for name in NAMES for number in range(4)}
+    if out.endswith(".csv"):
+        classes = {row[f"class_{rank}"] for row in rows_of(tmp_path / out) for rank in (1, 2, 3)}
+    elif out.endswith(".jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+        classes = {item["class"] for line in lines for item in line["predictions"]}
+    else:
+        table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / out)
+        classes = {name for rank in (1, 2, 3) for name in table[f"class_{rank}"].to_pylist()}
+    assert classes == {*CLASSES}
+
+
+def test_predict__explanations_below_each_picture(labelled, tmp_path):
+    directory, root = labelled
+    (tmp_path / "images").mkdir()
+    for split, name in (("train", NAMES[0]), ("val", NAMES[1])):
+        shutil.copytree(root / split / name, tmp_path / "images" / split / name)
+    arguments = (f"ckpt={directory}", f"images={tmp_path / 'images'}", "num_workers=0", "overlay=pictures", "top_k=1")
+    kinds = "explain=[attention,rollout,gradient,tokens]"
+    result = run("predict.py", *arguments, kinds, logs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for split, name, columns in (("train", NAMES[0], 6), ("val", NAMES[1], 6)):
+        with Image.open(tmp_path / "pictures" / split / name / f"{name}_0.jpg") as picture:
+            # image, four maps, the label map, whose key is the class folder and file, and the legend
+            assert picture.width == 6 + columns * 174 + 236
+    stray = tmp_path / "stray.jpg"
+    shutil.copy(root / "val" / NAMES[0] / f"{NAMES[0]}_0.jpg", stray)
+    result = run("predict.py", arguments[0], f"images={stray}", "overlay=strays", kinds, logs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "strays" / "stray.jpg") as picture:
+        assert picture.width == 6 + 5 * 174 + 236
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain=attention",), "explain=attention: set overlay=<folder> to write the pictures to."),
+        (("explain=kept", "overlay=o"), "explain=kept: "),
+        (("explain=[attention,heat]", "overlay=o"), "explain=heat: cannot be drawn; choose from attention, rollout"),
+    ],
+)
+def test_predict__explanations_that_cannot_be_drawn(labelled, tmp_path, arguments, message):
+    """The message comes before any image is read: this one cannot be."""
+    (tmp_path / "a.jpg").write_bytes(b"nothing")
+    result = run("predict.py", f"ckpt={labelled[0]}", f"images={tmp_path / 'a.jpg'}", *arguments, logs=tmp_path)
+    assert message in error_of(result)
 
 
 @pytest.mark.slow

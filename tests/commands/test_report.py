@@ -44,6 +44,21 @@ def test_report__of_a_trained_and_evaluated_run(tmp_path):
         assert evaluation["pictures"]["confused pairs"]["data"]
 
 
+def test_report__names_that_are_hard_to_print(tmp_path):
+    """Names with rich's markup, HTML and bytes that are not UTF-8 are shown as they are."""
+    names = ("[red] a", "<b>b", os.fsdecode(b"caf\xe9"))
+    for number, name in enumerate(names):
+        made = make_run(tmp_path / "a" / "train" / str(number), epochs=None, note=["[red]", "<b>", "c"][number])
+        made.rename(made.with_name(name))
+    result = run("report.py", f"runs={tmp_path / 'a'}", logs=tmp_path, COLUMNS="300")
+    assert result.returncode == 0, result.stderr
+    shown = ["train/[red] a", "train/<b>b", r"train/caf\xe9"]
+    for name in shown:
+        assert f"{name}: metrics.csv: missing" in result.stdout
+    assert "<b>b" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert sorted(item["name"] for item in data_of(tmp_path / "report.html")["runs"]) == sorted(shown)
+
+
 def test_report__one_broken_run_does_not_spoil_the_page(tmp_path):
     sweep = make_sweep(tmp_path / "train" / "sweep", [(1, 1, 60), (2, 1, 70), (3, 1, 50)])
     (sweep / "1" / "metrics.csv").write_bytes(b"\x00\xff")

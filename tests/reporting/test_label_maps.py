@@ -12,7 +12,8 @@ from vitrail.data.mixing import TokenMix
 from vitrail.data.render import PILRenderer
 from vitrail.errors import ImageError
 from vitrail.reporting.colours import class_colours
-from vitrail.reporting.label_maps import describe, label_map_sheet
+from vitrail.reporting.label_maps import label_map_sheet
+from vitrail.reporting.tables import describe
 from vitrail.types import InputSpec, Sample
 
 PIXELS = InputSpec((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

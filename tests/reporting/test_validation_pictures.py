@@ -1,15 +1,20 @@
 """Pictures of predictions and of a ViT's attention, and the callbacks that draw them during a training."""
 
 import numpy as np
+import pytest
 import timm
 import torch
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from small_training import build, trainer
+from vitrail.models import create_model
+from vitrail.models.explanations import Explanation
 from vitrail.reporting import AttentionPicture, PredictionPicture
-from vitrail.reporting.attention import attention_sheet, heat_overlay
+from vitrail.reporting.class_grids import class_grid
+from vitrail.reporting.explanations import Annotation, explanation_sheet, heat_overlay
 from vitrail.training import CosineSchedule, OptimizerFactory
+from vitrail_runtime.errors import ArgumentError
 
 
 def test_overlay__red_where_the_map_is_largest():
@@ -25,8 +30,8 @@ def test_overlay__red_where_the_map_is_largest():
 
 def test_sheet__one_row_per_image_and_one_panel_per_map():
     pixels = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255)])
-    maps = [torch.rand(2, 4, 4), torch.rand(2, 4, 4)]
-    sheet = attention_sheet(pixels, maps)
+    heats = {"attention": torch.rand(2, 4, 4), "rollout": torch.rand(2, 4, 4)}
+    sheet = explanation_sheet(pixels, Explanation(heats, None, None), ())
     assert sheet.size == (6 + 3 * 174, 22 + 2 * 174)
     assert sheet.getpixel((90, 100)) == (0, 0, 0)
     assert sheet.getpixel((90, 274)) == (255, 255, 255)
@@ -69,6 +74,44 @@ def test_callback__every_second_epoch_and_the_last(tmp_path):
     callback = AttentionPicture(tmp_path / "attention.png", every=2, count=3)
     assert run(tmp_path, callback) == [("attention", 1), ("attention", 2)]
     assert Image.open(tmp_path / "attention.png").height == 22 + 3 * 174
+
+
+def test_callback__all_kinds_of_a_network_that_drops_tokens(tmp_path):
+    """Gradients are computed within Lightning's inference mode; classes of tokens have a legend."""
+    model = create_model("dynamicvit_lvvit_nano", 10, 64)
+    module, data = build()
+    module.model = model
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    batch = batch._replace(image=torch.nn.functional.interpolate(batch.image, (64, 64)))
+    kinds = ["attention", "rollout", "gradient", "tokens", "kept"]
+    with torch.inference_mode():
+        picture = AttentionPicture(tmp_path / "a.png", every=1, count=2, kinds=kinds).draw(module, batch, data)
+    assert picture.size == (6 + 8 * 174 + 236, 22 + 2 * 174)
+    pixels = np.asarray(picture).astype(int)
+    last = pixels[22 : 22 + 168, 6 + 7 * 174 : 6 + 7 * 174 + 168]
+    assert (last > 200).all(-1).mean() == pytest.approx(1 - 0.34, abs=0.1), "dropped tokens are almost white"
+
+
+def test_callback__an_unknown_kind(tmp_path):
+    with pytest.raises(ArgumentError, match="kinds"):
+        AttentionPicture(tmp_path / "a.png", kinds=["colours"])
+
+
+def test_sheet__label_map_beside_the_classes_of_the_tokens():
+    """Token classes a and b; the annotator says b everywhere. The second image has no label map."""
+    tokens = torch.zeros(2, 2, 2, 2)
+    tokens[:, 0, :, 0], tokens[:, 1, :, 1] = 1.0, 1.0
+    found = Explanation({}, tokens, None)
+    grid = class_grid(torch.tensor([0.0, 1.0])[:, None, None].expand(-1, 2, 2))
+    annotated = Annotation(Image.new("RGB", (30, 20), "grey"), grid)
+    grey = np.full((2, 8, 8, 3), 128, np.uint8)
+    sheet = np.asarray(explanation_sheet(grey, found, ["[red]", "<b>"], [annotated, None])).astype(int)
+    assert sheet.shape == (22 + 2 * 174, 6 + 3 * 174 + 236, 3)
+    left, right, known = sheet[100, 6 + 174 + 40], sheet[100, 6 + 174 + 130], sheet[100, 6 + 2 * 174 + 40]
+    assert not np.array_equal(left, right)
+    np.testing.assert_array_equal(right, known)
+    assert (sheet[22 + 174 + 10 : 22 + 174 + 160, 6 + 2 * 174 : 6 + 3 * 174 - 6] == 255).all()
 
 
 def test_callback__none_if_every_is_null(tmp_path):

@@ -1,6 +1,7 @@
 """The run directory: its lock, and the files that describe a run."""
 
 import multiprocessing
+import struct
 import subprocess
 
 import pytest
@@ -10,7 +11,7 @@ from programs import PROJECT
 from resuming import wait_until
 from vitrail.errors import ConfigError
 from vitrail.runs import directory as module
-from vitrail.runs.directory import RunDirectory, versions
+from vitrail.runs.directory import RunDirectory, is_claimed, versions
 
 
 def claim_until(path, claimed, end):
@@ -82,6 +83,48 @@ def test_record__config_overrides_and_versions(tmp_path):
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"epochs": 3, "model": {"name": "vit_nano"}}
     assert (run.path / "overrides.txt").read_text() == "epochs=3\nmodel.name=vit_nano\n"
     assert yaml.safe_load((run.path / "versions.yaml").read_text()) == versions()
+
+
+def test_record__a_resumed_run_keeps_its_first_overrides(tmp_path):
+    run = RunDirectory(tmp_path)
+    file = tmp_path / "overrides.txt"
+    run.record({"resume": None}, ["epochs=3", "seed=1"])
+    run.record({"resume": "x"}, ["epochs=3", "seed=1"])  # restarted by torchrun: the same command
+    assert file.read_text() == "epochs=3\nseed=1\n"
+    run.record({"resume": "x"}, ["seed=1"])  # another command, although the file ends like this
+    assert file.read_text().count("seed=1") == 2
+    file.write_text("epochs=3\nseed=1\n")
+    for _ in range(2):
+        run.record({"resume": "x"}, ["resume=x", "epochs=9"])
+    run.record({"resume": "x"}, ["resume=x"])
+    lines = file.read_text().splitlines()
+    assert lines[2].startswith("# resumed 2")
+    del lines[2], lines[4]
+    assert lines == ["epochs=3", "seed=1", "resume=x", "epochs=9", "resume=x"]
+    run.record({"resume": None}, ["seed=2"])
+    assert file.read_text() == "seed=2\n"
+
+
+@pytest.mark.parametrize(("system", "layout", "place"), [("linux", "hhqqi4x", 0), ("darwin", "qqihh", 3)])
+def test_is_claimed__reads_the_lock_of_each_system(tmp_path, monkeypatch, system, layout, place):
+    """The layouts are those of struct flock in the systems' headers; the kernel's answer is made up."""
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(module.sys, "platform", system)
+    for held in (module.fcntl.F_UNLCK, module.fcntl.F_WRLCK):
+
+        def answer(_, command, asked, held=held):
+            fields = list(struct.unpack(layout, asked))
+            assert (command, fields.pop(place), fields) == (module.fcntl.F_GETLK, module.fcntl.F_WRLCK, [0] * 4)
+            fields.insert(place, held)
+            return struct.pack(layout, *fields)
+
+        monkeypatch.setattr(module.fcntl, "fcntl", answer)
+        assert is_claimed(tmp_path) == (held == module.fcntl.F_WRLCK)
+
+
+def test_is_claimed__unknown_on_other_systems(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.sys, "platform", "freebsd15")
+    assert is_claimed(tmp_path) is None
 
 
 def test_record__unwritable_directory_is_named(tmp_path):

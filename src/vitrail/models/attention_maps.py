@@ -3,8 +3,10 @@
 Rollout follows Abnar and Zuidema (Quantifying Attention Flow in Transformers, arXiv:2005.00928): attention averaged
 over heads, half of it replaced by the identity for the residual connection, multiplied over all blocks.
 
+Where a network selects tokens (DynamicViT, Evo-ViT), a token that is left out attends to itself only.
+
 Shapes: B images, P prefix tokens, N patch tokens, T = P + N, H heads, Q queries (T, or 1 where a last block computes
-only the class token).
+only the class token), K kept tokens with the prefix, S selections.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import ConfigError
-from vitrail.models.heads import token_grid
+from vitrail.models.heads import forward_heads, token_grid
 
 
 @torch.no_grad()
@@ -42,12 +44,38 @@ def attention_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     model.eval()
     try:
         with _AttentionRecorder() as recorder:
-            model(images)
+            outputs = forward_heads(model, images)
     finally:
         model.train(training)
+    starts: Any = getattr(model, "selection_blocks", None)
+    if starts is not None:
+        blocks: Any = model.blocks
+        own = recorder.weights[-len(blocks) :]
+        return _of_all_tokens(own, outputs.extras["decisions"].bool(), starts, tokens - rows * columns)
     if not recorder.weights or recorder.weights[-1].shape[::2] != (len(images), tokens):
         raise ConfigError(refusal)
     return [weights for weights in recorder.weights if weights.shape[2] == tokens]
+
+
+def _of_all_tokens(weights: Sequence[Tensor], kept: Tensor, starts: Sequence[int], prefix: int) -> list[Tensor]:
+    """Return the attention (B, T, T) of each block over all tokens.
+
+    Args:
+        weights: attention (B, K, K) of each block, whose kept tokens are in image order.
+        kept: patch tokens (B, S, N) that each selection keeps.
+        starts: blocks before which tokens are selected.
+        prefix: prefix tokens, P, which are always kept.
+    """
+    everything: list[Tensor] = []
+    for block, attention in enumerate(weights):
+        selection = sum(start <= block for start in starts) - 1
+        if selection < 0:
+            everything.append(attention)
+            continue
+        chosen = F.pad(kept[:, selection], (prefix, 0), value=True)  # (B, T)
+        itself = torch.eye(chosen.shape[1], device=attention.device).repeat(len(chosen), 1, 1)
+        everything.append(itself.masked_scatter(chosen[:, :, None] & chosen[:, None], attention))
+    return everything
 
 
 def class_attention(model: nn.Module, images: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vitrail.models.registry import build, vit_cfg
 from vitrail.models.slow_fast import SlowFastStage
-from vitrail.models.token_selection import LayerToStage, block_ratios, check_shares
+from vitrail.models.token_selection import LayerToStage, block_ratios, check_shares, enlarge_masks
 from vitrail.types import Outputs
 
 
@@ -113,6 +113,10 @@ class EvoLevit(LayerToStage, LevitDistilled):
 
     # Forward
 
+    def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the first stage's patch tokens for images of (height, width) pixels."""
+        return self.position_grids(image_size)["pos_embed"]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the tokens (B, 1 + N, D) of the last stage, the class token first."""
         return self._stages(x)[-1][0]
@@ -133,7 +137,7 @@ class EvoLevit(LayerToStage, LevitDistilled):
         extras = {"class_token": self.head_cls(tokens[:, 0]), "class_token_distill": self.head_cls_dist(tokens[:, 0])}
         grid = self.stages[0].grid
         masks = [
-            _enlarged(kept, stage.grid, grid, 2**number)
+            enlarge_masks(kept, stage.grid, grid, 2**number)
             for number, (stage, (_, _, kept)) in enumerate(zip(self.stages, stages, strict=True))
         ]
         return Outputs(self.head(pooled), None, self.head_dist(pooled), {**extras, "decisions": torch.cat(masks, 1)})
@@ -190,12 +194,6 @@ class EvoLevit(LayerToStage, LevitDistilled):
         """Replace all classifiers by newly initialised ones for another number of classes."""
         super().reset_classifier(num_classes, global_pool)
         self._reset_class_heads()
-
-
-def _enlarged(kept: Tensor, grid: tuple[int, int], to: tuple[int, int], factor: int) -> Tensor:
-    """Return masks (B, S, N) of a grid on one that is `factor` times finer."""
-    rows, columns = (torch.arange(side, device=kept.device) // factor for side in to)
-    return kept.unflatten(2, grid)[:, :, rows][:, :, :, columns].flatten(2)
 
 
 _NAMES = (

@@ -146,11 +146,16 @@ class EvoViT(LayerToStage, VisionTransformer):
         decisions = torch.stack([keep_mask(chosen, tokens) for chosen in positions], 1)
         return Outputs(self.forward_head(features), extras={"class_token": class_token, "decisions": decisions})
 
+    @property
+    def selection_blocks(self) -> tuple[int, ...]:
+        """Blocks before which tokens are selected, counted from 0."""
+        return self.stages if self._stage_wise else tuple(range(self.stages[0], len(self.blocks)))
+
     def _features_and_positions(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return all tokens (B, P + N, D), and the positions (B, K) of each selection."""
         x = self.norm_pre(self._pos_embed(self.patch_embed(images)))
-        prefix, depth = self.num_prefix_tokens, len(self.blocks)
-        starts = self.stages if self._stage_wise else tuple(range(self.stages[0], depth))
+        prefix = self.num_prefix_tokens
+        starts = self.selection_blocks
         scores: Tensor | None = None
         chosen: Tensor | None = None
         kept, selections = x, []
@@ -170,7 +175,7 @@ class EvoViT(LayerToStage, VisionTransformer):
         return self.norm(kept if chosen is None else restore_tokens(x, kept, chosen, prefix)), selections
 
     def _block(self, block: nn.Module, x: Tensor, scored: bool = False) -> Any:
-        return checkpoint(block, x, scored) if self.grad_checkpointing and self.training else block(x, scored)
+        return checkpoint(block, x, scored) if self.grad_checkpointing and self.training else block(x, scored=scored)
 
     # Classifiers
 

@@ -10,7 +10,8 @@ A backbone may also have
 - `begin_epoch(epoch, epochs)`, called before each epoch of training (what it changes must be in the state dict),
 - `position_grids(image_size=None)`, the grid (rows, columns) of each position table by its key, for the model's image
   size or another, if it has other tables than `pos_embed`,
-- `new_modules`, names of modules that the weights of `init_from` may lack, and
+- `new_modules`, names of modules that the weights of `init_from` may lack,
+- `selection_blocks`, the blocks before which it selects tokens (with the output `decisions`, of each selection), and
 - `convert_checkpoint(weights, source)`, which converts the names of official checkpoints.
 
 `add_token_head` adds `forward_outputs` and `token_grid` to timm's models, and `return_features` lets them also return

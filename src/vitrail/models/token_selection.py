@@ -4,7 +4,8 @@ A model scores its patch tokens and keeps the best. Either it gathers the kept t
 it keeps all tokens and masks the others in attention. Tokens before the patches (the class token) are always kept.
 Positions are in ascending order, so that kept tokens stay in image order.
 
-Shapes: B images, P prefix tokens, N patch tokens, K kept patch tokens, D channels, T = P + N, H heads.
+Shapes: B images, P prefix tokens, N patch tokens, K kept patch tokens, D channels, T = P + N, H heads,
+S selections.
 """
 
 from collections.abc import Sequence
@@ -80,6 +81,12 @@ def keep_mask(positions: Tensor, tokens: int) -> Tensor:
     """Return a mask (B, N) with 1 at positions (B, K) and 0 elsewhere, in float32."""
     mask = torch.zeros(len(positions), tokens, device=positions.device)
     return mask.scatter(1, positions, 1.0)
+
+
+def enlarge_masks(kept: Tensor, grid: tuple[int, int], to: tuple[int, int], factor: int) -> Tensor:
+    """Return masks (B, S, N) of a grid (rows, columns) on the grid `to`, which is `factor` times finer."""
+    rows, columns = (torch.arange(side, device=kept.device) // factor for side in to)
+    return kept.unflatten(2, grid)[:, :, rows][:, :, :, columns].flatten(2)
 
 
 def merge_left_out(x: Tensor, scores: Tensor, positions: Tensor, prefix: int = 0) -> Tensor:

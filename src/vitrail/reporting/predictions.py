@@ -142,6 +142,14 @@ def prediction_picture(image: Image.Image, classes: Sequence[str], probabilities
     return sheet
 
 
+def above(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """Return two pictures in one, the first above the second, both on the left."""
+    sheet = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height), "white")
+    sheet.paste(upper, (0, 0))
+    sheet.paste(lower, (0, upper.height))
+    return sheet
+
+
 def _fitting(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
     """Shorten a text to the width of a picture."""
     text = text.replace("\n", " ")

@@ -80,15 +80,8 @@ class FirstMasksPicture(FirstBatchPicture):
         return image_grid(np.stack(drawn), [_largest(mask, data.classes) for mask in masks])
 
 
-@checked
 class PredictedMasksPicture(PredictionPicture):
-    """Callback that draws the first validation images with their predicted masks, each beside its label.
-
-    Args:
-        path: file of the last picture.
-        every: epochs between two pictures; None for none.
-        count: maximum number of images.
-    """
+    """Callback that draws the first validation images with their predicted masks, each beside its label."""
 
     def draw(self, module: Any, batch: Batch, data: Any) -> Image.Image:
         """Return the picture of a batch of whole images (B, 3, H, W), uint8."""

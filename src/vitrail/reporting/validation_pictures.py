@@ -5,16 +5,16 @@ Shapes: B images of H x W pixels, C classes.
 
 import logging
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from PIL import Image
-from torch import Tensor
 
 from vitrail.errors import ConfigError
-from vitrail.models.attention_maps import attention_weights, maps_of, rollout
-from vitrail.reporting.attention import attention_sheet
+from vitrail.models.explanations import Kind, explain
+from vitrail.reporting.explanations import explanation_sheet
 from vitrail.reporting.pictures import denormalise, image_grid, log_picture
 from vitrail.reporting.tables import describe
 from vitrail.training import ImageClassifier
@@ -24,16 +24,22 @@ from vitrail_runtime.checking import PositiveInt, checked
 log = logging.getLogger(__name__)
 
 
+@checked
 class ValidationPicture(L.Callback):
     """Base of callbacks that draw the first validation images every few epochs and after the last one.
 
     The pictures are of the raw weights. Loggers keep all of them, the file the last one.
+
+    Args:
+        path: file of the last picture.
+        every: epochs between two pictures; None for none.
+        count: maximum number of images.
     """
 
     name = ""
     """Name of the picture for loggers, and of the callback in the config."""
 
-    def __init__(self, path: str | Path, every: int | None, count: int) -> None:
+    def __init__(self, path: str | Path, every: PositiveInt | None = None, count: PositiveInt = 24) -> None:
         self.path, self.every, self.count = Path(path), every, count
 
     def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
@@ -70,20 +76,10 @@ class ValidationPicture(L.Callback):
                 log_picture(logger, picture, self.name, trainer.current_epoch)
 
 
-@checked
 class PredictionPicture(ValidationPicture):
-    """Callback that draws validation images with their most likely class, red if it is wrong, and their label.
-
-    Args:
-        path: file of the last picture.
-        every: epochs between two pictures; None for none.
-        count: maximum number of images.
-    """
+    """Callback that draws validation images with their most likely class, red if it is wrong, and their label."""
 
     name = "predictions"
-
-    def __init__(self, path: str | Path, every: PositiveInt | None = None, count: PositiveInt = 24) -> None:
-        super().__init__(path, every, count)
 
     def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
         """Return the picture of a batch; the whole batch is computed, so that nothing is compiled for another size."""
@@ -101,29 +97,36 @@ class PredictionPicture(ValidationPicture):
 
 @checked
 class AttentionPicture(ValidationPicture):
-    """Callback that draws where a ViT's class token looks: attention of the last block, and rollout.
+    """Callback that draws what explains the predictions of validation images: where a ViT looks, and more.
 
     Args:
         path: file of the last picture.
         every: epochs between two pictures; None for none.
         count: maximum number of images.
+        kinds: maps to draw, see `vitrail.models.explanations.explain`.
     """
 
     name = "attention"
 
-    def __init__(self, path: str | Path, every: PositiveInt | None = None, count: PositiveInt = 6) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        every: PositiveInt | None = None,
+        count: PositiveInt = 6,
+        kinds: Sequence[Kind] = ("attention", "rollout"),
+    ) -> None:
         super().__init__(path, every, count)
+        self.kinds = tuple(kinds)
 
     def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
         """Return the picture of a batch.
 
         Raises:
-            ConfigError: the last attention of the backbone is not over all its patch tokens.
+            ConfigError: the network cannot give one of the kinds.
         """
         images = batch.image[: self.count]
-        weights = attention_weights(module.model, images)
-        maps: list[Tensor] = [maps_of(flow, module.model, images) for flow in (weights[-1], rollout(weights))]
-        return attention_sheet(denormalise(images, data.input.mean, data.input.std), maps)
+        found = explain(module.model, images, self.kinds)
+        return explanation_sheet(denormalise(images, data.input.mean, data.input.std), found, data.classes)
 
 
 def _caption(probability: float, predicted: str, label: str | None) -> str:

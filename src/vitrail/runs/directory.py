@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import platform
+import re
 import struct
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +32,7 @@ class RunDirectory:
 
     ```
     config.yaml       resolved config                 metrics.csv        one row per epoch
-    overrides.txt     the command line's overrides    checkpoints/       last.ckpt and best.ckpt
+    overrides.txt     overrides of the command line   checkpoints/       last.ckpt and best.ckpt
     versions.yaml     git commit, packages, machine   train.log          log messages and tracebacks
     results.json      best and last metrics           first_batch.png    first training batch
                                                       predictions.png    last predictions of validation images
@@ -89,10 +91,19 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-            self.write("overrides.txt", "".join(f"{override}\n" for override in overrides))
+            self._write_overrides(overrides, is_resumed=bool(config.get("resume")))
             self.write("versions.yaml", OmegaConf.to_yaml(OmegaConf.create(versions())))
         except OSError as error:
             raise ConfigError(f"paths.logs: cannot write to {self.path} ({error.strerror}).") from error
+
+    def _write_overrides(self, overrides: list[str], is_resumed: bool) -> None:
+        """Write the overrides of a new run, or add those of a resumed one below a comment, unless they are the same."""
+        file, lines = self.path / "overrides.txt", "".join(f"{override}\n" for override in overrides)
+        before = file.read_text(encoding="utf-8") if is_resumed and file.is_file() else ""
+        if not before:
+            self.write(file.name, lines)
+        elif lines != re.split(r"^# resumed.*\n", before, flags=re.MULTILINE)[-1]:
+            self.write(file.name, f"{before}# resumed {time.strftime('%Y-%m-%d %H:%M:%S')}\n{lines}")
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run atomically."""
@@ -118,15 +129,25 @@ def locked(file: IO[str]) -> bool:
     return True
 
 
-def is_claimed(path: Path) -> bool:
-    """Return whether a process is training in a run directory; the lock itself is not touched."""
+_FLOCKS = {"linux": ("hhqqi4x", 0), "darwin": ("qqihh", 3)}  # struct flock in 64 bits, and where its type is
+
+
+def is_claimed(path: Path) -> bool | None:
+    """Return whether a process is training in a run directory; the lock itself is not touched.
+
+    None: this cannot be told on this system (other than Linux and macOS).
+    """
+    if sys.platform not in _FLOCKS:
+        return None
+    layout, place = _FLOCKS[sys.platform]
+    fields = [0] * 5  # from the start of the file to its end
+    fields[place] = fcntl.F_WRLCK
     try:
         with (path / ".lock").open("rb") as file:
-            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock
-            kind, *_ = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            found = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *fields)))
     except OSError:
         return False
-    return kind != fcntl.F_UNLCK
+    return found[place] != fcntl.F_UNLCK
 
 
 def find_checkpoint(ckpt: str, key: str = "ckpt") -> Path:

@@ -35,6 +35,8 @@ class Prediction(NamedTuple):
     """Their probabilities; those of all C classes sum to 1."""
     problem: str = ""
     """Why the image cannot be read; it then has no classes."""
+    explanation: Any = None
+    """What `explain` of `predictions` returned for the image."""
 
 
 class _Images(Dataset[tuple[int, Tensor | str]]):
@@ -82,6 +84,7 @@ def predictions(
     num_workers: NonNegativeInt | None = 0,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    explain: Callable[[Tensor, Tensor], Sequence[Any]] | None = None,
 ) -> Iterator[Prediction]:
     """Yield the prediction for each image, in order.
 
@@ -95,6 +98,8 @@ def predictions(
         num_workers: loader workers; None means the CPU cores, at most 8.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` means a GPU if there is one.
         precision: `fp32`, or `bf16` or `fp16` with autocast.
+        explain: called with the batch (B, 3, H, W) and the most likely classes (B), on the device; returns B
+            explanations.
 
     Raises:
         ConfigError: the network is no classifier, or an option is invalid.
@@ -115,16 +120,18 @@ def predictions(
     model.to(place).eval()
     try:
         for items, batch in loader:
-            best: Iterator[tuple[list[int], list[float]]] = iter(())
+            best: Iterator[tuple[list[int], list[float], Any]] = iter(())
             if batch is not None:
+                batch = batch.to(place, non_blocking=True)
                 with torch.inference_mode(), torch.autocast(place.type, dtype) if dtype else nullcontext():
-                    logits = forward_heads(model, batch.to(place, non_blocking=True)).merged()
+                    logits = forward_heads(model, batch).merged()
                 top = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
-                best = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                found = explain(batch, top.indices[:, 0].clone()) if explain else [None] * len(batch)
+                best = zip(top.indices.tolist(), top.values.tolist(), found, strict=True)
             for index, problem in items:
-                labels, shares = ([], []) if problem else next(best)
+                labels, shares, explanation = ([], [], None) if problem else next(best)
                 name = name_of(images[index], index)
-                yield Prediction(name, [str(classes[label]) for label in labels], shares, problem)
+                yield Prediction(name, [str(classes[label]) for label in labels], shares, problem, explanation)
     finally:
         model.to(before).train(was_training)
 

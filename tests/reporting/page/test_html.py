@@ -99,14 +99,18 @@ def test_page__a_smaller_metric_can_be_better(tmp_path):
 
 
 def test_page__command_of_a_resumed_run(tmp_path):
-    """overrides.txt then has only what was given when it was resumed; a sweep still knows its jobs."""
+    """The first overrides, with what resumes changed and added; earlier versions kept only the last ones."""
     single = make_run(tmp_path / "a" / "b" / "run", overrides=["resume=x", "epochs=9"])
     sweep = make_sweep(tmp_path / "a" / "s", [(1, 1, 50)])
     (sweep / "0" / "overrides.txt").write_text("resume=x\n")
-    first, second = data_of(render_page([read(single), read(sweep / "0")], "val/top1", ""))["runs"]
+    overrides = ["model=vit", "epochs=3", "# resumed 2026-01-02 03:04:05", "resume=y", "epochs=9", "seed=1"]
+    resumed = make_run(tmp_path / "a" / "b" / "resumed", overrides=overrides)
+    runs = [read(path) for path in (single, sweep / "0", resumed)]
+    first, second, third = data_of(render_page(runs, "val/top1", ""))["runs"]
     assert first["command"] is None
     assert first["reproduce"].endswith(f"reproduce={single}")
     assert second["command"].endswith("optimizer.lr=1 optimizer.weight_decay=1")
+    assert third["command"].endswith(" model=vit epochs=9 seed=1")
 
 
 @pytest.mark.slow

@@ -59,6 +59,8 @@ def test_read_run__status(tmp_path):
         "vitrail_runtime.errors.ConfigError: data.root=/x: no such folder.\n"
     )
     assert status("killed", finished=False, planned=9) == ("stopped", "")
+    unfinished = make_run(tmp_path / "a" / "b" / "elsewhere", finished=False, planned=9)
+    assert read_run(unfinished, tmp_path, lambda _: None).status == "unknown"
     assert status("more", planned=9) == ("stopped", "")  # resumed for more epochs after it had finished
     assert status("failed", finished=False, log=trace) == ("failed", "data.root=/x: no such folder.")
     foreign = trace.replace("vitrail_runtime.errors.ConfigError: data.root=/x: no", "torch.OutOfMemoryError: no")

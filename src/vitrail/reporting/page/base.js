@@ -33,7 +33,7 @@ const defaults = {
   sort: data.runs.length > 1 ? { key: "best", down: data.larger } : { key: "name", down: false },
   filter: "", drawn: null, open: null, columns: null, panels: null, log: false, smooth: 0, weights: "both", axes: null,
 };
-const storageKey = `vitrail report ${data.title}`;
+const storageKey = `vitrail report ${location.pathname} ${data.title}`; // files share one storage
 let state = { ...defaults };
 try {
   state = { ...defaults, ...JSON.parse(sessionStorage.getItem(storageKey) || "{}") };

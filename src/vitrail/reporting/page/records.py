@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from vitrail.data.sources.files import readable
 from vitrail.errors import ConfigError
 from vitrail.reporting.page.history import History, read_history
 
@@ -41,11 +43,12 @@ class RunRecord:
         path: run directory.
         name: name on the page.
         sweep: name of the sweep that it is a job of; None for a single run.
-        status: `finished`, `running`, `failed`, `pruned`, or `stopped` before its last epoch.
+        status: `finished`, `running`, `failed`, `pruned`, `stopped` before its last epoch, or `unknown` where it cannot
+            be told whether it is still running.
         sentence: why it failed.
         problems: files that are missing or damaged, one sentence each.
         config: config with the run directory written as `<run>`.
-        overrides: overrides of its command line; after a resume, those of the last one.
+        overrides: overrides of its command line, with those that a resume changed or added.
         metrics: columns of metrics.csv, one value per epoch; None where there is no finite number.
         results: contents of results.json.
     """
@@ -145,7 +148,7 @@ def signature(path: Path) -> tuple[Any, ...]:
 def read_run(
     path: Path,
     root: Path,
-    is_claimed: Callable[[Path], bool],
+    is_claimed: Callable[[Path], bool | None],
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
 ) -> RunRecord:
     """Read the directory of a run.
@@ -153,11 +156,11 @@ def read_run(
     Args:
         path: run directory.
         root: folder that the run's name is relative to.
-        is_claimed: whether a process is training in a directory.
+        is_claimed: whether a process is training in a directory; None if that is not known.
         upgrade: converts the config of an earlier version.
     """
     name = path.relative_to(root).as_posix() if path != root and path.is_relative_to(root) else path.name
-    run = RunRecord(path, name)
+    run = RunRecord(path, readable(name))
     job = _jobs(path.parent).get(int(path.name)) if path.name.isdigit() else None
     if job is not None:
         run.sweep = path.parent.name
@@ -190,7 +193,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _status(run: RunRecord, job: dict[str, Any] | None, claimed: bool) -> tuple[str, str]:
+def _status(run: RunRecord, job: dict[str, Any] | None, claimed: bool | None) -> tuple[str, str]:
     if claimed:
         return "running", ""
     code = 0 if job is None else job.get("status", 0)
@@ -203,7 +206,7 @@ def _status(run: RunRecord, job: dict[str, Any] | None, claimed: bool) -> tuple[
         return "finished", ""
     if code not in (0, 143):  # 128 + SIGTERM: stopped, to be resumed
         return "failed", _console_error(run.path) or f"exit status {code}"
-    return "stopped", ""
+    return ("unknown" if claimed is None else "stopped"), ""
 
 
 def _console_error(path: Path) -> str:
@@ -266,7 +269,10 @@ def _read_results(run: RunRecord, file: Path) -> None:
 
 
 def _read_overrides(run: RunRecord, file: Path) -> None:
-    run.overrides = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+    starts = re.split(r"^# resumed.*$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    first, *resumed = ([line for line in start.splitlines() if line] for start in starts)
+    changed = (item for start in resumed for item in start if not item.startswith("resume="))
+    run.overrides = list({item.partition("=")[0]: item for item in (*first, *changed)}.values())
 
 
 def _read_versions(run: RunRecord, file: Path) -> None:
