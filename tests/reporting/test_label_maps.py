@@ -125,7 +125,8 @@ def test_sheet__a_class_keeps_its_colour_over_all_rows(tmp_path):
     assert len({tuple(colour) for colour in (cell(sheet, 0, 1, 0, 1), last, cell(sheet, 2, 1, 3, 1))}) == 3
 
 
-def test_colours__of_many_classes_differ():
-    colours = class_colours(range(200))
+def test_colours__are_fixed_for_few_classes_and_distinct_for_many():
+    colours = class_colours(range(200), 200)
     assert len(set(colours.values())) == 200
-    assert class_colours([7, 3, 7])[7] == colours[0]
+    assert class_colours([7, 3, 7], 1000)[7] == colours[0]
+    assert class_colours([7, 3, 7], 10) == {7: colours[7], 3: colours[3]}

@@ -11,13 +11,22 @@ RGB = tuple[int, int, int]
 
 _FIRST = ((230, 25, 75), (0, 130, 200), (255, 190, 0), (60, 180, 75), (145, 30, 180), (245, 130, 48), (0, 190, 190))
 _HUES, _LIGHTNESSES = 60, (0.25, 0.4, 0.55, 0.75)
+_FEW = 24
 _EYE = np.array([2, 4, 3])  # weights of R, G and B in the distance of two colours
 
 
-def class_colours(classes: Iterable[int]) -> dict[int, RGB]:
-    """Return a colour for each class, in the order in which the classes first appear; the first 240 differ."""
-    palette = _palette()
-    return {index: palette[number % len(palette)] for number, index in enumerate(dict.fromkeys(classes))}
+def class_colours(classes: Iterable[int], total: int) -> dict[int, RGB]:
+    """Return a colour for each class that a picture shows.
+
+    Few classes have the same colours in all pictures. Of many, the first ones shown get the most distinct colours.
+
+    Args:
+        classes: classes in the order in which they are shown.
+        total: number of all classes.
+    """
+    palette, shown = _palette(), dict.fromkeys(classes)
+    numbers = shown if total <= _FEW else range(len(shown))
+    return {index: palette[number % len(palette)] for number, index in zip(numbers, shown, strict=True)}
 
 
 @cache

@@ -60,7 +60,7 @@ def explanation_sheet(
     titles += [f"kept, {number}: {share:.0%}" for number, share in enumerate(stages, start=1)]
     both = [[grid, *([known.grid] if known else [])] for grid, known in zip(grids, annotated, strict=False)]
     listed = [main_classes(*shown) for shown in both]
-    colours = class_colours(index for row in listed for index in row)
+    colours = class_colours((index for row in listed for index in row), len(names))
     sheet = PanelSheet(titles, len(images), legends=bool(grids))
     for row, pixels in enumerate(images):
         image = Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.BICUBIC)

@@ -142,7 +142,7 @@ def label_map_sheet(
         for target, partner, box in zip(targets, reversed(targets), boxes, strict=True)
     ]
     listed = [main_classes(*grids) for grids in zip(annotations, targets, mixtures, strict=True)]
-    colours = class_colours(index for row in listed for index in row)
+    colours = class_colours((index for row in listed for index in row), len(names))
     titles = _TITLES if mixing else _TITLES[:4]
     sheet = PanelSheet(titles, len(targets), _about(store), captions=True, legends=True)
     for row, sample in enumerate(originals.values()):
