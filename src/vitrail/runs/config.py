@@ -201,6 +201,8 @@ _VALUES: dict[str, dict[str, Any]] = {
         "interval": Positive,
     },
     "benchmark": {
+        "train": bool,
+        "tune": bool,
         "batch_size": PositiveInt,
         "image_size": ImageSize | None,
         "num_classes": PositiveInt,

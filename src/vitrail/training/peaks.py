@@ -4,7 +4,7 @@ Shapes: H x W pixels.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -80,9 +80,9 @@ def operations_per_image(module: ImageClassifier, sides: tuple[int, int]) -> int
     They are those of the network in evaluation mode: recomputed activations do not count, and a network that drops
     tokens only in evaluation is underestimated.
     """
-    teacher = module.targets.teacher
+    teacher: Any = module.targets.teacher
     macs = macs_or_zero(module.model, sides)
-    taught = 0 if teacher is None else macs_or_zero(teacher.model, teacher.image_size)  # type: ignore[arg-type]
+    taught = 0 if teacher is None else macs_or_zero(teacher.model, teacher.image_size)
     if not macs or (teacher is not None and not taught):
         return None
     is_trained = any(parameter.requires_grad for parameter in module.model.parameters())
