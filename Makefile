@@ -6,10 +6,10 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training run in the same one
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo recipes reproduce benchmark clean
+.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo recipes reproduce benchmark benchmark-gpu clean
 
 help:  ## List all targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.dev  ## Create .venv with all development dependencies (tests, linters, loggers, sweeps)
 
@@ -71,6 +71,9 @@ reproduce: $(VENV)/.installed  ## Repeat a finished run and compare its metrics:
 
 benchmark: $(VENV)/.dev  ## Measure the overhead of the framework over a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+benchmark-gpu:  ## Measure trainings on a GPU in the current Python environment, into results/gpu.csv (8 minutes)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:  ## Remove environments and caches (logs/ and data/ are kept)
 	rm -rf .venv .venv-lowest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

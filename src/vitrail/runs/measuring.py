@@ -124,6 +124,11 @@ class MeasuredTraining:
         return self.warmup + self.steps + 2 * self.config.trainer.accumulate_grad_batches
 
     @property
+    def name(self) -> str:
+        """Name of the backbone."""
+        return model_name(self.config.model)
+
+    @property
     def batch_size(self) -> int:
         """Images per step."""
         return int(self.data.batch_size)
@@ -144,8 +149,8 @@ class MeasuredTraining:
         config, sides = self.config, "x".join(map(str, self.data.input.size))
         compiled = f"compiled: {config.compile}" if config.compile else "eager"
         checkpointed = ", checkpointed" if config.grad_checkpointing else ""
-        name, precision = model_name(config.model), config.trainer.precision
-        return f"{name}, {sides}, batch {self.batch_size}, {precision}, {compiled}{checkpointed}, {self.input}"
+        settings = f"batch {self.batch_size}, {config.trainer.precision}, {compiled}{checkpointed}"
+        return f"{self.name}, {sides}, {settings}, {self.input}"
 
     def run(self, bare: bool = True) -> None:
         """Run one round: the training, then the bare loop."""
