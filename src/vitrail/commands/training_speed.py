@@ -12,7 +12,14 @@ from rich import box, get_console
 from rich.table import Table
 
 from vitrail.runs.config import check_keys, plain
-from vitrail.runs.measuring import Figures, MeasuredTraining, build_measured, compared, training_overrides
+from vitrail.runs.measuring import (
+    Figures,
+    MeasuredTraining,
+    compared,
+    training_config,
+    training_overrides,
+    uses_synthetic,
+)
 from vitrail.runs.logs import set_up_logging
 from vitrail_runtime.tables import PlainTable
 
@@ -40,7 +47,14 @@ def measure(config: DictConfig) -> dict[str, float]:
     torch._dynamo.reset()  # networks that were compiled before count towards its limit
     with tempfile.TemporaryDirectory() as folder:
         trainings = [
-            build_measured(config, given, Path(folder) / str(number))
+            MeasuredTraining(
+                training_config(given),
+                Path(folder) / str(number),
+                config.warmup,
+                config.steps,
+                uses_synthetic(config, given),
+                config.peak,
+            )
             for number, given in enumerate(overrides)
         ]
         for _ in range(config.rounds):

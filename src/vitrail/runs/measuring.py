@@ -116,7 +116,8 @@ class MeasuredTraining:
         self._measured: list[tuple[dict[str, float], float | None]] = []
         self._memory: StepMemory | None = None
         self._operations: float | None = None
-        self._device = torch.device("cpu")
+        on_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        self._device = torch.device("cuda" if on_gpu else "cpu")
 
     @property
     def _batches(self) -> int:
@@ -134,9 +135,14 @@ class MeasuredTraining:
         return int(self.data.batch_size)
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether the training runs on a GPU."""
+        return self._device.type == "cuda"
+
+    @property
     def device_name(self) -> str:
-        """Name of the device, once a round has run."""
-        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
+        """Name of the device."""
+        return torch.cuda.get_device_name(self._device) if self.uses_gpu else platform.machine()
 
     @property
     def input(self) -> str:
@@ -151,6 +157,11 @@ class MeasuredTraining:
         checkpointed = ", checkpointed" if config.grad_checkpointing else ""
         settings = f"batch {self.batch_size}, {config.trainer.precision}, {compiled}{checkpointed}"
         return f"{self.name}, {sides}, {settings}, {self.input}"
+
+    def shorten(self) -> None:
+        """Measure as few steps as possible, for the memory alone."""
+        self.warmup = self.steps = self.config.trainer.accumulate_grad_batches
+        self.config.trainer.limit_train_batches = self._batches
 
     def run(self, bare: bool = True) -> None:
         """Run one round: the training, then the bare loop."""
@@ -241,19 +252,11 @@ def training_overrides() -> list[str]:
     return [override for override in given if override.partition("=")[0].lstrip("+~") not in own]
 
 
-def build_measured(config: DictConfig, overrides: Sequence[str], folder: Path) -> MeasuredTraining:
-    """Build a training that is measured.
-
-    Args:
-        config: config of the benchmark.
-        overrides: those of the training.
-        folder: folder for what the training writes.
-    """
-    synthetic = config.synthetic
-    if synthetic == "auto":
-        synthetic = not any(override.startswith(("data=", "data.root=")) for override in overrides)
-    training = training_config(overrides)
-    return MeasuredTraining(training, folder, config.warmup, config.steps, synthetic, config.peak)
+def uses_synthetic(config: DictConfig, overrides: Sequence[str]) -> bool:
+    """Return whether batches are made in advance: as the benchmark's config says, or unless the overrides name data."""
+    if config.synthetic != "auto":
+        return bool(config.synthetic)
+    return not any(override.startswith(("data=", "data.root=")) for override in overrides)
 
 
 def training_config(overrides: Sequence[str]) -> DictConfig:
