@@ -34,7 +34,8 @@ from vitrail.data.sources import ImageFolder
 from vitrail.data.sources.packed import PackOptions, PackWriter
 from vitrail.runs.directory import versions
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.measuring import Figures, MeasuredTraining, training_config
+from vitrail.runs.measured_config import training_config
+from vitrail.runs.measuring import Figures, MeasuredTraining
 from vitrail_runtime import resolvers
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,7 @@ def cases(compiles: bool) -> list[Case]:
 
 
 def write_data(root: Path, count: int, classes: int) -> None:
-    """Write `count` pictures of smooth noise as a pack of pixels in `root`/pack, and label maps of them in `root`/maps."""
+    """Write a pack of `count` pictures of smooth noise to `root`/pack, and label maps of them to `root`/maps."""
     random, files = np.random.default_rng(0), []
     for number in range(64):
         coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))

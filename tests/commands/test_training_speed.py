@@ -6,7 +6,8 @@ import pytest
 
 from programs import error_of, run
 from vitrail.runs.config import compose
-from vitrail.runs.measuring import MeasuredTraining, compared, training_config
+from vitrail.runs.measured_config import compared, training_config
+from vitrail.runs.measuring import MeasuredTraining
 from vitrail.training.step_timer import PARTS
 
 TINY = ("trainer=cpu", "data.batch_size=4", "rounds=1", "warmup=1", "steps=2")
@@ -119,7 +120,9 @@ def test_compared__replaces_overrides_of_the_same_keys(against, expected):
     ],
 )
 def test_settings__invalid_ones_are_refused(options, message, tmp_path):
-    assert message in error_of(run("benchmark.py", "train=true", "model=deit_nano", "trainer=cpu", *options, logs=tmp_path))
+    assert message in error_of(
+        run("benchmark.py", "train=true", "model=deit_nano", "trainer=cpu", *options, logs=tmp_path)
+    )
 
 
 def test_keys__null_groups_and_the_plain_benchmark_are_those_of_their_configs():

@@ -72,7 +72,9 @@ def test_out_of_memory__the_sentence_names_the_parts_and_the_keys(tmp_path):
     sentence = str(out_of_memory(fitting, module, 64, checkpointed=False))
     assert sentence.startswith("data.batch_size=64: out of memory on cpu in epoch ")
     assert "with grad_checkpointing=false; GiB: weights 0.00, gradients 0.00, optimiser state 0.00, EMA" in sentence
-    advice = "Set data.batch_size=32 trainer.accumulate_grad_batches=2 (the same effective batch), or grad_checkpointing"
+    advice = (
+        "Set data.batch_size=32 trainer.accumulate_grad_batches=2 (the same effective batch), or grad_checkpointing"
+    )
     assert advice in sentence
     assert sentence.count("\n") == 0
-    assert "or grad_checkpointing" not in str(out_of_memory(fitting, module, 64, checkpointed=True))
+    assert "or grad_" not in str(out_of_memory(fitting, module, 64, checkpointed=True))

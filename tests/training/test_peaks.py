@@ -31,14 +31,14 @@ GPU = torch.device("cuda")
     ],
 )
 def test_peak__by_name_and_precision(name, precision, peak, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_operations(GPU, precision) == peak
 
 
 def test_peak__of_float32_depends_on_tf32(monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     for name, peak in (("NVIDIA A100", 156e12), ("Tesla T4", 8.1e12)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_operations(GPU, "32-true") == peak
     assert peak_operations(torch.device("cpu"), "32-true") is None
 
@@ -69,7 +69,7 @@ def test_operations__unknown_if_they_cannot_be_counted():
 
 @pytest.mark.parametrize("peak", [None, 1e9])
 def test_share_of_peak__is_logged_where_the_peak_is_known(peak, tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "peak_operations", lambda device, precision: peak)
+    monkeypatch.setattr(callbacks, "peak_operations", lambda *_: peak)
     module, data = build(optimizer=OptimizerFactory(), schedule=CosineSchedule())
     fitting = trainer(tmp_path, [SpeedMonitor()], max_epochs=1, limit_train_batches=2, limit_val_batches=0)
     fitting.fit(module, datamodule=data)

@@ -29,7 +29,7 @@ class Clock(L.Callback):
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_parts__by_hand(accumulated, tmp_path, monkeypatch):
     clock, timer = Clock(2, 4), StepTimer(2, 4)
-    monkeypatch.setattr(timing, "moment", lambda device: clock.now)
+    monkeypatch.setattr(timing, "moment", lambda _: clock.now)
     module, data = build(optimizer=OptimizerFactory(), schedule=CosineSchedule())
     average = EMA()
 

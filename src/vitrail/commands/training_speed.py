@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich import box, get_console
 from rich.table import Table
 
 from vitrail.runs.config import check_keys, plain
-from vitrail.runs.measuring import (
-    Figures,
-    MeasuredTraining,
-    compared,
-    training_config,
-    training_overrides,
-    uses_synthetic,
-)
 from vitrail.runs.logs import set_up_logging
+from vitrail.runs.measured_config import compared, training_config, training_overrides, uses_synthetic
+from vitrail.runs.measuring import Figures, MeasuredTraining
 from vitrail_runtime.tables import PlainTable
 
 _TIMES = {"data": "data: loader, copies, mixing", "optimizer": "optimiser", "average": "EMA update"}

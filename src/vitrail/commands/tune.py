@@ -17,17 +17,11 @@ from rich.table import Table
 from vitrail.errors import ConfigError
 from vitrail.runs.config import check_keys
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.measuring import (
-    Figures,
-    MeasuredTraining,
-    compared,
-    release,
-    training_config,
-    training_overrides,
-    uses_synthetic,
-)
+from vitrail.runs.measured_config import compared, training_config, training_overrides, uses_synthetic
+from vitrail.runs.measuring import Figures, MeasuredTraining, release
 from vitrail.training.classifier import has_overlapping_convolutions
 from vitrail.training.memory import is_out_of_memory
+from vitrail_runtime.invocation import options, shown_command
 from vitrail_runtime.tables import PlainTable
 
 _RETRIES = 4
@@ -94,8 +88,8 @@ class Tuner:
 
     def settings(self) -> list[Settings]:
         """Return all combinations of settings."""
-        options = [[(key, value) for value in values] for key, values in self.choices.items() if values]
-        return [dict(chosen) for chosen in itertools.product(*options)]
+        pairs = [[(key, value) for value in values] for key, values in self.choices.items() if values]
+        return [dict(chosen) for chosen in itertools.product(*pairs)]
 
     def run(self, settings: Settings, is_short: bool = False) -> Figures | None:
         """Measure a training; None if it does not fit.
@@ -205,8 +199,8 @@ def tune(config: DictConfig) -> list[Trial]:
     if best.figures is None:
         raise ConfigError(f"data.batch_size={tuner.batch_size}: no batch size fits into the memory with any setting.")
     get_console().print(_table(trials))
-    command = shlex.join(["python", "src/train.py", *compared(tuner.overrides, best.overrides)])
-    get_console().print(command, soft_wrap=True, markup=False, highlight=False)
+    arguments = shlex.join([*options(), *compared(tuner.overrides, best.overrides)])
+    get_console().print(f"{shown_command('train')} {arguments}", soft_wrap=True, markup=False, highlight=False)
     if config.json is not None:
         figures = {"batch_size": best.figures.batch_size, **best.figures.named()}
         Path(config.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -215,17 +209,18 @@ def tune(config: DictConfig) -> list[Trial]:
 
 def _table(trials: Sequence[Trial]) -> Table:
     """Return a table of the trials, the fastest one first."""
-    table = PlainTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("settings")
-    for column in ("images/s", "ms per step", "peak memory, MiB", "of the device's peak"):
+    keys = [key for key in trials[0].settings if key != "data.batch_size"]
+    title = "fastest settings first, each with the largest batch that fits"
+    table = PlainTable(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in (*(key.rpartition(".")[2] for key in keys), "batch", "images/s", "ms", "peak MiB", "of peak"):
         table.add_column(column, justify="right")
     for trial in trials:
-        name, figures = " ".join(trial.overrides), trial.figures
+        figures, row = trial.figures, [str(trial.settings[key]) for key in keys]
         if figures is None:
-            table.add_row(name, "out of memory", "", "", "")
+            table.add_row(*row, "none fits", "", "", "", "")
             continue
-        share = "not known" if figures.share_of_peak is None else f"{100 * figures.share_of_peak:.1f} %"
-        memory = f"{figures.peak_memory / 2**20:,.1f}"
-        table.add_row(name, f"{trial.speed:,.1f}", f"{1e3 * figures.seconds:.2f}", memory, share)
+        share = "" if figures.share_of_peak is None else f"{100 * figures.share_of_peak:.1f} %"
+        speed, time = f"{trial.speed:,.1f}", f"{1e3 * figures.seconds:.2f}"
+        table.add_row(*row, str(figures.batch_size), speed, time, f"{figures.peak_memory / 2**20:,.0f}", share)
     table.caption = "a larger batch changes the effective batch size, and by optimizer.lr_scaling the learning rate"
     return table

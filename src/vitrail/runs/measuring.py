@@ -3,20 +3,16 @@
 import gc
 import platform
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import timm
 import torch
 import torch.nn.functional as F
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vitrail.errors import ConfigError
 from vitrail.runs.assembly import build_data, build_module, build_trainer, check_devices, model_name
-from vitrail.runs.config import compose, settle_model
 from vitrail.runs.device import kernels, settle_auto
 from vitrail.runs.directory import RunDirectory
 from vitrail.runs.loggers import MetricsCSV
@@ -25,7 +21,6 @@ from vitrail.training.memory import StepMemory
 from vitrail.training.peaks import operations_per_image, peak_operations
 from vitrail.training.step_timer import StepTimer, moment, seconds_between
 from vitrail.types import Batch
-from vitrail_runtime.project import CONF
 
 _LEFT_OUT = (
     *("checkpoint", "preemption", "first_batch", "label_maps", "predictions", "attention", "model_summary"),
@@ -243,63 +238,6 @@ def _restrict(config: DictConfig, folder: Path, batches: int) -> None:
         config.trainer[f"enable_{output}"] = False
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if name not in _LEFT_OUT}
     settle_auto(config)
-
-
-def training_overrides() -> list[str]:
-    """Return the overrides of the command line without those of the benchmark itself: those of `src/train.py`."""
-    own = OmegaConf.load(CONF / "benchmark_train.yaml")
-    given = HydraConfig.get().overrides.task
-    return [override for override in given if override.partition("=")[0].lstrip("+~") not in own]
-
-
-def uses_synthetic(config: DictConfig, overrides: Sequence[str]) -> bool:
-    """Return whether batches are made in advance: as the benchmark's config says, or unless the overrides name data."""
-    if config.synthetic != "auto":
-        return bool(config.synthetic)
-    return not any(override.startswith(("data=", "data.root=")) for override in overrides)
-
-
-def training_config(overrides: Sequence[str]) -> DictConfig:
-    """Compose the config of a training that is measured.
-
-    Without a data set or an experiment among the overrides, the data is ImageNet at the backbone's published size.
-
-    Args:
-        overrides: those of `src/train.py`.
-    """
-    keys = {override.partition("=")[0].lstrip("+") for override in overrides}
-    if keys & {"data", "experiment"}:
-        config = compose("train", overrides)
-        settle_model(config)
-        return config
-    config = compose("train", ["data=imagenet", *overrides])
-    name = model_name(config.model)
-    if "data.image_size" not in keys and timm.is_model(name) and (cfg := timm.get_pretrained_cfg(name)) is not None:
-        config.data.image_size = list(cfg.input_size[1:])
-    return config
-
-
-def compared(overrides: Sequence[str], against: Any) -> list[str]:
-    """Return the overrides of another training.
-
-    Args:
-        overrides: those of the first training, which the other one keeps.
-        against: model of the other training (a file in conf/model, or timm's name), or a list of overrides.
-    """
-    given = [against] if isinstance(against, str) else against
-    changes = [change for item in given for change in ([item] if "=" in item else _model_overrides(item))]
-    keys = {change.partition("=")[0].lstrip("+~") for change in changes}
-
-    def is_replaced(override: str) -> bool:
-        key = override.partition("=")[0].lstrip("+~")
-        return any(key == other or key.startswith(f"{other}.") for other in keys)
-
-    return [*(override for override in overrides if not is_replaced(override)), *changes]
-
-
-def _model_overrides(name: str) -> list[str]:
-    known = (CONF / "model" / f"{name}.yaml").is_file()
-    return [f"model={name}"] if known else ["model=timm", f"model.name={name}"]
 
 
 def release() -> None:

@@ -95,7 +95,7 @@ class StepTimer(L.Callback):
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds per batch by part, on average over the measured batches."""
-        totals: Counter[str] = Counter({part: 0.0 for part in PARTS})  # type: ignore[arg-type]
+        totals: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
         for (_, start), (part, end) in zip(self._moments, self._moments[1:], strict=False):
             totals[part] += seconds_between(start, end)  # type: ignore[assignment]
         return {part: totals[part] / self.steps for part in PARTS}
