@@ -55,9 +55,7 @@ def test_dry_run__measures_all_cases_and_appends_rows(tmp_path):
     figures = json.loads((tmp_path / "gpu.json").read_text())
     for model in ("deit_small", "lvvit_s", "t2t_vit_14", "deit_base"):
         assert figures[f"{model}_eager_synthetic_time_over_bare"] > 0
-        ratio = (
-            figures[f"{model}_eager_packed_images_per_second"] / figures[f"{model}_eager_synthetic_images_per_second"]
-        )
+        packed, synthetic = (figures[f"{model}_eager_{data}_images_per_second"] for data in ("packed", "synthetic"))
         assert figures[f"{model}_eager_packed_over_synthetic"] == pytest.approx(packed / synthetic, rel=1e-3)
 
 
