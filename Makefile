@@ -39,7 +39,8 @@ test-slow: $(VENV)/.dev  ## Run the whole test suite, including slow tests
 	$(BIN)/python -m pytest $(PYTEST) -m 'not slurm and not gpu' $(ARGS)
 
 test-gpu:  ## Run the tests that need a GPU, in the current Python environment (8 minutes at most)
-	VITRAIL_TEST_DEVICE=cuda $(PYTHON) -m pytest -m 'not slow' tests/test_gpu.py tests/data/render/test_device.py $(ARGS)
+	VITRAIL_TEST_DEVICE=cuda $(PYTHON) -m pytest -m 'not slow' tests/test_gpu.py tests/test_on_device.py \
+		tests/data/render/test_device.py $(ARGS)
 
 test-slurm: $(VENV)/.dev  ## Test on a local SLURM (root; slurmctld slurmd slurmdbd slurm-client munge mariadb-server)
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)
