@@ -137,7 +137,7 @@ def overrides_of(case: Case, scale: Scale, data: Path, dry: bool) -> list[str]:
 
 def measure(case: Case, scale: Scale, data: Path, dry: bool) -> tuple[Figures, list[dict[str, Any]]]:
     """Measure one case; return its figures and its rows for the CSV file."""
-    torch._dynamo.reset()  # networks that were compiled before count towards its limit
+    torch.compiler.reset()  # networks that were compiled before count towards its limit
     with tempfile.TemporaryDirectory() as folder:
         config = training_config(overrides_of(case, scale, data, dry))
         training = MeasuredTraining(config, Path(folder), scale.warmup, scale.steps, synthetic=not case.is_packed)

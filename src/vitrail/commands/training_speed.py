@@ -37,7 +37,7 @@ def measure(config: DictConfig) -> dict[str, float]:
     if config.against is not None:
         against = config.against if isinstance(config.against, str) else plain(config.against)
         overrides.append(compared(overrides[0], against))
-    torch._dynamo.reset()  # networks that were compiled before count towards its limit
+    torch.compiler.reset()  # networks that were compiled before count towards its limit
     with tempfile.TemporaryDirectory() as folder:
         trainings = [
             MeasuredTraining(

@@ -98,7 +98,7 @@ class Tuner:
             settings: settings, with `data.batch_size`.
             is_short: measure the memory only, by a few steps.
         """
-        torch._dynamo.reset()  # networks that were compiled before count towards its limit
+        torch.compiler.reset()  # networks that were compiled before count towards its limit
         try:
             with tempfile.TemporaryDirectory() as folder:
                 training = self.build(settings, folder)
