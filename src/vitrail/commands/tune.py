@@ -24,8 +24,7 @@ from vitrail.training.memory import is_out_of_memory
 from vitrail_runtime.invocation import options, shown_command
 from vitrail_runtime.tables import PlainTable
 
-_RETRIES = 4
-
+_RETRIES = 4  # at smaller batch sizes, if a setting needs more memory than the eager training
 
 Settings = dict[str, Any]
 """Values of a training's config, by their dotted keys."""
@@ -158,6 +157,7 @@ def largest_batch(fits: Callable[[int], bool], start: int, limit: int) -> int:
         start: batch size to try first; it is doubled or halved, then the interval is bisected.
         limit: largest batch size to try.
     """
+    limit = max(1, _round(limit))
     size = min(start, limit)
     if fits(size):
         low = size
@@ -167,9 +167,9 @@ def largest_batch(fits: Callable[[int], bool], start: int, limit: int) -> int:
             return low
         high = min(2 * low, limit)
     else:
-        low, high = size // 2, size
+        low, high = _round(size // 2), size
         while low and not fits(low):
-            low, high = low // 2, low
+            low, high = _round(low // 2), low
     while low and (middle := _round((low + high) // 2)) - low >= max(1, low // 8):
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
@@ -187,7 +187,7 @@ def tune(config: DictConfig) -> list[Trial]:
         The trials, the fastest one first.
 
     Raises:
-        ConfigError: a setting is invalid, or not even a batch of one image fits.
+        ConfigError: a setting is invalid, or no batch size fits.
     """
     set_up_logging()
     check_keys(config, "benchmark_train")
