@@ -46,7 +46,7 @@ def test_bf16__logits_and_losses_equal_those_of_fp32(options, tmp_path):
 @long
 def test_training__reaches_an_accuracy(tmp_path):
     """Compiled and in bf16 on a GPU."""
-    epochs, accuracy = (15, 90) if ON_GPU else (4, 30)
+    epochs, accuracy = (20, 90) if ON_GPU else (4, 30)
     options = (f"epochs={epochs}", "schedule.warmup_epochs=1", "callbacks.model_summary=null")
     directory = train(TRAINER, *options, logs=tmp_path)
     assert metrics(directory)[-1]["val/top1"] > accuracy

@@ -114,7 +114,7 @@ def test_compared__replaces_overrides_of_the_same_keys(against, expected):
         (("peak=-1",), "peak=-1"),
         (("synthetic=maybe",), "synthetic=maybe: "),
         (("phases=efficienttrain",), "phases: only plain trainings of one image size can be measured; set phases=null"),
-        (("experiment=segmentation", "synthetic=true", "data.root=/none"), "synthetic=true: makes images with a class"),
+        (("experiment=segmentation", "data.root=/none"), "objective: only trainings of classifiers can be measured"),
         (("against=no_such_model",), "no_such_model"),
         (("steeps=3",), "steeps"),
     ],

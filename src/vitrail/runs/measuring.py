@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 
 from vitrail.errors import ConfigError
+from vitrail.objectives.contract import needs_of
 from vitrail.runs.assembly import build_data, build_module, build_trainer, check_devices, model_name
+from vitrail.runs.config import instantiate
 from vitrail.runs.device import kernels, settle_auto
 from vitrail.runs.directory import RunDirectory
 from vitrail.runs.loggers import MetricsCSV
@@ -226,6 +228,8 @@ def _restrict(config: DictConfig, folder: Path, batches: int) -> None:
     for key in ("phases", "probe"):
         if config.get(key) is not None:
             raise ConfigError(f"{key}: only plain trainings of one image size can be measured; set {key}=null.")
+    if "masks" in needs_of(instantiate(config.objective, "objective")):
+        raise ConfigError("objective: only trainings of classifiers can be measured, not of segmentation networks.")
     OmegaConf.set_struct(config, False)
     config.paths.run = str(folder)
     config.trainer.devices = config.trainer.num_nodes = 1
