@@ -6,10 +6,10 @@ ARGS   ?=
 PYTEST := -n 2 --dist loadgroup  # two processes; tests that share a training run in the same one
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo pictures recipes reproduce benchmark clean
+.PHONY: help setup train test test-quick test-slow test-gpu test-slurm test-lowest lint format demo pictures recipes reproduce benchmark benchmark-gpu clean
 
 help:  ## List all targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.dev  ## Create .venv with all development dependencies (tests, linters, loggers, sweeps)
 
@@ -39,7 +39,8 @@ test-slow: $(VENV)/.dev  ## Run the whole test suite, including slow tests
 	$(BIN)/python -m pytest $(PYTEST) -m 'not slurm and not gpu' $(ARGS)
 
 test-gpu:  ## Run the tests that need a GPU, in the current Python environment (8 minutes at most)
-	VITRAIL_TEST_DEVICE=cuda $(PYTHON) -m pytest -m 'not slow' tests/test_gpu.py tests/data/render/test_device.py $(ARGS)
+	VITRAIL_TEST_DEVICE=cuda $(PYTHON) -m pytest -m 'not slow' tests/test_gpu.py tests/test_on_device.py \
+		tests/data/render/test_device.py $(ARGS)
 
 test-slurm: $(VENV)/.dev  ## Test on a local SLURM (root; slurmctld slurmd slurmdbd slurm-client munge mariadb-server)
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)
@@ -74,6 +75,9 @@ reproduce: $(VENV)/.installed  ## Repeat a finished run and compare its metrics:
 
 benchmark: $(VENV)/.dev  ## Measure the overhead of the framework over a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+benchmark-gpu:  ## Measure trainings on a GPU in the current Python environment, into results/gpu.csv (8 minutes)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:  ## Remove environments and caches (logs/ and data/ are kept)
 	rm -rf .venv .venv-lowest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

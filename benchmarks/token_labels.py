@@ -21,9 +21,9 @@ from rich import get_console
 from rich.table import Table
 from torch import Tensor
 
-from vitrail.commands.benchmark import extra_memory
 from vitrail.data.label_maps import sparse_token_targets, token_targets
 from vitrail.objectives import TokenLabelingLoss
+from vitrail.training.memory import extra_memory
 from vitrail.types import Outputs, Targets
 
 CLASSES, TOP_K, CELLS, GRID = 1000, 5, 18, 14

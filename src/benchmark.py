@@ -1,4 +1,4 @@
-"""Measure a backbone: `python src/benchmark.py mode=train model=t2t_vit_14 against=deit_small_patch16_224`."""
+"""Measure a backbone, or the step of a training: `python src/benchmark.py train=true model=deit_small`."""
 
 from vitrail_runtime.programs import run_program
 

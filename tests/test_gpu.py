@@ -1,10 +1,17 @@
-"""Trainings on a GPU: no wait between two log points, bad steps are skipped there, compiled equals eager."""
+"""Trainings that need a GPU: no wait between two log points, skipped steps, memory; others in test_on_device.py."""
 
 import lightning as L
 import pytest
 import torch
 
 from poisoned_training import Poison, fit
+from vitrail.commands.train import train
+from vitrail.commands.tune import tune
+from vitrail.errors import TrainingError
+from vitrail.runs.config import compose
+from vitrail.runs.measured_config import training_config
+from vitrail.runs.measuring import MeasuredTraining
+from vitrail.training.peaks import peak_operations
 from vitrail.training.verdicts import Brake
 
 pytestmark = [
@@ -73,3 +80,43 @@ def test_compiled__loss_equals_eager(tmp_path):
         trainer, _ = fit(folder, L.Callback(), *GPU, "epochs=1", f"compile={mode}", "trainer.precision=32-true")
         losses.append(float(trainer.callback_metrics["train/loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_out_of_memory__one_sentence_with_the_memory_by_part(tmp_path, monkeypatch):
+    """The process may use a fiftieth of the memory: less than a batch of 512 images takes."""
+    monkeypatch.setenv("VITRAIL_LOGS", str(tmp_path))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    options = ("model=deit_small", "data.image_size=224", "data.batch_size=512", "compile=null", "data.num_workers=2")
+    try:
+        with pytest.raises(TrainingError, match=r"data\.batch_size=512: out of memory on cuda:0") as raised:
+            train(compose("train", ["trainer=gpu", "epochs=1", *options]))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    sentence = str(raised.value)
+    assert "weights 0.08" in sentence
+    assert "activations and the rest" in sentence
+    assert sentence.endswith("(the same effective batch), or grad_checkpointing=true.")
+
+
+def test_step_figures__of_a_gpu(tmp_path):
+    """Device times, kernel launches and memory; a step's parts take most of the time that the host sees."""
+    options = ["model=deit_small", "trainer=gpu", "data.batch_size=64", "mixing=mixup_cutmix"]
+    training = MeasuredTraining(training_config([*options, "compile=null"]), tmp_path, 3, 10)
+    training.run()
+    figures = training.figures()
+    assert all(seconds >= 0 for seconds in figures.parts.values())
+    assert min(figures.parts[part] for part in ("forward", "backward", "optimizer", "average")) > 0
+    assert figures.bare < 1.2 * figures.seconds
+    assert figures.launches is None or figures.launches > 100  # None without the right to trace the device
+    assert figures.peak_memory >= sum(figures.memory.values())
+    assert figures.memory["activations"] > 10 * figures.memory["weights"]
+    if peak_operations(torch.device("cuda"), "bf16-mixed"):
+        assert 0 < figures.share_of_peak < 1
+
+
+def test_tune__stays_within_the_memory_and_prints_a_command(tmp_path, capsys):
+    options = ["tune=true", "model=vit_nano", "trainer=gpu", "warmup=1", "steps=2", "data.batch_size=64"]
+    trials = tune(compose("benchmark_train", [*options, "compile=null", "largest=256", "memory=4"]))
+    assert trials[0].figures.peak_memory <= 4 * 2**30
+    assert "train.py" in capsys.readouterr().out

@@ -24,6 +24,12 @@ def shown_command(name: str) -> str:
     return f"{python} {_near(root / 'src' / f'{name}.py')}" if root else f"vitrail {name}"
 
 
+def options() -> list[str]:
+    """Return the options that this program was called with, such as `--allow names`, without the overrides."""
+    arguments = sys.argv[1 + len(subcommand) :]
+    return [argument for argument in arguments if argument.startswith("-") or "=" not in argument]
+
+
 def _near(path: Path) -> str:
     """Return a path relative to the working directory if it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -35,4 +35,10 @@ def _deselected(override: str, program: str) -> str:
 def _defaults(program: str) -> dict[str, str | None]:
     """Return the file that a program's config selects of each group; None for groups that may be left out."""
     config: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{program}.yaml"))
-    return {group: file for entry in config["defaults"] if isinstance(entry, dict) for group, file in entry.items()}
+    selected: dict[str, str | None] = {}
+    for entry in config["defaults"]:
+        if isinstance(entry, dict):
+            selected |= {group.removeprefix("override "): file for group, file in entry.items()}
+        elif entry != "_self_":  # the program's config extends another one
+            selected |= _defaults(entry)
+    return selected

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,20 @@ class Program(NamedTuple):
     command: Callable[[DictConfig], str]
     """Maps a config to `module:function` below `vitrail.commands`."""
     help: str
+    variants: Mapping[str, str] = {}
+    """Other configs by the argument that selects them."""
+
+    def config_for(self, arguments: Iterable[str]) -> str:
+        """Return the name of the config for the arguments of a command line."""
+        given = {argument.lower() for argument in arguments}
+        return next((config for argument, config in self.variants.items() if argument in given), self.config_name)
+
+
+def _measured(config: DictConfig) -> str:
+    """Return the function of the benchmark."""
+    if config.get("tune"):
+        return "tune:tune"
+    return "training_speed:measure" if config.get("train") else "benchmark:benchmark"
 
 
 PROGRAMS = {
@@ -54,7 +68,12 @@ PROGRAMS = {
         lambda config: "wandb_report:wandb_report" if config.wandb else "report:report",
         "write a page that compares runs",
     ),
-    "benchmark": Program("benchmark", lambda _: "benchmark:benchmark", "measure speed and memory of a backbone"),
+    "benchmark": Program(
+        "benchmark",
+        _measured,
+        "measure speed and memory of a backbone or a training",
+        {"train=true": "benchmark_train", "tune=true": "benchmark_train"},
+    ),
     "list_models": Program("list_models", lambda _: "list_models:show", "list the backbones and what they cost"),
 }
 
@@ -104,10 +123,11 @@ def run_program(name: str) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; `_fail` prints the error
         _check_launcher()
         check_overrides(sys.argv[1:], name)
-        sys.argv[1:] = without_null_groups(sys.argv[1:], program.config_name)
+        config_name = program.config_for(sys.argv[1:])
+        sys.argv[1:] = without_null_groups(sys.argv[1:], config_name)
         resolvers.register()
         with guarded():
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(job)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

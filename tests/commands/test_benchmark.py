@@ -5,11 +5,9 @@ import csv
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from torch import nn
 
 from programs import PROJECT, error_of, run
 from vitrail.commands import benchmark
-from vitrail.commands.benchmark import extra_memory
 
 MINE = """
 from torch import nn
@@ -66,31 +64,9 @@ def test_rounds__alternate_and_the_first_two_are_not_counted():
     assert [len(times) for times in seconds] == [3, 3]
 
 
-def test_memory__peak_of_a_step_by_hand():
-    """Two tensors of 4 MB at a time at most, and 1 MB that stays."""
-
-    def step():
-        kept.append(torch.empty(250_000))
-        for _ in range(3):
-            first = torch.empty(1_000_000)
-            second = first + 1
-            del first, second
-
-    kept = []
-    assert extra_memory(step) == pytest.approx(9e6, abs=1e4)
-
-
 def test_tensors__floating_ones_in_nested_outputs():
     one, two = torch.zeros(1), torch.zeros(2)
     assert [id(tensor) for tensor in benchmark._tensors((one, [None, (two, torch.arange(3))]))] == [id(one), id(two)]
-
-
-def test_macs__0_if_they_cannot_be_counted():
-    class Odd(nn.Module):
-        def forward(self, images):
-            return images * float(images.sum())
-
-    assert benchmark._macs(Odd(), (8, 8)) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
+from greedy import write_greedy
 from programs import PROJECT, QUICK, error_of, metrics, run, run_directories
 from vitrail.commands import train as command
 from vitrail.runs.assembly import build_data, build_module
@@ -120,3 +121,15 @@ def test_train__resume_and_reproduce_together_are_refused(tmp_path):
 def test_train__unwritable_run_directory_is_named(tmp_path):
     (tmp_path / "train").write_text("a file instead of a folder")
     assert str(tmp_path / "train") in error_of(run("train.py", "trainer=cpu", logs=tmp_path))
+
+
+def test_train__out_of_memory_is_one_sentence_with_the_keys_to_change(tmp_path):
+    arguments, variables = write_greedy(tmp_path)
+    options = (*arguments, *QUICK, "data.batch_size=32", "grad_checkpointing=true")
+    error = error_of(run("train.py", *options, logs=tmp_path, **variables))
+    assert error.startswith("error: data.batch_size=32: out of memory on cpu in epoch 1, step 1, with grad_checkpoint")
+    assert "weights 0.00, gradients 0.00, optimiser state 0.00, EMA weights 0.00" in error
+    assert error.endswith("Set data.batch_size=16 trainer.accumulate_grad_batches=2 (the same effective batch).")
+    halved = ("data.batch_size=16", "trainer.accumulate_grad_batches=2")
+    result = run("train.py", *arguments, *QUICK, *halved, logs=tmp_path, **variables)
+    assert result.returncode == 0, result.stderr

@@ -2,13 +2,11 @@
 
 import csv
 import importlib.util
-import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +15,15 @@ import torch
 from omegaconf import DictConfig
 from rich import get_console
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from vitrail.errors import ConfigError
 from vitrail.models import forward_heads
-from vitrail.models.cost import count_parameters, measure_cost
+from vitrail.models.cost import count_parameters
 from vitrail.reporting.backbones import speed_table
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import check_choices, check_keys
+from vitrail.training.memory import extra_memory
+from vitrail.training.peaks import macs_or_zero
 from vitrail.types import height_width
 
 _CHOICES = {"mode": ("train", "infer"), "precision": ("fp32", "bf16", "fp16"), "device": ("auto", "cpu", "cuda")}
@@ -70,7 +69,7 @@ def benchmark(config: DictConfig) -> list[dict[str, Any]]:
     seconds = _time_interleaved(steps, config.rounds, config.steps, device)
     rows = []
     for side, step, times in zip(contestants, steps, seconds, strict=True):
-        macs = _macs(side.model, sides)
+        macs = macs_or_zero(side.model, sides)
         work = 2 * macs * config.batch_size * (3 if config.mode == "train" else 1)
         median = statistics.median(times)
         rows.append(
@@ -199,40 +198,6 @@ def _peak_memory(step: Callable[[], None], model: nn.Module, device: torch.devic
         step()
         return torch.cuda.max_memory_allocated(device)
     return extra_memory(step) + sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-
-
-def extra_memory(step: Callable[[], Any]) -> int:
-    """Return the peak memory of a step on the CPU in bytes, above the memory in use before it."""
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    kineto: Any = profiler.profiler
-    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence stderr within the block: the profiler writes to it on machines without a GPU."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        sys.stderr.flush()
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
-def _macs(model: nn.Module, sides: tuple[int, int]) -> int:
-    try:
-        return measure_cost(model, sides).macs
-    except Exception:  # custom code may not support tensors on the meta device
-        return 0
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:

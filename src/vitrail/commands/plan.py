@@ -15,7 +15,7 @@ from vitrail.data import Augmentation
 from vitrail.data.phases import Phases
 from vitrail.errors import ConfigError
 from vitrail.models import create_model
-from vitrail.models.cost import Cost, activation_bytes, measure_cost
+from vitrail.models.cost import Cost, activation_bytes, measure_cost, training_operations
 from vitrail.objectives.contract import passes_of
 from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, describe_augmentation, plan_table
 from vitrail.runs.assembly import build_model, model_name
@@ -168,9 +168,7 @@ def _speed_estimate(
     """
 
     def speed_of(macs: int) -> float | None:
-        work = 2 * macs * forward_passes + (
-            2 * teacher.macs if teacher else 0
-        )  # a multiply-accumulate is two operations
+        work = training_operations(macs, forward_passes, teacher.macs if teacher else 0)
         return devices * PEAK * UTILISATION / work if _on_gpus(config.trainer) else None
 
     return speed_of

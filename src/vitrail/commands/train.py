@@ -29,6 +29,7 @@ from vitrail.runs.preemption import Stopped, explain_dead_children, lost_process
 from vitrail.runs.reproduction import comparison, recorded_config, require_recorded_classes
 from vitrail.runs.resume import checkpoint_to_resume, continue_restarted
 from vitrail.training import ImageClassifier
+from vitrail.training.memory import is_out_of_memory, out_of_memory
 from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     explain_dead_children(run.path)
     started = time.monotonic()
     with kernels(config):
-        _fit(trainer, module, data, checkpoint, run)
+        _fit(trainer, module, data, checkpoint, run, config.grad_checkpointing)
     results = _summarise(csv_log, trainer, time.monotonic() - started, run)
     if trainer.is_global_zero:
         run.write_results(results)
@@ -98,15 +99,22 @@ def _final_config(config: DictConfig, run: RunDirectory) -> DictConfig:
 
 
 def _fit(
-    trainer: L.Trainer, module: ImageClassifier, data: ImageDataModule, checkpoint: Path | None, run: RunDirectory
+    trainer: L.Trainer,
+    module: ImageClassifier,
+    data: ImageDataModule,
+    checkpoint: Path | None,
+    run: RunDirectory,
+    checkpointed: bool,
 ) -> None:
-    """Train, and handle a stop signal, a lost process and an early Ctrl-C."""
+    """Train, and handle a stop signal, a lack of memory, a lost process and an early Ctrl-C."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stopped:
         log.info("%s in epoch %d, saved; resume=%s continues", stopped, trainer.current_epoch + 1, run.path)
         sys.exit(stopped.status(trainer))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(trainer, module, data.batch_size, checkpointed) from error
         if lost := lost_process(error, run.path):
             raise lost from error
         raise

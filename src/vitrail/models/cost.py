@@ -56,6 +56,17 @@ def measure_cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3)
     return Cost(count_parameters(model), counter.get_total_flops() // 2, tokens)
 
 
+def training_operations(macs: int, forward_passes: int, teacher_macs: int = 0) -> int:
+    """Return the operations of a training step for one image.
+
+    Args:
+        macs: multiply-accumulates of a forward pass; each is two operations.
+        forward_passes: forward passes of the same cost: 3 for one pass with its backward pass, which counts as two.
+        teacher_macs: multiply-accumulates of the teacher's forward pass.
+    """
+    return 2 * (macs * forward_passes + teacher_macs)
+
+
 def activation_bytes(model: nn.Module, sides: tuple[int, int]) -> int:
     """Return the bytes of activations per image that a float32 training step saves for the backward pass.
 

@@ -110,14 +110,25 @@ def check_keys(config: DictConfig, program: str) -> None:
     Raises:
         ConfigError: there is an unknown key or a value of another type; the message names the first one.
     """
-    primary: Any = OmegaConf.load(CONF / f"{program}.yaml")
-    groups = [key.split()[-1].lstrip("/") for item in primary.defaults if OmegaConf.is_dict(item) for key in item]
-    if unknown := [str(key) for key in config if key not in {*primary, *groups}]:
+    if unknown := [str(key) for key in config if key not in _known_keys(program)]:
         raise ConfigError(f"{unknown[0]}: no such config key; nothing reads it.")
-    for key, hint in _VALUES[program].items():
+    values = {**(_VALUES["train"] if program == "benchmark_train" else {}), **_VALUES[program]}
+    for key, hint in values.items():
         if not OmegaConf.is_missing(config, key):
             value = OmegaConf.select(config, key)
             check_value(key, plain(value) if OmegaConf.is_config(value) else value, hint)
+
+
+def _known_keys(program: str) -> set[str]:
+    """Return the keys and groups of a program's config, and of the config that it extends."""
+    primary: Any = OmegaConf.load(CONF / f"{program}.yaml")
+    known = {str(key) for key in primary}
+    for item in primary.defaults:
+        if OmegaConf.is_dict(item):
+            known |= {key.split()[-1].lstrip("/") for key in item}
+        elif item != "_self_":
+            known |= _known_keys(item)
+    return known
 
 
 _OPTIONAL = str | None
@@ -190,6 +201,8 @@ _VALUES: dict[str, dict[str, Any]] = {
         "interval": Positive,
     },
     "benchmark": {
+        "train": bool,
+        "tune": bool,
         "batch_size": PositiveInt,
         "image_size": ImageSize | None,
         "num_classes": PositiveInt,
@@ -198,6 +211,20 @@ _VALUES: dict[str, dict[str, Any]] = {
         "rounds": PositiveInt,
         "steps": PositiveInt,
         "csv": _OPTIONAL,
+    },
+    "benchmark_train": {
+        "train": bool,
+        "tune": bool,
+        "synthetic": bool | Literal["auto"],
+        "against": str | Sequence[str] | None,
+        "rounds": PositiveInt,
+        "warmup": PositiveInt,
+        "steps": PositiveInt,
+        "peak": Positive | None,
+        "json": _OPTIONAL,
+        "threads": PositiveInt | None,
+        "memory": Positive | None,
+        "largest": PositiveInt,
     },
     "list_models": {"image_size": ImageSize | None, "num_classes": NonNegativeInt, "depth": NonNegativeInt},
 }

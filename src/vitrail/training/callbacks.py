@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
+from vitrail.training.peaks import operations_per_image, peak_operations
 from vitrail_runtime.checking import NonNegative, checked
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,24 @@ class SpeedMonitor(L.Callback):
     `speed/images_per_second` counts all devices; its time includes waiting for data, but not validation.
     `speed/data_wait` is the share of that time, in %, that a device waited between two steps: for the data loader, and
     on a GPU also for copies and rendering. It is averaged over devices. `speed/gpu_memory` is the peak in GiB.
+    `speed/share_of_peak` is the share, in %, of the operations per second that the GPUs can reach at this precision,
+    for GPUs whose peak is known (`vitrail.training.peaks`).
     """
+
+    def __init__(self) -> None:
+        self.peak: float | None = None
+        self.operations: dict[tuple[int, int], int | None] = {}
+        """Operations of a step for one image, by the image's (height, width); empty if the peak is not known."""
+        self.size = (0, 0)
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Count the operations of a step, before a strategy shards the network, if the GPU's peak is known."""
+        self.peak = peak_operations(trainer.strategy.root_device, str(trainer.precision)) if stage == "fit" else None
+        if self.peak is not None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            phases = pl_module.phases
+            sizes = [phase.size for phase in phases.phases] if phases else [data.input.size] if data else []
+            self.operations = {size: operations_per_image(pl_module, size) for size in sizes}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; a resumed training may start in the middle of an epoch."""
@@ -46,6 +64,7 @@ class SpeedMonitor(L.Callback):
     ) -> None:
         """Count the images; the clock of an epoch stops at its last batch, before validation."""
         self.images += len(batch.image) * trainer.world_size
+        self.size = (batch.image.shape[-2], batch.image.shape[-1])
         self.clock.start()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,6 +74,9 @@ class SpeedMonitor(L.Callback):
         figures = {"images_per_second": self.images / seconds, "data_wait": 100 * waited / seconds}
         if torch.cuda.is_available():
             figures["gpu_memory"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.peak and (operations := self.operations.get(self.size)):
+            reached = operations * figures["images_per_second"] / trainer.world_size
+            figures["share_of_peak"] = 100 * reached / self.peak
         pl_module.log_dict({f"speed/{name}": value for name, value in figures.items()}, sync_dist=True, batch_size=1)
 
 

@@ -87,7 +87,7 @@ class ImageClassifier(L.LightningModule):
         self.compile_mode, self.phases = compile_mode, phases
         # dynamic=False: PyTorch would compile the second size for any size, which is slower.
         self.heads = torch.compile(forward_heads, mode=compile_mode, dynamic=False) if compile_mode else forward_heads
-        if channels_last and any(_overlaps(module) for module in model.modules()):
+        if channels_last and has_overlapping_convolutions(model):
             model.to(memory_format=torch.channels_last)
         if grad_checkpointing:
             _set_grad_checkpointing(model)
@@ -292,9 +292,10 @@ class ImageClassifier(L.LightningModule):
         self.log_dict(self.val_metrics.compute_and_reset("val/"), prog_bar=True, sync_dist=True, batch_size=1)
 
 
-def _overlaps(module: nn.Module) -> bool:
-    """Return whether a module is a convolution whose windows overlap; others are matrix products of patches."""
-    return isinstance(module, nn.Conv2d) and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
+def has_overlapping_convolutions(model: nn.Module) -> bool:
+    """Return whether a convolution's windows overlap; others are matrix products of patches, in any memory format."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return any(k > s for module in convolutions for k, s in zip(module.kernel_size, module.stride, strict=True))
 
 
 def _set_grad_checkpointing(model: nn.Module) -> None:
