@@ -1,6 +1,7 @@
 """Datasets of transformed images, and how their items become batches."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,13 @@ class ViewDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def rendered_here(self) -> "ViewDataset":
+        """Return the same data set with images that are ready for the network, even if the training device renders."""
+        here = copy(self)
+        if isinstance(self.transform, TrainingTransform):
+            here.transform = self.transform._replace(on_device=False)
+        return here
 
     def __getitem__(self, draw: Draw | int) -> Item:
         item = self._item(draw)

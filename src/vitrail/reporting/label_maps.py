@@ -5,7 +5,6 @@ Shapes: B images of H x W pixels, N patch tokens, C classes.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,9 +162,7 @@ def _network_inputs(
 ) -> tuple[NDArray[np.uint8], Tensor]:
     """Return augmented images (B, H, W, 3) of a data set with label maps, and their token targets (B, N, C)."""
     assert dataset.maps is not None
-    here = copy(dataset)
-    if isinstance(dataset.transform, TrainingTransform):
-        here.transform = dataset.transform._replace(on_device=False)
+    here = dataset.rendered_here()
     samples = [here[Draw(index, 0, False)] for index in drawn]
     seen = denormalise(torch.stack([sample.image for sample in samples]), spec.mean, spec.std)
     maps = LabelMap(*(torch.stack(parts) for parts in zip(*(sample.label_map for sample in samples), strict=True)))
