@@ -1,7 +1,16 @@
 """Errors for the user: each message names the config key or the file, what is wrong, and what to do."""
 
+from vitrail_runtime.names import readable
 
-class ConfigError(ValueError):
+
+class _UserError(Exception):
+    """An error whose message can be written anywhere, whatever the file names in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
+
+
+class ConfigError(_UserError, ValueError):
     """An invalid setting. The message starts with the config key or its value."""
 
 
@@ -17,9 +26,9 @@ class ArgumentError(ConfigError):
         return ArgumentError(self.name, self.value, self.problem, key)
 
 
-class ImageError(ValueError):
+class ImageError(_UserError, ValueError):
     """An unreadable image file. The message names the file."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_UserError, RuntimeError):
     """A training that cannot continue. The message states the step and the reason."""

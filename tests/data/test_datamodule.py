@@ -1,3 +1,4 @@
+import os
 import random
 
 import numpy as np
@@ -12,6 +13,8 @@ from vitrail.data.sampling import Draw
 from vitrail.data.sources import ArraySplit, Digits
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, InputSpec, Sample
+
+UNDECODABLE = os.fsdecode(b"flower_1\xe9.jpg")
 
 
 def digits(**kwargs):
@@ -72,7 +75,8 @@ def test_seeded__restores_the_generators():
 
 def test_corrupt_image__stop_or_skip(image_tree, tmp_path):
     (image_tree / "train" / "flower" / "flower_2.jpg").write_text("no image")
-    (image_tree / "val" / "flower" / "flower_1.jpg").write_text("no image")
+    (image_tree / "val" / "flower" / "flower_1.jpg").rename(image_tree / "val" / "flower" / UNDECODABLE)
+    (image_tree / "val" / "flower" / UNDECODABLE).write_text("no image")
     data = ImageFolderDataModule(str(image_tree), image_size=32)
     data.setup()
     with pytest.raises(ImageError, match=r"flower_2.jpg"):
@@ -83,7 +87,7 @@ def test_corrupt_image__stop_or_skip(image_tree, tmp_path):
     assert data.train[Draw(2, 0, False)].key == "flower/flower_3"
     assert data.val[Draw(1, 0, False)].label == IGNORE
     assert [line.split(":")[0].rpartition("/")[2] for line in skipped.read_text().splitlines()] == [
-        *("flower_2.jpg", "flower_1.jpg")
+        *("flower_2.jpg", r"flower_1\xe9.jpg")
     ]
 
 

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from vitrail.data.label_maps import LabelMapStore
-from vitrail.data.sources.files import readable
 from vitrail.errors import ConfigError
 from vitrail.models.explanations import Explanation, check_kinds, explain
 from vitrail.reporting.class_grids import annotation_grid, covered_box
@@ -27,6 +26,7 @@ from vitrail.runs.images import find_images, open_image
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.prediction import DTYPES, Prediction, predictions, require_classifier
 from vitrail.runs.trained import TrainedModel, load_run
+from vitrail_runtime.names import readable
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _write(
         for result in _with_progress(results, len(images)):
             target = next(targets, None)
             if result.problem:
-                unreadable.append(readable(result.problem))
+                unreadable.append(result.problem)
                 continue
             write(result.image, result.classes, result.probabilities)
             if target is not None:

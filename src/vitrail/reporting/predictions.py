@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitrail.errors import ConfigError
 from vitrail.reporting.tables import describe
+from vitrail_runtime.names import readable
 
 _SIDE, _LINE, _MARGIN = 480, 22, 8  # pixels
 _PARQUET_ROWS = 1024  # rows that are in memory at a time
@@ -55,13 +56,13 @@ def prediction_writer(path: Path, top_k: int) -> Iterator[Write]:
 
 @contextmanager
 def _csv(path: Path, top_k: int) -> Iterator[Write]:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(_columns(top_k))
 
         def write(image: str, classes: Sequence[str], probabilities: Sequence[float]) -> None:
             cells = zip(classes, map(describe, classes), (f"{share:.6f}" for share in probabilities), strict=True)
-            rows.writerow((image, *(value for cell in cells for value in cell)))
+            rows.writerow((readable(image), *(value for cell in cells for value in cell)))
 
         yield write
 
@@ -75,7 +76,7 @@ def _jsonl(path: Path, _: int) -> Iterator[Write]:
                 {"class": name, "name": describe(name), "probability": round(share, 6)}
                 for name, share in zip(classes, probabilities, strict=True)
             ]
-            file.write(json.dumps({"image": image, "predictions": best}) + "\n")
+            file.write(json.dumps({"image": readable(image), "predictions": best}) + "\n")
 
         yield write
 
@@ -93,7 +94,7 @@ def _parquet(path: Path, top_k: int) -> Iterator[Write]:
 
         def write(image: str, classes: Sequence[str], probabilities: Sequence[float]) -> None:
             cells = zip(classes, map(describe, classes), probabilities, strict=True)
-            clean = image.encode("utf-8", "backslashreplace").decode()
+            clean = readable(image)
             row = (clean, *(value for cell in cells for value in cell))
             waiting.append(dict(zip(columns, row, strict=True)))
             if len(waiting) == _PARQUET_ROWS:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vitrail.data.bit_depth import ValueRange
 from vitrail.data.images import as_image, load_image, to_rgb
-from vitrail.data.sources.files import FolderWalk, is_image, readable
+from vitrail.data.sources.files import FolderWalk, is_image
 from vitrail.errors import ConfigError, ImageError
+from vitrail_runtime.names import readable
 
 
 def find_images(where: str | Path, key: str = "images") -> list[str]:

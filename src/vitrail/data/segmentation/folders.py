@@ -15,11 +15,12 @@ from vitrail.data.images import read_image, size_of
 from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import ValueTable, read_mask
 from vitrail.data.sources.contract import SplitName
-from vitrail.data.sources.files import FolderWalk, describe_ignored, normal_form, readable
+from vitrail.data.sources.files import FolderWalk, describe_ignored, normal_form
 from vitrail.data.sources.value_range import SAMPLE, given_range, sampled_range
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import MASK_IGNORE, Picture
 from vitrail_runtime.checking import RGB, Length, checked
+from vitrail_runtime.names import readable
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vitrail.data.images import image_extensions
 from vitrail.errors import ConfigError
+from vitrail_runtime.names import readable
 
 # Folders of file servers and operating systems: thumbnails, deleted files, forks of other files.
 _SYSTEM_FOLDERS = {
@@ -102,11 +103,6 @@ def is_hidden(name: str) -> bool:
 def is_system_folder(name: str) -> bool:
     """Return whether a folder is one that file servers and operating systems create."""
     return name.lower() in _SYSTEM_FOLDERS
-
-
-def readable(name: str) -> str:
-    """Return a file name as valid UTF-8: other bytes become backslash escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def normal_form(name: str) -> str:

@@ -18,13 +18,13 @@ from vitrail.data.sources.files import (
     is_image,
     is_system_folder,
     normal_form,
-    readable,
 )
 from vitrail.data.sources.index import FileIndex
 from vitrail.data.sources.value_range import SAMPLE, given_range, sampled_range
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import Sample
 from vitrail_runtime.checking import Length, checked
+from vitrail_runtime.names import readable
 
 log = logging.getLogger(__name__)
 

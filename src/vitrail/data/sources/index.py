@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrail.data.images import image_extensions
-from vitrail.data.sources.files import FolderWalk, readable, reason_to_ignore, signature
+from vitrail.data.sources.files import FolderWalk, reason_to_ignore, signature
+from vitrail_runtime.names import readable
 
 _VERSION = 2
 _ARRAYS = ("names", "ends", "counts", "same_stem")

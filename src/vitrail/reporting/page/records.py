@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from vitrail.data.sources.files import readable
 from vitrail.errors import ConfigError
 from vitrail.reporting.page.history import History, read_history
+from vitrail_runtime.names import readable
 
 _NOT_RUNS = {"checkpoints", "wandb", "export", "tensorboard", "mlruns"}  # folders within a run
 _FILES = ("config.yaml", "metrics.csv", "results.json", "overrides.txt", "skipped.txt", "first_batch.png")
