@@ -3,8 +3,8 @@
 Each picture is made by the program that it shows: a training (`run.svg`), a sweep (`sweep.png`) and the page that
 compares its trials (`report.png`), an evaluation (`evaluation.png`), label maps of photographs (`label_maps.jpg`), and
 explanations of predictions (`explanations.jpg`) by networks of `make demo`, which are trained if they are not there, as
-are those that show accuracy against operations (`token_pruning.png`). With these networks it takes about 15 minutes on
-two cores.
+are those that show accuracy against operations (`token_pruning.png`) and accuracy over epochs with a teacher's features
+(`feature_distillation.png`). With these networks it takes about 15 minutes on two cores.
 `overview.jpg` shows three of them together. Trainings are kept in `--out` and `--demo`, so that an interrupted command
 resumes; remove these folders to repeat them. The page needs chromium (apt-get install chromium).
 
@@ -148,6 +148,13 @@ def token_pruning(demo: Path) -> None:
     save(Image.open(demo / "pruned" / "accuracy.png"), "token_pruning.png")
 
 
+def feature_distillation(demo: Path) -> None:
+    """Draw accuracy over epochs with a teacher's features, token labels and neither; train what is missing."""
+    comparison = [sys.executable, "benchmarks/demo.py", "--compare", "features", "--out", str(demo)]
+    subprocess.run(comparison, cwd=PROJECT, check=True)
+    save(Image.open(demo / "features" / "curves.png"), "feature_distillation.png")
+
+
 def explained(folder: Path, ckpt: Path, images: Path, kinds: str) -> Image.Image:
     """Return the maps that predict.py draws for three images, one row each, below the titles."""
     run(
@@ -224,6 +231,7 @@ def main() -> None:
         "label_maps": label_maps,
         "explanations": lambda out: explanations(out, options.demo),
         "token_pruning": lambda _: token_pruning(options.demo),
+        "feature_distillation": lambda _: feature_distillation(options.demo),
         "overview": overview,
     }
     names = options.only.split(",") if options.only else list(makers)

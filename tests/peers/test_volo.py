@@ -95,7 +95,7 @@ def test_outputs_and_gradients__as_official(name, recipe):
         assert loss.item() == pytest.approx(golden["grad"]["loss"], rel=1e-5)
         norms = golden["grad"]["norms"]
         for (key, parameter), norm in zip(model.named_parameters(), norms, strict=True):
-            assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6 * max(norms)), key
+            assert parameter.grad.double().norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6 * max(norms)), key
 
 
 def loss_of(model, x, box=None):
@@ -129,7 +129,7 @@ def test_mixtoken__as_official(name, recipe):
         total = sum(parameter.grad.double().square().sum() for parameter in parameters.values()).sqrt()
         assert total.item() == pytest.approx(golden["grad_total_l2"], rel=1e-4)
         for key, norm in golden["grad_some"].items():
-            assert parameters[key].grad.norm().item() == pytest.approx(norm, rel=1e-4), key
+            assert parameters[key].grad.double().norm().item() == pytest.approx(norm, rel=1e-4), key
 
 
 @pytest.mark.parametrize("case", RECORDS["boxes"], ids=lambda case: f"seed {case['np_seed']}")
