@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import Logger
 
-from programs import QUICK, metrics, run, run_directories
+from programs import QUICK, metrics, run, run_directories, train
 from resuming import child_processes, end_with, start_endless, wait_until
 from vitrail.errors import ConfigError
 from vitrail.runs import wandb_logger
@@ -134,26 +134,29 @@ def test_wandb__a_server_that_does_not_answer_leads_to_an_offline_run(tmp_path, 
 
 
 def wandb_history(directory):
-    """Return the history rows of an offline run from its binary file (leveldb log format, one protobuf per record)."""
+    """Return the history rows of an offline run from its binary files (leveldb log format, one protobuf per record)."""
     import struct
 
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = (directory / "wandb").glob("offline-run-*/run-*.wandb")
-    data, position, payload, rows = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        payload += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # full, or last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(payload)
-            payload = b""
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
+    rows = []
+    for path in sorted((directory / "wandb").glob("offline-run-*/run-*.wandb")):
+        data, position, payload = path.read_bytes(), 7, b""
+        while position + 7 <= len(data):
+            if 32768 - position % 32768 < 7:
+                position += 32768 - position % 32768
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, position)
+            payload += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # full, or last part
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(payload)
+                payload = b""
+                if record.WhichOneof("record_type") == "history":
+                    rows.append(
+                        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                    )
     return rows
 
 
@@ -194,6 +197,24 @@ def test_several_loggers__without_key_and_network(tmp_path):
         assert database.execute("select count(*) from runs").fetchall() == [(1,)]
         steps = database.execute("select count(*) from metrics where key = 'val/top1'").fetchall()
     assert steps == [(2,)]
+
+
+def test_evaluation__joins_the_trainings_run(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    offline = {"logs": tmp_path, "fresh": True, "WANDB_MODE": "offline"}
+    directory = train(*QUICK, "logger=wandb", **offline)
+    loggers = ("logger=[wandb,tensorboard]", "data=digits")
+    result = run("eval.py", f"ckpt={directory}", *loggers, "trainer=cpu", **offline)
+    assert result.returncode == 0, result.stderr
+    (evaluation,) = run_directories(tmp_path, "eval")
+    expected = json.loads((evaluation / "results.json").read_text())
+    (row,) = [row for row in wandb_history(directory) if "eval/digits/top1" in row]
+    assert float(row["eval/digits/top1"]) == pytest.approx(expected["raw"]["top1"])
+    assert float(row["eval/digits/top5_ema"]) == pytest.approx(expected["ema"]["top5"])
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    assert events.Scalars("eval/digits/top1")[0].value == pytest.approx(expected["raw"]["top1"])
 
 
 @pytest.mark.slow

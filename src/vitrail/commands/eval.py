@@ -1,6 +1,7 @@
 """Evaluate a trained network on its validation images or on other images."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,7 @@ from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory, is_rank_zero
+from vitrail.runs.loggers import log_results
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.segmentation import build_inference, check_task
 from vitrail.runs.trained import TrainedModel, load_run
@@ -81,6 +83,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     results = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     if trainer.is_global_zero:
         run.write_results(results)
+        log_results(config.logger, _logged_run(trained, run), _data_name(), results)
         get_console().print(evaluation_report(evaluations, classes, title))
         log.info("CSV files of classes, confusions and images, and a figure, are in %s", run.path)
     return results
@@ -95,6 +98,17 @@ def _record(run: RunDirectory, config: DictConfig, trained: TrainedModel) -> Non
     if is_rank_zero():
         found = None if trained.path is None else str(trained.path)  # not the run directory, which is named as given
         run.record(redacted({**plain(config), "ckpt": found}), redacted(list(HydraConfig.get().overrides.task)))
+
+
+def _logged_run(trained: TrainedModel, run: RunDirectory) -> Path:
+    """Return the directory of the run that loggers continue: the training's, or the evaluation's own."""
+    folder = None if trained.path is None else trained.path.parents[1]
+    return folder if trained.is_run and folder is not None and (folder / "config.yaml").is_file() else run.path
+
+
+def _data_name() -> str:
+    """Return the name of the data that the command line chooses; `val` for the training's own."""
+    return HydraConfig.get().runtime.choices.get("data") or "val"
 
 
 def _title(trained: TrainedModel) -> str:
@@ -129,6 +143,7 @@ def _evaluate_segmentation(
             write_class_scores(scores[name], classes, run.path / f"classes_{name}.csv")
     if trainer.is_global_zero:
         run.write_results(results)
+        log_results(config.logger, _logged_run(trained, run), _data_name(), results)
         get_console().print(segmentation_report(results, scores, classes, _title(trained)))
         log.info("a CSV file of the classes is in %s", run.path)
     return results

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitrail.errors import ConfigError
+from vitrail.runs.config import instantiate
 from vitrail.runs.directory import is_rank_zero
 from vitrail.runs.tolerant import tolerant
 from vitrail.runs.wandb_logger import wandb
@@ -99,6 +101,29 @@ class MetricsCSV(Logger):
         rows = [row for row in self.rows.values() if metric in row and (by or metric) in row]
         best = max(rows, key=lambda row: row[by or metric], default=None)
         return None if best is None else best[metric]
+
+
+def log_results(
+    loggers: Mapping[str, Any] | None, run_dir: Path, name: str, results: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Log the results of an evaluation as `eval/<name>/top1`, `eval/<name>/top1_ema` and so on.
+
+    Args:
+        loggers: the config's `logger`, which continues the run that is recorded in `run_dir`.
+        run_dir: run directory.
+        name: name of the data.
+        results: numbers by name, for `raw` and `ema` weights.
+    """
+    metrics = {
+        f"eval/{name}/{metric}{'_ema' if weights == 'ema' else ''}": float(value)
+        for weights, summary in results.items()
+        for metric, value in summary.items()
+        if isinstance(value, (int, float))
+    }
+    for key, node in (loggers or {}).items():
+        logger = instantiate(node, f"logger.{key}", run_dir=str(run_dir))
+        logger.log_metrics(metrics)
+        logger.finalize("success")
 
 
 @checked
