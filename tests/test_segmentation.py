@@ -164,6 +164,30 @@ def test_predict__unreadable_images_and_options_without_meaning(finished, root, 
     assert "explain: this network segments images" in error_of(run(*arguments, *explain, logs=tmp_path))
 
 
+def test_report__shows_the_classes_and_pictures(finished):
+    directory, logs = finished
+    score, _ = evaluated(directory, logs, "masks=true")
+    result = run("report.py", f"runs={directory}", "out=one.html", logs=logs)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stdout
+    (found,) = re.findall(r'id="data">(.*?)</script>', (logs / "one.html").read_text(), re.DOTALL)
+    data = json.loads(found)
+    (entry,) = data["runs"]
+    assert data["metric"] == "val/mIoU"
+    assert entry["best"] == pytest.approx(score["mIoU"], abs=1e-2)
+    assert {*entry["pictures"]} == {"first_batch", "predictions"}
+    (evaluation,) = entry["evaluations"]
+    assert [name for name, *_ in evaluation["ious"]] == list(masked.CLASSES)
+    assert sum(iou for _, iou, _ in evaluation["ious"]) / 4 == pytest.approx(score["mIoU"], abs=0.01)
+    assert {*evaluation["pictures"]} == {"picture_0", "picture_1", "picture_2"}
+    assert all(picture["data"] for picture in evaluation["pictures"].values())
+
+
+def test_training__draws_images_with_predicted_masks_and_labels(finished):
+    with Image.open(finished[0] / "predictions.png") as picture:
+        assert picture.size == (6 + 3 * 174 + 236, 22 + 3 * 174)
+
+
 def test_evaluation__at_several_scales_and_of_whole_images(finished):
     directory, logs = finished
     options = ("+data.eval_scales=[0.75,1.0]", "+data.eval_flip=true", "masks=true")
