@@ -181,6 +181,8 @@ _VALUES: dict[str, dict[str, Any]] = {
         "out": str,
         "top_k": PositiveInt,
         "overlay": _OPTIONAL,
+        "masks": _OPTIONAL,
+        "backbone": str,
         "image_size": ImageSize | None,
         "batch_size": PositiveInt,
         "num_workers": NonNegativeInt | None,
@@ -189,7 +191,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "report": {
         "runs": str,
         "out": str,
-        "metric": str,
+        "metric": _OPTIONAL,
         "evaluations": _OPTIONAL,
         "live": bool,
         "interval": Positive,
