@@ -185,7 +185,7 @@ def test_report__shows_the_classes_and_pictures(finished):
 
 def test_training__draws_images_with_predicted_masks_and_labels(finished):
     with Image.open(finished[0] / "predictions.png") as picture:
-        assert picture.size == (6 + 3 * 174 + 236, 22 + 3 * 174)
+        assert picture.size == (6 + 3 * 174 + 236, 40 + 3 * 174)
 
 
 def test_evaluation__at_several_scales_and_of_whole_images(finished):

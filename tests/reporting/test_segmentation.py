@@ -23,9 +23,9 @@ def halves(left, right):
 
 def test_legend__classes_by_their_share_in_each_mask():
     entries = legend_of([halves(0, 1), halves(1, MASK_IGNORE)], NAMES)
-    assert [text for _, text in entries] == ["[red] house  50%, 50%", "sky  50%, 0%"]
+    assert [text for _, text in entries] == ["[red] house  50.0%, 50.0%", "sky  50.0%, 0.0%"]
     assert [colour for colour, _ in entries] == [tuple(colour) for colour in class_colours(3)[[1, 0]].tolist()]
-    assert legend_of([halves(2, 2)], NAMES)[0][1] == "a class with a name…  100%"
+    assert legend_of([halves(2, 2)], NAMES)[0][1] == "a class with a name…  100.0%"
 
 
 def test_mask_picture__the_classes_colour_over_the_image_and_in_the_legend():
@@ -41,10 +41,10 @@ def test_mask_picture__the_classes_colour_over_the_image_and_in_the_legend():
 def test_sheet__image_prediction_and_label_in_a_row():
     rows = [MaskedRow(np.full((40, 60, 3), 255, np.uint8), halves(0, 0), halves(1, 1))] * 2
     sheet = masks_sheet(rows, NAMES)
-    assert sheet.size == (6 + 3 * 174 + 236, 22 + 2 * 174)
+    assert sheet.size == (6 + 3 * 174 + 236, 40 + 2 * 174)
     colours = [tuple((class_colours(2)[number].astype(int) + 255) // 2) for number in (0, 1)]
     for row in range(2):
-        shown = [sheet.getpixel((90 + 174 * column, 100 + 174 * row)) for column in range(3)]
+        shown = [sheet.getpixel((90 + 174 * column, 118 + 174 * row)) for column in range(3)]
         assert shown == [(255, 255, 255), *colours]
 
 
@@ -78,4 +78,4 @@ def test_callback__draws_different_images_evenly_spread(tmp_path, count, drawn):
             )
     assert seen == drawn * 2
     with Image.open(tmp_path / "predictions.png") as picture:
-        assert picture.height == 22 + len(drawn) * 174
+        assert picture.height == 40 + len(drawn) * 174

@@ -34,6 +34,7 @@ from vitrail_runtime.tables import PlainTable
 
 _SIDE = 288  # pixels of an image in a picture of overlays, before it is drawn as a tile
 _LARGEST, _MARGIN = 1024, 8  # pixels of the longer side of a picture, and between it and its legend
+_LEGEND = "the legend has each class's share of the pixels, predicted and labelled"
 _LISTED = 30  # classes in a legend
 _SHOWN = 10  # classes in the table of the terminal, from each end
 
@@ -62,7 +63,7 @@ def legend_of(masks: Sequence[NDArray[np.integer]], names: Sequence[str]) -> lis
         (
             tuple(colours[index]),
             f"{textwrap.shorten(names[index], 22, placeholder='…')}  "
-            + ", ".join(f"{share:.0%}" for share in shares[:, index]),
+            + ", ".join(f"{share:.1%}" for share in shares[:, index]),
         )
         for index in order[:_LISTED]
     ]
@@ -191,7 +192,7 @@ class MaskedRow(NamedTuple):
 
 def masks_sheet(rows: Sequence[MaskedRow], names: Sequence[str]) -> Image.Image:
     """Draw images with their predicted masks and their labels over them, one row each, with a legend."""
-    sheet = PanelSheet(("image", "predicted", "label"), len(rows), legends=True)
+    sheet = PanelSheet(("image", "predicted", "label"), len(rows), _LEGEND, legends=True)
     for number, (image, *masks) in enumerate(rows):
         panels = [image, *(overlay(image, mask, len(names)) for mask in masks)]
         sheet.paste(number, [Image.fromarray(panel) for panel in panels])
