@@ -174,7 +174,7 @@ def data_options(data: Path) -> tuple[str, ...]:
 
 
 def curve(folder: Path, metric: str = "val/top1") -> list[float]:
-    """Return a metric after each epoch: the top-1 accuracy, in %."""
+    """Return a metric after each epoch, in %."""
     with (folder / "metrics.csv").open() as file:
         return [float(row[metric]) for row in csv.DictReader(file)]
 

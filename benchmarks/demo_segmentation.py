@@ -143,7 +143,7 @@ def main() -> None:
     root = write_masks(out, options.scale)
     scores = fine_tune(out, root, max(2, round(10 * options.scale)), options.parallel)
     top1 = {kind: [max(accuracies) for accuracies in runs] for kind, runs in curves.items()}  # of the best checkpoint
-    scores = {"top-1": top1} | {f"{name}, mIoU": kinds for name, kinds in scores.items()}
+    scores = {"top1": top1} | {f"{name}_mIoU": kinds for name, kinds in scores.items()}
     write_figures(options.json, report(scores))
     draw(scores, out / "segmentation.png")
     demo.console.print(f"picture {out / 'segmentation.png'}", soft_wrap=True, highlight=False)

@@ -146,12 +146,13 @@ def test_predict__unreadable_images_and_options_without_meaning(finished, root, 
     images = tmp_path / "images"
     shutil.copytree(root / "images" / "val", images)
     (images / "picture_1.png").write_bytes(b"nothing")
+    (images / "picture_2.png").rename(images / "version.2.png")
     arguments = ("predict.py", f"ckpt={directory}", f"images={images}", "num_workers=0")
     result = run(*arguments, logs=tmp_path)
     assert result.returncode == 1
     assert "1 of 3 images skipped, listed in predictions_skipped.txt" in result.stdout
-    assert [name for _, name, _ in table_of(tmp_path / "predictions.csv")] == ["picture_0.png", "picture_2.png"]
-    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["picture_0.png", "picture_2.png"]
+    assert [name for _, name, _ in table_of(tmp_path / "predictions.csv")] == ["picture_0.png", "version.2.png"]
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["picture_0.png", "version.2.png"]
     result = run(*arguments, "masks=null", "out=without.jsonl", logs=tmp_path)
     assert [name for _, name, _ in table_of(tmp_path / "without.jsonl")] == ["", ""]
     for option, message in (

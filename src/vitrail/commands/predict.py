@@ -172,7 +172,7 @@ def _write_classes(
             picture = prediction_picture(image, result.classes, result.probabilities)
             if explainer is not None:
                 picture = above(picture, explainer.picture(result.image, image, result.explanation))
-            _save(picture, overlay / name.with_suffix(".jpg"), "overlay")
+            _save(picture, overlay / f"{name}.jpg", "overlay")
     return unreadable
 
 
@@ -187,13 +187,12 @@ def _write_masks(
     )
     with share_writer(out, names) as write:
         for result, name in _readable(results, images, config.images, unreadable):
-            path = name.with_suffix(".png")
-            write(result.image, "" if masks is None else str(path), result.shares)
+            write(result.image, "" if masks is None else f"{name}.png", result.shares)
             if masks is not None:
-                _save(mask_image(result.mask), masks / path, "masks")
+                _save(mask_image(result.mask), masks / f"{name}.png", "masks")
             if overlay is not None:
                 image = open_image(result.image, result.image, trained.input.value_range)
-                _save(mask_picture(image, result.mask, names), overlay / name.with_suffix(".jpg"), "overlay")
+                _save(mask_picture(image, result.mask, names), overlay / f"{name}.jpg", "overlay")
     if masks is not None:
         log.info("%s: masks, whose values are the indices of the classes", near(masks))
     return unreadable
@@ -205,8 +204,8 @@ def _loading(config: DictConfig) -> dict[str, Any]:
 
 def _readable(
     results: Iterator[Result], images: Sequence[str], where: str, unreadable: list[str]
-) -> Iterator[tuple[Result, Path]]:
-    """Yield the results of the images that can be read, and relative names for their pictures; show the progress.
+) -> Iterator[tuple[Result, str]]:
+    """Yield the results of the images that can be read, each with its name of `picture_names`; show the progress.
 
     Args:
         results: result of each image.

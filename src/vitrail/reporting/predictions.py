@@ -165,7 +165,7 @@ def _fitting(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
     return text
 
 
-def picture_names(images: Sequence[str]) -> Iterator[Path]:
+def picture_names(images: Sequence[str]) -> Iterator[str]:
     """Yield the relative path of each picture, without extension: that of its image below the images' common folder.
 
     Images that differ only in their extension get a number.
@@ -174,7 +174,6 @@ def picture_names(images: Sequence[str]) -> Iterator[Path]:
     common = Path(os.path.commonpath(parents)) if parents else Path()
     seen: Counter[str] = Counter()
     for image in images:
-        name = Path(image).absolute().relative_to(common).with_suffix("")
-        seen[str(name)] += 1
-        count = seen[str(name)]
-        yield name if count == 1 else name.with_stem(f"{name.stem}_{count}")
+        name = str(Path(image).absolute().relative_to(common).with_suffix(""))
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}_{seen[name]}"

@@ -65,11 +65,16 @@ def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             entry.pop("calibration", None)
         confused = folder / f"confusions_{weights}.png"
         entry["pictures"] = {"confused pairs": confused} if confused.is_file() else {}
-        drawn = sorted((folder / f"masks_{weights}").rglob("*_overlay.jpg"))
-        shown = [drawn[index] for index in sample_of(len(drawn), _MOST_OVERLAYS)] if drawn else []
-        entry["pictures"] |= {path.stem.removesuffix("_overlay"): path for path in shown}
+        entry["pictures"] |= _overlays(folder / f"masks_{weights}")
         found.append(entry)
     return found, problems
+
+
+def _overlays(masks: Path) -> dict[str, Path]:
+    """Return some of the images with their masks, evenly spread, by their keys."""
+    drawn = sorted(masks.rglob("*_overlay.jpg"))
+    shown = [drawn[index] for index in sample_of(len(drawn), _MOST_OVERLAYS)] if drawn else []
+    return {path.relative_to(masks).as_posix().removesuffix("_overlay.jpg"): path for path in shown}
 
 
 def _calibration(rows: list[dict[str, str]]) -> dict[str, Any]:
