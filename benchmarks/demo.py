@@ -23,8 +23,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from figures import add_json, write_figures
@@ -42,6 +44,7 @@ PHOTOGRAPHS = (
     *("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
     *("hubble_deep_field.jpg", "retina.jpg", "ihc.png"),
 )
+PLAIN = ("model=lvvit_nano", "objective=cross_entropy")  # without token labels
 COLOURS = {
     "with": (0, 110, 200),
     "without": (220, 90, 0),
@@ -67,13 +70,24 @@ def photographs() -> dict[str, Image.Image]:
     }
 
 
-def write_digits(root: Path, counts: dict[str, int]) -> None:
-    """Write images of one bright digit each, at a random position on a darkened crop of a photograph.
+class DigitImage(NamedTuple):
+    """An image of one digit."""
+
+    split: str
+    number: int
+    label: int
+    image: Image.Image
+    ink: Image.Image
+    """How much of each pixel the digit covers, 0 to 255."""
+
+
+def digit_images(counts: dict[str, int], seed: int = 0) -> Iterator[DigitImage]:
+    """Yield images of one bright digit each, at a random position on a darkened crop of a photograph.
 
     The digits of `train` and `val` are different images by the same writers.
     """
     backgrounds = list(photographs().values())
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for split, count in counts.items():
         digits = Digits().open(split)  # type: ignore[arg-type]
         for number in range(count):
@@ -88,9 +102,17 @@ def write_digits(root: Path, counts: dict[str, int]) -> None:
             colour = random.integers(128, 256, 3)  # brighter than any background
             stroke = as_image(digit.image).convert("L").resize((size, size), Image.Resampling.BICUBIC)
             image.paste(Image.new("RGB", (size, size), tuple(int(part) for part in colour)), (x, y), stroke)
-            folder = root / split / str(digit.label)
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{number:05d}.jpg", quality=92)
+            ink = Image.new("L", image.size)
+            ink.paste(stroke, (x, y))
+            yield DigitImage(split, number, int(digit.label), image, ink)
+
+
+def write_digits(root: Path, counts: dict[str, int]) -> None:
+    """Write the images of `digit_images` as a data set with one folder per class."""
+    for split, number, label, image, _ in digit_images(counts):
+        folder = root / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number:05d}.jpg", quality=92)
 
 
 def write_photographs(root: Path) -> None:
@@ -151,10 +173,10 @@ def data_options(data: Path) -> tuple[str, ...]:
     )
 
 
-def curve(folder: Path) -> list[float]:
-    """Return the top-1 accuracy after each epoch, in %."""
+def curve(folder: Path, metric: str = "val/top1") -> list[float]:
+    """Return a metric after each epoch, in %."""
     with (folder / "metrics.csv").open() as file:
-        return [float(row["val/top1"]) for row in csv.DictReader(file)]
+        return [float(row[metric]) for row in csv.DictReader(file)]
 
 
 def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> None:
@@ -256,6 +278,13 @@ def compare(
     return {name: [run for (kind, _), run in zip(jobs, curves, strict=True) if kind == name] for name in kinds}
 
 
+def compare_labels(out: Path, data: Path, maps: Path, scale: float, parallel: int) -> dict[str, list[list[float]]]:
+    """Train LV-ViT-nano with and without token labels in `out`; return top-1 after each epoch, for each seed."""
+    kinds = {"with": labelled(maps), "without": PLAIN}
+    # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
+    return compare(out, data, kinds, max(3, round(8 * scale)), 0.3, parallel)
+
+
 def annotate_photographs(out: Path, pictures: Path) -> Path:
     """Annotate the photographs with EfficientNet-Lite0; return the path of the preview."""
     maps = out / "photograph_maps"
@@ -296,21 +325,17 @@ def main() -> None:
         draw_curves(curves, "teacher", out / "teacher" / "curves.png")
         return
     maps = annotate_digits(out, data, annotator)
-    plain = ("model=lvvit_nano", "objective=cross_entropy")
-    epochs = max(3, round(8 * options.scale))
     if options.compare == "features":
         console.print("[bold]2. Train LV-ViT-nano with the convnet's features, with token labels, and with neither")
         taught = ("model=lvvit_nano", "objective=feature_distillation", "teacher=run", f"teacher.ckpt={annotator}")
         (out / "features").mkdir(exist_ok=True)
-        kinds = {"features": taught, "labels": labelled(maps), "neither": plain}
-        curves = compare(out / "features", data, kinds, epochs, 0.3, options.parallel)
+        kinds = {"features": taught, "labels": labelled(maps), "neither": PLAIN}
+        curves = compare(out / "features", data, kinds, max(3, round(8 * options.scale)), 0.3, options.parallel)
         write_figures(options.json, report(curves, ""))
         draw_curves(curves, "", out / "features" / "curves.png")
         return
     console.print("[bold]2. Train LV-ViT-nano with and without token labels")
-    kinds = {"with": labelled(maps), "without": plain}
-    # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
-    curves = compare(out, data, kinds, epochs, 0.3, options.parallel)
+    curves = compare_labels(out, data, maps, options.scale, options.parallel)
     write_figures(options.json, report(curves, "token labels"))
     draw_curves(curves, "token labels", out / "curves.png")
     console.print("[bold]3. Annotate the photographs with EfficientNet-Lite0")

@@ -41,7 +41,8 @@ from vitrail.models.gradient_maps import gradient_map
 from vitrail.models.pretrained import dense_scores, timm_classifier
 from vitrail.reporting.faithfulness import perturbation_curves
 from vitrail.runs.images import find_images, open_image
-from vitrail.runs.trained import TrainedModel, load_run
+from vitrail.runs.trained import load_run
+from vitrail.runs.trained_model import TrainedModel
 
 SIZE = 224  # pixels
 COUNT = 200  # images of digits

@@ -9,7 +9,9 @@ import yaml
 START = "2026-01-02 03:00:00,000 INFO vitrail.commands.train: run directory {path}\n"
 
 
-def make_run(path, *, overrides=(), epochs=3, planned=None, columns=None, finished=True, log=None, **config):
+def make_run(
+    path, *, overrides=(), epochs=3, planned=None, columns=None, without="none", finished=True, log=None, **config
+):
     """Write a run directory, and return it.
 
     Args:
@@ -18,6 +20,7 @@ def make_run(path, *, overrides=(), epochs=3, planned=None, columns=None, finish
         epochs: rows of metrics.csv; no file for None.
         planned: epochs in the config; None for `epochs`.
         columns: further columns, a function of the epoch each.
+        without: prefix, or prefixes, of the columns to leave out.
         finished: whether it has results.json.
         log: text of train.log after its first line.
         config: further entries of config.yaml.
@@ -37,6 +40,7 @@ def make_run(path, *, overrides=(), epochs=3, planned=None, columns=None, finish
         "speed/images_per_second": lambda _: 100,
         **(columns or {}),
     }
+    metrics = {name: value for name, value in metrics.items() if not name.startswith(without)}
     if epochs is not None:
         with (path / "metrics.csv").open("w", newline="") as file:
             rows = csv.writer(file)

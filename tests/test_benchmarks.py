@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from programs import PROJECT, environment
+from vitrail.data.segmentation.values import read_mask
 
 BENCHMARKS = sorted(
     path.stem for path in (PROJECT / "benchmarks").glob("*.py") if path.stem not in ("figures", "pictures", "recipes")
@@ -41,3 +44,22 @@ def test_overhead__writes_its_figures(tmp_path):
     figures = json.loads(file.read_text())
     assert set(figures) == {"overhead", "bare_step_ms"}
     assert all(value > 0 for value in figures.values())
+
+
+@pytest.mark.thorough
+def test_demo_segmentation__masks_cover_the_digits_and_intervals_are_those_of_student(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    import demo_segmentation
+
+    root = demo_segmentation.write_masks(tmp_path, 0.01)
+    labels = set()
+    for path in sorted((root / "masks" / "train").iterdir()):
+        mask = read_mask(path)
+        image = np.asarray(Image.open(root / "images" / "train" / path.name)).max(-1)
+        (_, label), (_, covered) = np.unique(mask, return_counts=True)
+        labels.add(int(label) - 1)
+        assert 0.01 < covered / mask.size < 0.3
+        assert image[mask > 0].mean() > image[mask == 0].mean() + 30, "digits are bright"
+    assert len(labels) > 5
+    assert labels <= set(range(10))
+    assert demo_segmentation.interval([1, 2, 3]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)

@@ -3,14 +3,18 @@
 import csv
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
 import masked
+import vitrail
 from programs import QUICK, error_of, metrics, run, run_directories, run_ranks, train
+from vitrail.errors import ConfigError, ImageError
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +58,135 @@ def test_evaluation__equals_the_training_s_validation_on_any_number_of_processes
 def test_programs_for_classifiers__refuse_it(finished, image_tree, root, tmp_path):
     directory, logs = finished
     refused = "ckpt={}: this network segments images; a classifier is needed here."
-    images = f"images={image_tree}"
-    assert refused.format(directory) in error_of(run("predict.py", f"ckpt={directory}", images, logs=logs))
     options = ("annotator=run", f"annotator.ckpt={directory}", "data=imagefolder", f"data.root={image_tree}")
     assert refused.format(directory) in error_of(run("annotate.py", *options, f"out={tmp_path / 'maps'}", logs=logs))
     folder = ("data=imagefolder", f"+data.root={image_tree}")
     assert "data: has no masks" in error_of(run("eval.py", f"ckpt={directory}", *folder, logs=logs))
     classifier = train(*QUICK, "model=deit_nano", logs=tmp_path)
+    asked = ("predict.py", f"ckpt={classifier}", f"images={image_tree}", "masks=here")
+    assert f"masks=here: ckpt={classifier} is a classifier; omit masks." in error_of(run(*asked, logs=logs))
     masks = ("data=segmentation_folder", f"+data.root={root}")
     assert "is a classifier, but the data has masks" in error_of(
         run("eval.py", f"ckpt={classifier}", *masks, logs=logs)
     )
+
+
+def table_of(path):
+    """Return the rows of a table of predicted masks: image, mask, and the shares above 0."""
+    if path.suffix == ".jsonl":
+        return [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    shares = [{name[6:]: round(float(row[name]), 6) for name in row if name.startswith("share_")} for row in rows]
+    return [
+        (row["image"], row["mask"], {name: share for name, share in found.items() if share})
+        for row, found in zip(rows, shares, strict=True)
+    ]
+
+
+def predicted(ckpt, images, folder, *options):
+    """Predict in a folder, and return the finished process."""
+    result = run("predict.py", f"ckpt={ckpt}", f"images={images}", "num_workers=0", *options, logs=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_predict__the_masks_of_an_evaluation(finished, root, tmp_path, mode):
+    """Of a run and of its export, at the settings of the training's validation."""
+    directory, logs = finished
+    if mode == "whole":
+        settings = ("data.eval_mode=whole", "data.eval_scales=[0.75,1.0]", "data.eval_flip=true")
+        directory = train(*masked.SMALL, f"data.root={root}", *settings, "epochs=1", logs=tmp_path)
+    _, folder = evaluated(directory, logs, "masks=true")
+    result = run("export.py", f"ckpt={directory}", f"out={tmp_path / 'exported'}", logs=logs)
+    assert result.returncode == 0, result.stderr
+    images = root / "images" / "val"
+    for number, (ckpt, out) in enumerate(((directory, "a.csv"), (tmp_path / "exported", "a.jsonl"))):
+        options = (f"masks=masks_{number}", "overlay=drawn", f"out={out}")
+        assert "shorter side 64" in predicted(ckpt, images, tmp_path, *options).stdout
+        rows = table_of(tmp_path / out)
+        assert [row[:2] for row in rows] == [(str(images / f"picture_{n}.png"), f"picture_{n}.png") for n in range(3)]
+        for _, name, shares in rows:
+            with (
+                Image.open(tmp_path / f"masks_{number}" / name) as mask,
+                Image.open(folder / "masks_raw" / name) as known,
+            ):
+                assert (mask.mode, mask.size, mask.getpalette()) == ("P", (96, 72), known.getpalette())
+                np.testing.assert_array_equal(mask, known)
+                assert mask.histogram()[:4] == [round(shares.get(name, 0) * 96 * 72) for name in masked.CLASSES]
+            with Image.open((tmp_path / "drawn" / name).with_suffix(".jpg")) as drawn:
+                assert (drawn.width, drawn.height) == (96 + 8 + 236, max(72, 22 * len(shares)))
+
+
+def test_predict__of_python_equals_the_program(finished, root, tmp_path):
+    directory, _ = finished
+    images = root / "images" / "val"
+    predicted(directory, images, tmp_path, "out=a.parquet")
+    rows = table_of(tmp_path / "a.parquet")
+    trained = vitrail.load_run(directory)
+    files = trained.predict(images)
+    arrays = trained.predict([np.asarray(Image.open(image)) for image in sorted(images.iterdir())])
+    for (image, name, shares), of_file, of_array in zip(rows, files, arrays, strict=True):
+        assert image == of_file.image
+        for result in (of_file, of_array):
+            np.testing.assert_array_equal(result.mask, Image.open(tmp_path / "masks" / name))
+            assert [round(share, 6) for share in result.shares] == [shares.get(name, 0) for name in masked.CLASSES]
+    with pytest.raises(ConfigError, match="top_k: this network segments images, to which it does not apply; omit it"):
+        trained.predict(images, top_k=3)
+    with pytest.raises(ImageError, match=r"nowhere\.png: not a readable image"):
+        trained.predict(["nowhere.png"])
+
+
+def test_predict__unreadable_images_and_options_without_meaning(finished, root, tmp_path):
+    directory, _ = finished
+    images = tmp_path / "images"
+    shutil.copytree(root / "images" / "val", images)
+    (images / "picture_1.png").write_bytes(b"nothing")
+    (images / "picture_2.png").rename(images / "version.2.png")
+    arguments = ("predict.py", f"ckpt={directory}", f"images={images}", "num_workers=0")
+    result = run(*arguments, logs=tmp_path)
+    assert result.returncode == 1
+    assert "1 of 3 images skipped, listed in predictions_skipped.txt" in result.stdout
+    assert [name for _, name, _ in table_of(tmp_path / "predictions.csv")] == ["picture_0.png", "version.2.png"]
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["picture_0.png", "version.2.png"]
+    result = run(*arguments, "masks=null", "out=without.jsonl", logs=tmp_path)
+    assert [name for _, name, _ in table_of(tmp_path / "without.jsonl")] == ["", ""]
+    for option, message in (
+        ("top_k=3", "top_k: this network segments images, to which it does not apply; omit it."),
+        ("batch_size=2", "batch_size: this network segments images"),
+        ("masks=images", "masks=images: contains some of the images; choose another folder."),
+    ):
+        assert message in error_of(run(*arguments, option, logs=tmp_path)), option
+    explain = ("explain=attention", "overlay=drawn")
+    assert "explain: this network segments images" in error_of(run(*arguments, *explain, logs=tmp_path))
+
+
+def test_report__shows_the_classes_and_pictures(finished):
+    directory, logs = finished
+    score, _ = evaluated(directory, logs, "masks=true")
+    result = run("report.py", f"runs={directory}", "out=one.html", logs=logs)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stdout
+    (found,) = re.findall(r'id="data">(.*?)</script>', (logs / "one.html").read_text(), re.DOTALL)
+    data = json.loads(found)
+    (entry,) = data["runs"]
+    assert data["metric"] == "val/mIoU"
+    assert entry["best"] == pytest.approx(score["mIoU"], abs=1e-2)
+    assert {*entry["pictures"]} == {"first_batch", "predictions"}
+    (evaluation,) = entry["evaluations"]
+    assert [name for name, *_ in evaluation["ious"]] == list(masked.CLASSES)
+    assert sum(iou for _, iou, _ in evaluation["ious"]) / 4 == pytest.approx(score["mIoU"], abs=0.01)
+    assert {*evaluation["pictures"]} == {"picture_0", "picture_1", "picture_2"}
+    assert all(picture["data"] for picture in evaluation["pictures"].values())
+
+
+def test_training__draws_images_with_predicted_masks_and_labels(finished):
+    with Image.open(finished[0] / "predictions.png") as picture:
+        assert picture.size == (6 + 3 * 174 + 236, 40 + 3 * 174)
 
 
 def test_evaluation__at_several_scales_and_of_whole_images(finished):
@@ -160,3 +282,6 @@ def test_official_checkpoint__is_evaluated_without_a_run(finished, root, tmp_pat
     found, _ = evaluated(tmp_path / "official.pth", logs, *options, "data.short_side=64", "data.long_side=256")
     expected, _ = evaluated(directory, logs)
     assert found["mIoU"] == pytest.approx(expected["mIoU"], abs=1e-3)
+    result = predicted(tmp_path / "official.pth", root / "images" / "val", tmp_path, *options[:4], "image_size=64")
+    assert "window 64 x 64, stride 42 x 42, shorter side 64, single scale" in result.stdout
+    assert (tmp_path / "masks" / "picture_2.png").is_file()

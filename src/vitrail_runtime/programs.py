@@ -62,7 +62,7 @@ PROGRAMS = {
     "pack": Program("pack", lambda _: "pack:pack", "pack a data set into a few large files"),
     "doctor": Program("doctor", lambda _: "doctor:examine", "look for problems in data and label maps"),
     "export": Program("export", lambda _: "export:export", "export a run's network"),
-    "predict": Program("predict", lambda _: "predict:predict", "predict the classes of images"),
+    "predict": Program("predict", lambda _: "predict:predict", "predict the classes, or the masks, of images"),
     "report": Program(
         "report",
         lambda config: "wandb_report:wandb_report" if config.wandb else "report:report",

@@ -1,23 +1,16 @@
 """Pictures with predictions, and where they are written."""
 
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
 from vitrail.errors import ConfigError
-from vitrail.reporting.predictions import overlay_names, prediction_picture, prediction_writer
+from vitrail.reporting.predictions import picture_names, prediction_picture, prediction_writer
 
 
-def test_overlay_names__below_the_common_folder_and_unique():
-    images = ["/data/a/one.jpg", "/data/a/one.png", "/data/b/deep/two.gif", "/data/a/one.bmp"]
-    assert [str(name) for name in overlay_names(images)] == [
-        "a/one.jpg",
-        "a/one_2.jpg",
-        "b/deep/two.jpg",
-        "a/one_3.jpg",
-    ]
-    assert list(overlay_names(["/data/one.png"])) == [Path("one.jpg")]
+def test_picture_names__below_the_common_folder_and_unique():
+    images = ["/data/a/one.jpg", "/data/a/one.png", "/data/b/deep/two.gif", "/data/a/one.bmp", "/data/a/v1.2.png"]
+    assert list(picture_names(images)) == ["a/one", "a/one_2", "b/deep/two", "a/one_3", "a/v1.2"]
+    assert list(picture_names(["/data/one.png"])) == ["one"]
 
 
 def test_prediction_picture__bars_are_as_long_as_the_probabilities():

@@ -35,6 +35,15 @@ def test_panels__only_of_what_has_been_logged():
     assert list(panel_groups(["val/top1_ema"], [])) == ["Accuracy", "System"]
 
 
+def test_panels__of_a_segmentation_run():
+    logged = ("val/mIoU", "val/mAcc", "val/aAcc", "train/loss", "train/decoder_loss", "train/auxiliary_loss")
+    groups = panel_groups(logged, ["predictions"])
+    names, patterns = shown_metrics(panel for title, panels in groups.items() if title != "System" for panel in panels)
+    assert names == {"val/mIoU", "val/mAcc", "val/aAcc", "predictions"}
+    assert {name for name in logged if re.fullmatch(*patterns, name)} == {*logged[3:]}
+    assert list(groups) == ["Accuracy", "Losses", "Pictures", "System"]
+
+
 def test_panels__one_line_for_each_gpu():
     names, _ = shown_metrics(system_panels(reports, 2))
     assert {"system/gpu.0.gpu", "system/gpu.1.gpu", "system/gpu.1.powerWatts"} < names

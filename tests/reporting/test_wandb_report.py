@@ -77,6 +77,31 @@ def test_report__no_panel_is_empty_and_the_best_run_is_first(standin):
     assert {(runset.entity, runset.project, runset.filters) for runset in runsets} == {(ENTITY, "vitrail", "")}
 
 
+def test_report__of_segmentation_runs_and_of_both_kinds(standin):
+    for name, score in (("a", 40.0), ("b", 45.5)):
+        run = add(standin, name, 1e-3, 0.0, backbone=name)
+        run.history = [{"epoch": 0, "val/mIoU": score, "val/mAcc": 60.0, "val/aAcc": 80.0, "train/loss": 1.0}]
+        run.summary = {"val/mIoU": {"max": score}, "val/mAcc": {"max": 60.0}, "val/aAcc": {"max": 80.0}}
+        run.summary |= {"train/loss": 1.0, "_runtime": 3600, "epoch": 0}
+    text, panels, _ = parts_of(report_of(standin))
+    assert [line for line in text.splitlines() if "run " in line] == [
+        "| run | backbone | val/mIoU | val/mAcc | val/aAcc | hours | state |",
+        "| run b | b | 45.50 | 60.00 | 80.00 | 1.00 | finished |",
+        "| run a | a | 40.00 | 60.00 | 80.00 | 1.00 | finished |",
+    ]
+    names, patterns = shown_metrics(panels)
+    logged = standin.runs["a"].logged_metrics()
+    assert names - {"backbone", "val/mIoU.max"} <= logged
+    assert {"val/mIoU", "val/mAcc", "val/aAcc"} <= names
+    assert all(any(re.fullmatch(pattern, name) for name in logged) for pattern in patterns)
+    add(standin, "c", 1e-3, 71.0)
+    report = report_of(standin)
+    assert re.findall(r"run (\w) ", parts_of(report)[0]) == ["c"]
+    assert "Without val/top1, and left out: run a (finished), run b (finished)." in [
+        getattr(block, "text", "") for block in report.blocks
+    ]
+
+
 def test_report__of_chosen_runs_by_id_name_or_directory(standin, tmp_path):
     for name in "abc":
         add(standin, name, 1e-3, 50.0)

@@ -11,7 +11,7 @@ from timm.data import create_transform
 from vitrail.errors import ConfigError, ImageError
 from vitrail.models import create_model
 from vitrail.runs.images import find_images, open_image
-from vitrail.runs.trained import TrainedModel
+from vitrail.runs.trained_model import TrainedModel
 from vitrail.types import InputSpec
 
 

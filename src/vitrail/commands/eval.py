@@ -14,18 +14,18 @@ from vitrail.checkpoints.classes import require_same
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.heads import declared_outputs
 from vitrail.objectives import SegmentationLoss
 from vitrail.reporting import Evaluation, confused_pairs, evaluation_figure, evaluation_report
 from vitrail.reporting.segmentation import MaskWriter, segmentation_report, write_class_scores
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
-from vitrail.runs.config import check_choices, check_keys, instantiate, output_directory, plain, rebase
+from vitrail.runs.config import check_choices, check_keys, instantiate, named_keys, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.loggers import log_results
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.segmentation import build_inference, check_task
-from vitrail.runs.trained import TrainedModel, load_run
+from vitrail.runs.segmentation import SEGMENTERS, build_inference, check_task, predicts_masks
+from vitrail.runs.trained import load_run
+from vitrail.runs.trained_model import TrainedModel
 from vitrail.training.predictions import Predictions, Predictor
 from vitrail.training.segmentation import SegmentationScores, SemanticSegmenter
 from vitrail_runtime.allowed_targets import resolve_target
@@ -34,7 +34,6 @@ from vitrail_runtime.secrets import redacted
 log = logging.getLogger(__name__)
 
 _CHOICES = {"weights": ("both", "raw", "ema"), "among": ("data", "all")}
-_SEGMENTERS = ("vitrail.models.upernet", "vitrail.models.linear_segmenter")
 _INPUT = (
     "image_size",
     "mean",
@@ -169,20 +168,15 @@ def open_trained(config: DictConfig) -> TrainedModel:
         ConfigError: the network cannot be opened, or it is not from a run and no data is set.
     """
     size = None if config.data is None else config.data.get("image_size")
-    named = size is not None and _is_named("data.image_size")
+    named = size is not None and "data.image_size" in named_keys()
     model = None if config.model is None else plain(config.model)
     weights: Any = "best" if config.weights == "both" else config.weights
-    if model is not None and model.get("_target_") in _SEGMENTERS:  # the data says for which size they were trained
+    if model is not None and model.get("_target_") in SEGMENTERS:  # the data says for which size they were trained
         named = size is not None
     trained = load_run(config.ckpt, weights, model, image_size=size if named else None)
     if not trained.is_run and (config.data is None or "_target_" not in config.data):
         raise ConfigError("data: not set; choose data=imagenet, imagenet_v2, imagefolder, ... with data.root=...")
     return trained
-
-
-def _is_named(key: str) -> bool:
-    """Return whether the command line sets a key."""
-    return key in {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
 
 
 def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
@@ -205,7 +199,7 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
     if config.data is not None:
         given = plain(config.data)
         if "_target_" in given:
-            data = given | {key: fed[key] for key in _INPUT if key in fed and not _is_named(f"data.{key}")}
+            data = given | {key: fed[key] for key in _INPUT if key in fed and f"data.{key}" not in named_keys()}
         else:
             if "root" in given:
                 rebase(data, given["root"])
@@ -220,7 +214,7 @@ def build_data(config: DictConfig, trained: TrainedModel) -> ImageDataModule:
     if "skipped_file" in data:  # must not overwrite the training's file
         data["skipped_file"] = str(output_directory() / "skipped.txt")
     check_task(trained.model, getattr(resolve_target(str(data["_target_"])), "has_masks", False))
-    if "masks" in declared_outputs(trained.model) and not trained.is_run:  # evaluation does not augment
+    if predicts_masks(trained.model) and not trained.is_run:  # evaluation does not augment
         return instantiate(OmegaConf.create(data), "data", augment=None)
     augmentation = instantiate(OmegaConf.create(augment), "augment")
     return instantiate(OmegaConf.create(data), "data", augment=augmentation)

@@ -17,11 +17,12 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.models.heads import declared_outputs
 from vitrail.models.licences import PERMISSIVE
 from vitrail.runs.config import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.trained import TrainedModel, load_run
+from vitrail.runs.segmentation import predicts_masks
+from vitrail.runs.trained import load_run
+from vitrail.runs.trained_model import TrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ def describe_export(trained: TrainedModel) -> Exported:
     card = _card(trained, classes, fed)
     if trained.licence:
         fed["license"] = trained.licence
-    target = str(node["_target_"]) if "masks" in declared_outputs(trained.model) else None
-    more |= {} if target is None else {"vitrail_target": target}
+    target = str(node["_target_"]) if predicts_masks(trained.model) else None
+    more |= {} if target is None else {"vitrail_target": target, "inference": trained.inference_settings}
     return Exported(trained.model, trained.name, arguments, spec.size, fed, classes, card, more, target)
 
 
@@ -118,7 +119,7 @@ def _card(trained: TrainedModel, classes: list[str], fed: dict[str, Any]) -> str
     """Return a model card: architecture, input settings and accuracy."""
     results = _run_directory(trained) / "results.json"
     reached = json.loads(results.read_text()) if results.is_file() else {}
-    masks = "masks" in declared_outputs(trained.model)
+    masks = predicts_masks(trained.model)
     metric, library, task = ("mIoU", "vitrail", "segmentation") if masks else ("top1", "timm", "classification")
     best = reached.get(f"val/{metric}_ema" if trained.weights == "ema" else f"val/{metric}")
     epochs = f" for {trained.config['epochs']} epochs" if "epochs" in trained.config else ""

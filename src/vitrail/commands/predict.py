@@ -1,9 +1,9 @@
-"""Predict the classes of the images in a file, folder or list."""
+"""Predict the classes, or the masks, of the images in a file, folder or list."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,22 @@ from vitrail.models.explanations import Explanation, check_kinds, explain
 from vitrail.reporting.class_grids import annotation_grid, covered_box
 from vitrail.reporting.explanations import Annotation, explanation_sheet
 from vitrail.reporting.pictures import denormalise
-from vitrail.reporting.predictions import above, check_format, overlay_names, prediction_picture, prediction_writer
+from vitrail.reporting.predictions import above, check_format, picture_names, prediction_picture, prediction_writer
+from vitrail.reporting.segmentation import mask_image, mask_picture, share_writer
 from vitrail.reporting.tables import near
-from vitrail.runs.config import check_choices, check_keys, plain
+from vitrail.runs.config import check_choices, check_keys, named_keys, plain
 from vitrail.runs.images import find_images, open_image
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.prediction import DTYPES, Prediction, predictions, require_classifier
-from vitrail.runs.trained import TrainedModel, load_run
+from vitrail.runs.masks import PredictedMask, check_options, mask_predictions
+from vitrail.runs.prediction import DTYPES, Prediction, predictions
+from vitrail.runs.segmentation import predicts_masks
+from vitrail.runs.trained import load_run
+from vitrail.runs.trained_model import TrainedModel
 from vitrail_runtime.names import readable
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result", Prediction, PredictedMask)
 
 _SHOWN = 5  # unreadable images that the terminal lists
 
@@ -48,15 +54,19 @@ def predict(config: DictConfig) -> bool:
     if kinds and config.overlay is None:
         raise ConfigError(f"explain={','.join(kinds)}: set overlay=<folder> to write the pictures to.")
     images = find_images(config.images)
-    overlay = None if config.overlay is None else Path(config.overlay).expanduser().absolute()
-    if overlay and any(Path(image).absolute().is_relative_to(overlay) for image in images):
-        raise ConfigError(f"overlay={config.overlay}: contains some of the images; choose another folder.")
+    overlay = _folder(config, "overlay", images)
     model = None if config.model is None else plain(config.model)
     trained = load_run(config.ckpt, config.weights, model, image_size=config.image_size)
-    require_classifier(trained.model, f"ckpt={config.ckpt}")
-    explainer = Explainer(trained, kinds) if kinds else None
     log.info("%s, %s weights: %d images", trained.name, trained.weights, len(images))
-    unreadable = _write(config, trained, images, out, overlay, explainer)
+    if predicts_masks(trained.model):
+        check_options(named_keys())
+        log.info("%s", trained.inference.describe())
+        unreadable = _write_masks(config, trained, images, out, overlay)
+    else:
+        if "masks" in named_keys():
+            raise ConfigError(f"masks={config.masks}: ckpt={config.ckpt} is a classifier; omit masks.")
+        explainer = Explainer(trained, kinds) if kinds else None
+        unreadable = _write_classes(config, trained, images, out, overlay, explainer)
     skipped = out.with_name(f"{out.stem}_skipped.txt")
     skipped.unlink(missing_ok=True)
     log.info("%s: %d predictions", near(out), len(images) - len(unreadable))
@@ -66,6 +76,20 @@ def predict(config: DictConfig) -> bool:
             log.warning("%s", line)
         log.error("%d of %d images skipped, listed in %s", len(unreadable), len(images), near(skipped))
     return not unreadable
+
+
+def _folder(config: DictConfig, key: str, images: Sequence[str]) -> Path | None:
+    """Return the folder that a key names; None if it is not set.
+
+    Raises:
+        ConfigError: it contains some of the images, which could be overwritten.
+    """
+    if config[key] is None:
+        return None
+    folder = Path(config[key]).expanduser().absolute()
+    if any(Path(image).absolute().is_relative_to(folder) for image in images):
+        raise ConfigError(f"{key}={config[key]}: contains some of the images; choose another folder.")
+    return folder
 
 
 class Explained(NamedTuple):
@@ -118,7 +142,7 @@ def _key_in(store: LabelMapStore, path: str) -> str | None:
     return next((key for key in keys if key in store), None)
 
 
-def _write(
+def _write_classes(
     config: DictConfig,
     trained: TrainedModel,
     images: list[str],
@@ -126,10 +150,9 @@ def _write(
     overlay: Path | None,
     explainer: Explainer | None,
 ) -> list[str]:
-    """Write the predictions and pictures, and return why images could not be read."""
+    """Write the most likely classes and the pictures, and return why images could not be read."""
     unreadable: list[str] = []
     top_k = min(config.top_k, trained.num_classes)
-    targets = iter(()) if overlay is None else (overlay / name for name in overlay_names(images))
     results = predictions(
         trained.model,
         trained.input,
@@ -137,43 +160,85 @@ def _write(
         images,
         top_k=top_k,
         batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        device=config.device,
-        precision=config.precision,
         explain=explainer,
+        **_loading(config),
     )
     with prediction_writer(out, top_k) as write:
-        for result in _with_progress(results, len(images)):
-            target = next(targets, None)
-            if result.problem:
-                unreadable.append(result.problem)
-                continue
+        for result, name in _readable(results, images, config.images, unreadable):
             write(result.image, result.classes, result.probabilities)
-            if target is not None:
-                _draw(trained, result, target, explainer)
-        if len(unreadable) == len(images):
-            raise ConfigError(f"images={config.images}: no image can be read; the first: {unreadable[0]}")
+            if overlay is None:
+                continue
+            image = open_image(result.image, result.image, trained.input.value_range)
+            picture = prediction_picture(image, result.classes, result.probabilities)
+            if explainer is not None:
+                picture = above(picture, explainer.picture(result.image, image, result.explanation))
+            _save(picture, overlay / f"{name}.jpg", "overlay")
     return unreadable
 
 
-def _draw(trained: TrainedModel, result: Prediction, path: Path, explainer: Explainer | None) -> None:
-    """Write the picture of a prediction, and below it what explains the prediction.
+def _write_masks(
+    config: DictConfig, trained: TrainedModel, images: list[str], out: Path, overlay: Path | None
+) -> list[str]:
+    """Write the masks, the share of each class and the pictures, and return why images could not be read."""
+    unreadable: list[str] = []
+    masks, names = _folder(config, "masks", images), trained.class_names
+    results = mask_predictions(
+        trained.model, trained.input, trained.inference, trained.num_classes, images, **_loading(config)
+    )
+    with share_writer(out, names) as write:
+        for result, name in _readable(results, images, config.images, unreadable):
+            write(result.image, "" if masks is None else f"{name}.png", result.shares)
+            if masks is not None:
+                _save(mask_image(result.mask), masks / f"{name}.png", "masks")
+            if overlay is not None:
+                image = open_image(result.image, result.image, trained.input.value_range)
+                _save(mask_picture(image, result.mask, names), overlay / f"{name}.jpg", "overlay")
+    if masks is not None:
+        log.info("%s: masks, whose values are the indices of the classes", near(masks))
+    return unreadable
+
+
+def _loading(config: DictConfig) -> dict[str, Any]:
+    return {"num_workers": config.num_workers, "device": config.device, "precision": config.precision}
+
+
+def _readable(
+    results: Iterator[Result], images: Sequence[str], where: str, unreadable: list[str]
+) -> Iterator[tuple[Result, str]]:
+    """Yield the results of the images that can be read, each with its name of `picture_names`; show the progress.
+
+    Args:
+        results: result of each image.
+        images: paths of the images.
+        where: value of `images`, for messages.
+        unreadable: gets the reason for each of the others.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: no image can be read.
     """
-    image = open_image(result.image, result.image, trained.input.value_range)
-    picture = prediction_picture(image, result.classes, result.probabilities)
-    if explainer is not None:
-        picture = above(picture, explainer.picture(result.image, image, result.explanation))
+    for result, name in zip(_with_progress(results, len(images)), picture_names(images), strict=True):
+        if result.problem:
+            unreadable.append(result.problem)
+        else:
+            yield result, name
+    if len(unreadable) == len(images):
+        raise ConfigError(f"images={where}: no image can be read; the first: {unreadable[0]}")
+
+
+def _save(picture: Image.Image, path: Path, key: str) -> None:
+    """Save a picture, and create its folder.
+
+    Raises:
+        ConfigError: it cannot be written; the message names `key`.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
+        picture.save(path, quality=90)  # of a JPEG
     except OSError as error:
-        raise ConfigError(f"overlay: cannot write {path} ({error.strerror or error}).") from error
+        raise ConfigError(f"{key}: cannot write {path} ({error.strerror or error}).") from error
 
 
-def _with_progress(results: Iterator[Prediction], total: int) -> Iterator[Prediction]:
+def _with_progress(results: Iterator[Result], total: int) -> Iterator[Result]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
     with Progress("predicting", *columns, console=get_console(), transient=True) as progress:
         yield from progress.track(results, total=total)

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vitrail.errors import ConfigError
+from vitrail.reporting.main_metrics import default_metric
 from vitrail.reporting.page import RunRecord, find_evaluations, find_runs, read_run, render_page, signature
 from vitrail.reporting.tables import near, size_words
 from vitrail.runs.config import check_keys
@@ -94,8 +95,8 @@ class _Reader:
 
 def _write(out: Path, reader: _Reader, reload_seconds: float | None, first: bool = False) -> None:
     """Write the page atomically; the first time, also log what is wrong with runs."""
-    metric = reader.config.metric
     columns = sorted({name for run in reader.runs for name in run.metrics} - {"epoch", "step"})
+    metric = reader.config.metric or default_metric(columns)
     if columns and metric not in columns:
         raise ConfigError(f"metric={metric}: no run has this column; choose from {', '.join(columns)}.")
     if first:

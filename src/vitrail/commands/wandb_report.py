@@ -34,7 +34,7 @@ def wandb_report(config: DictConfig) -> str:
     if mode != "online":
         raise ConfigError(f"wandb={config.wandb}: needs W&B's server, but {reason or f'WANDB_MODE={mode} is set'}.")
     runs = None if OmegaConf.is_missing(config, "runs") else config.get("runs")
-    address = write_report(where, _runs(runs), config.get("metric") or "val/top1")
+    address = write_report(where, _runs(runs), config.get("metric"))
     get_console().print(f"report: {address}", soft_wrap=True, markup=False, highlight=False)
     return address
 

@@ -81,9 +81,9 @@ def class_overlay(
 
 def draw_legend(sheet: PanelSheet, row: int, grid: ClassGrid, colours: Mapping[int, RGB], names: Sequence[str]) -> None:
     """Draw the legend of a row: each colour's class, its share of the cells and its mean probability there."""
-    x, y = sheet.legend_corner(row)
-    for number, (index, colour) in enumerate(colours.items()):
+    entries = []
+    for index, colour in colours.items():
         cells = grid.best == index
-        sheet.draw.rectangle((x, y + 22 * number + 3, x + 12, y + 22 * number + 15), fill=colour)
         share = f"{cells.mean():.0%}, p {grid.probability[cells].mean():.2f}" if cells.any() else "elsewhere"
-        sheet.draw.text((x + 18, y + 22 * number + 2), f"{describe(names[index])[:20]}  {share}", "black", sheet.font)
+        entries.append((colour, f"{describe(names[index])[:20]}  {share}"))
+    sheet.legend(row, entries)

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vitrail.reporting.colours import RGB
+
 PANEL, GAP = 168, 6  # pixels
-_TITLE, _CAPTION, LEGEND = 22, 18, 236
+LEGEND, LEGEND_LINE = 236, 22  # width of a legend, and height of its lines
+_TITLE, _CAPTION = 22, 18
 
 
 class PanelSheet:
@@ -41,6 +44,15 @@ class PanelSheet:
         if caption:
             self.draw.text((GAP, top + PANEL + 1), caption, "black", self.font)
 
-    def legend_corner(self, row: int) -> tuple[int, int]:
-        """Return the upper left corner (x, y) of a row's legend, in pixels."""
-        return self.image.width - LEGEND, self._top + row * self._step
+    def legend(self, row: int, entries: Sequence[tuple[RGB, str]]) -> None:
+        """Draw the legend of a row on the right: a colour and a text per line."""
+        draw_legend_lines(self.draw, (self.image.width - LEGEND, self._top + row * self._step), entries)
+
+
+def draw_legend_lines(draw: ImageDraw.ImageDraw, corner: tuple[int, int], entries: Sequence[tuple[RGB, str]]) -> None:
+    """Draw a legend with its upper left corner at (x, y), in pixels: a colour and a text per line of `LEGEND_LINE`."""
+    x, y = corner
+    for number, (colour, text) in enumerate(entries):
+        top = y + LEGEND_LINE * number
+        draw.rectangle((x, top + 3, x + 12, top + 15), fill=colour)
+        draw.text((x + 18, top + 2), text, "black", ImageFont.load_default(size=12))

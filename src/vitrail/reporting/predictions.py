@@ -7,7 +7,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,20 +22,44 @@ from vitrail_runtime.names import readable
 _SIDE, _LINE, _MARGIN = 480, 22, 8  # pixels
 _PARQUET_ROWS = 1024  # rows that are in memory at a time
 
-Write = Callable[[str, Sequence[str], Sequence[float]], None]
-"""Writes image, classes (K) and probabilities (K)."""
+WriteRow = Callable[[Sequence[str | float], Mapping[str, Any]], object]
+"""Writes a row, given as the cells of a table and as the object of a line of JSON."""
 
 
 @contextmanager
-def prediction_writer(path: Path, top_k: int) -> Iterator[Write]:
-    """Open a file of predictions by its extension; it has its name once it is complete.
+def prediction_writer(path: Path, top_k: int) -> Iterator[Callable[[str, Sequence[str], Sequence[float]], None]]:
+    """Open a file of predictions, and yield a function that writes image, classes (K) and probabilities (K).
 
     The columns are `image`, then `class_1`, `name_1`, `probability_1` and so on; `name` is the readable name of
     ImageNet's classes. A line of JSON has `image` and `predictions`, a list of `class`, `name` and `probability`.
 
     Args:
-        path: `.csv`, `.jsonl` or `.parquet`.
+        path: as in `table_writer`.
         top_k: K.
+
+    Raises:
+        ConfigError: as `table_writer`.
+    """
+    kinds = {"class": str, "name": str, "probability": float}
+    columns = {f"{name}_{rank}": kind for rank in range(1, top_k + 1) for name, kind in kinds.items()}
+    with table_writer(path, {"image": str, **columns}) as write_row:
+
+        def write(image: str, classes: Sequence[str], probabilities: Sequence[float]) -> None:
+            best = [*zip(classes, map(describe, classes), probabilities, strict=True)]
+            objects = [dict(zip(kinds, (name, shown, round(share, 6)), strict=True)) for name, shown, share in best]
+            file = readable(image)
+            write_row([file, *(value for cells in best for value in cells)], {"image": file, "predictions": objects})
+
+        yield write
+
+
+@contextmanager
+def table_writer(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
+    """Open a table by the extension of its file, which has its name once it is complete.
+
+    Args:
+        path: `.csv`, `.jsonl` or `.parquet`.
+        columns: name and type of each column, `str` or `float`.
 
     Raises:
         ConfigError: as `check_format`, or the file cannot be written.
@@ -44,8 +68,8 @@ def prediction_writer(path: Path, top_k: int) -> Iterator[Write]:
     unfinished = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _OPEN[path.suffix](unfinished, top_k) as write:
-            yield write
+        with _OPEN[path.suffix](unfinished, columns) as write_row:
+            yield write_row
         unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"out={path}: cannot be written ({error.strerror or error}).") from error
@@ -55,48 +79,31 @@ def prediction_writer(path: Path, top_k: int) -> Iterator[Write]:
 
 
 @contextmanager
-def _csv(path: Path, top_k: int) -> Iterator[Write]:
+def _csv(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(_columns(top_k))
-
-        def write(image: str, classes: Sequence[str], probabilities: Sequence[float]) -> None:
-            cells = zip(classes, map(describe, classes), (f"{share:.6f}" for share in probabilities), strict=True)
-            rows.writerow((readable(image), *(value for cell in cells for value in cell)))
-
-        yield write
+        rows.writerow(columns)
+        yield lambda cells, _: rows.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
 
 
 @contextmanager
-def _jsonl(path: Path, _: int) -> Iterator[Write]:
+def _jsonl(path: Path, _: Mapping[str, type]) -> Iterator[WriteRow]:
     with path.open("w", encoding="utf-8") as file:
-
-        def write(image: str, classes: Sequence[str], probabilities: Sequence[float]) -> None:
-            best = [
-                {"class": name, "name": describe(name), "probability": round(share, 6)}
-                for name, share in zip(classes, probabilities, strict=True)
-            ]
-            file.write(json.dumps({"image": readable(image), "predictions": best}) + "\n")
-
-        yield write
+        yield lambda _, found: file.write(json.dumps(found) + "\n")
 
 
 @contextmanager
-def _parquet(path: Path, top_k: int) -> Iterator[Write]:
+def _parquet(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
     import pyarrow
     from pyarrow import parquet
 
-    columns = _columns(top_k)
-    types = {"probability": pyarrow.float32()}
-    schema = pyarrow.schema([(name, types.get(name.partition("_")[0], pyarrow.string())) for name in columns])
+    types = {float: pyarrow.float32(), str: pyarrow.string()}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     waiting: list[dict[str, Any]] = []
     with parquet.ParquetWriter(path, schema) as file:
 
-        def write(image: str, classes: Sequence[str], probabilities: Sequence[float]) -> None:
-            cells = zip(classes, map(describe, classes), probabilities, strict=True)
-            clean = readable(image)
-            row = (clean, *(value for cell in cells for value in cell))
-            waiting.append(dict(zip(columns, row, strict=True)))
+        def write_row(cells: Sequence[str | float], _: Mapping[str, Any]) -> None:
+            waiting.append(dict(zip(columns, cells, strict=True)))
             if len(waiting) == _PARQUET_ROWS:
                 flush()
 
@@ -104,7 +111,7 @@ def _parquet(path: Path, top_k: int) -> Iterator[Write]:
             file.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
             waiting.clear()
 
-        yield write
+        yield write_row
         if waiting:
             flush()
 
@@ -122,10 +129,6 @@ def check_format(path: Path) -> None:
 
 
 _OPEN = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
-
-
-def _columns(top_k: int) -> list[str]:
-    return ["image", *(f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("class", "name", "probability"))]
 
 
 def prediction_picture(image: Image.Image, classes: Sequence[str], probabilities: Sequence[float]) -> Image.Image:
@@ -159,8 +162,8 @@ def _fitting(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
     return text
 
 
-def overlay_names(images: Sequence[str]) -> Iterator[Path]:
-    """Yield the relative path of each picture: that of its image below the images' common folder, as JPEG.
+def picture_names(images: Sequence[str]) -> Iterator[str]:
+    """Yield the relative path of each picture, without extension: that of its image below the images' common folder.
 
     Images that differ only in their extension get a number.
     """
@@ -168,7 +171,6 @@ def overlay_names(images: Sequence[str]) -> Iterator[Path]:
     common = Path(os.path.commonpath(parents)) if parents else Path()
     seen: Counter[str] = Counter()
     for image in images:
-        name = Path(image).absolute().relative_to(common).with_suffix(".jpg")
-        seen[str(name)] += 1
-        count = seen[str(name)]
-        yield name if count == 1 else name.with_stem(f"{name.stem}_{count}")
+        name = str(Path(image).absolute().relative_to(common).with_suffix(""))
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}_{seen[name]}"

@@ -4,13 +4,16 @@ Shapes: B images, H x W pixels, C classes.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Group
 from rich.text import Text
 from torch import Tensor
@@ -19,14 +22,21 @@ from vitrail.data.images import as_array
 from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import class_colours
 from vitrail.errors import ImageError
+from vitrail.reporting.colours import RGB
+from vitrail.reporting.panels import LEGEND, LEGEND_LINE, PANEL, PanelSheet, draw_legend_lines
 from vitrail.reporting.pictures import FirstBatchPicture, denormalise, image_grid
-from vitrail.reporting.validation_pictures import PredictionPicture
+from vitrail.reporting.predictions import table_writer
+from vitrail.reporting.validation_pictures import ValidationPicture
 from vitrail.training.segmentation import SegmentationScores
 from vitrail.types import MASK_IGNORE, Batch
-from vitrail_runtime.checking import checked
+from vitrail_runtime.checking import PositiveInt, checked
+from vitrail_runtime.names import readable
 from vitrail_runtime.tables import PlainTable
 
 _SIDE = 288  # pixels of an image in a picture of overlays, before it is drawn as a tile
+_LARGEST, _MARGIN = 1024, 8  # pixels of the longer side of a picture, and between it and its legend
+_LEGEND = "the legend has each class's share of the pixels, predicted and labelled"
+_LISTED = 30  # classes in a legend
 _SHOWN = 10  # classes in the table of the terminal, from each end
 
 
@@ -37,11 +47,63 @@ def overlay(image: NDArray[np.uint8], mask: NDArray[np.integer], num_classes: in
     return ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
 
 
-def save_mask(mask: NDArray[np.integer], path: Path) -> None:
-    """Save a mask (H, W) as palette PNG: the values are the classes, the palette shows them in their colours."""
+def mask_image(mask: NDArray[np.integer]) -> Image.Image:
+    """Return a mask (H, W) with a palette: the values are the classes, the palette shows them in their colours."""
     picture = Image.fromarray(mask.astype(np.uint8))
     picture.putpalette(class_colours(MASK_IGNORE).tobytes() + bytes(3))
-    picture.save(path)
+    return picture
+
+
+def legend_of(masks: Sequence[NDArray[np.integer]], names: Sequence[str]) -> list[tuple[RGB, str]]:
+    """Return colour and text of the largest classes of masks (H, W): name, and share of the pixels in each mask."""
+    counts = np.stack([np.bincount(mask.ravel(), minlength=MASK_IGNORE + 1)[: len(names)] for mask in masks])
+    shares = counts / np.array([[mask.size] for mask in masks])
+    order = [index for index in np.argsort(-shares.sum(0), kind="stable") if shares[:, index].any()]
+    colours = class_colours(len(names)).tolist()
+    return [
+        (
+            tuple(colours[index]),
+            f"{textwrap.shorten(names[index], 22, placeholder='…')}  "
+            + ", ".join(f"{share:.1%}" for share in shares[:, index]),
+        )
+        for index in order[:_LISTED]
+    ]
+
+
+def mask_picture(image: Image.Image, mask: NDArray[np.integer], names: Sequence[str]) -> Image.Image:
+    """Draw a mask (H, W) over its image, at most 1024 pixels wide and high, with a legend of the classes."""
+    drawn = Image.fromarray(overlay(np.asarray(image), mask, len(names)))
+    drawn.thumbnail((_LARGEST, _LARGEST), Image.Resampling.BOX)
+    entries = legend_of([mask], names)
+    sheet = Image.new("RGB", (drawn.width + _MARGIN + LEGEND, max(drawn.height, LEGEND_LINE * len(entries))), "white")
+    sheet.paste(drawn, (0, 0))
+    draw_legend_lines(ImageDraw.Draw(sheet), (drawn.width + _MARGIN, 0), entries)
+    return sheet
+
+
+@contextmanager
+def share_writer(path: Path, names: Sequence[str]) -> Iterator[Callable[[str, str, Sequence[float]], None]]:
+    """Open a table of predicted masks, and yield a function that writes image, mask file and shares (C).
+
+    The columns are `image`, `mask`, and for each class `share_<name>`, its share of the pixels. A line of JSON has
+    `image`, `mask` and `shares`, without the classes that are absent.
+
+    Args:
+        path: as in `table_writer`.
+        names: names of the C classes.
+
+    Raises:
+        ConfigError: as `table_writer`.
+    """
+    columns = {"image": str, "mask": str, **{f"share_{name}": float for name in names}}
+    with table_writer(path, columns) as write_row:
+
+        def write(image: str, mask: str, shares: Sequence[float]) -> None:
+            found = {name: round(share, 6) for name, share in zip(names, shares, strict=True) if share}
+            files = {"image": readable(image), "mask": readable(mask)}
+            write_row([*files.values(), *shares], {**files, "shares": found})
+
+        yield write
 
 
 class MaskWriter:
@@ -60,7 +122,7 @@ class MaskWriter:
         path = self.folder / f"{key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         mask = predicted.cpu().numpy()
-        save_mask(mask, path)
+        mask_image(mask).save(path)
         drawn = overlay(image.permute(1, 2, 0).cpu().numpy(), mask, self.num_classes)
         Image.fromarray(drawn).save(path.with_name(f"{path.stem}_overlay.jpg"))
 
@@ -80,18 +142,64 @@ class FirstMasksPicture(FirstBatchPicture):
         return image_grid(np.stack(drawn), [_largest(mask, data.classes) for mask in masks])
 
 
-class PredictedMasksPicture(PredictionPicture):
-    """Callback that draws the first validation images with their predicted masks, each beside its label."""
+class PredictedMasksPicture(ValidationPicture):
+    """Callback that draws validation images, evenly spread, each beside its predicted mask and its label.
 
-    def draw(self, module: Any, batch: Batch, data: Any) -> Image.Image:
-        """Return the picture of a batch of whole images (B, 3, H, W), uint8."""
-        drawn, captions = [], []
-        for image, mask in zip(batch.image[: self.count], batch.label[: self.count], strict=True):
-            for what, shown in (("predicted", module.predicted_mask(image)), ("label", mask)):
-                classes = shown.cpu().numpy()
-                drawn.append(overlay(image.permute(1, 2, 0).cpu().numpy(), classes, len(data.classes)))
-                captions.append(f"{what}\n{_largest(classes, data.classes)}".rsplit("\n", 1)[0])
-        return image_grid(np.stack(drawn), captions)
+    The classes in the legend of an image have their shares of its pixels, predicted and labelled.
+    """
+
+    name = "predictions"
+
+    def __init__(self, path: str | Path, every: PositiveInt | None = None, count: PositiveInt = 8) -> None:
+        super().__init__(path, every, count)
+        self._rows: list[MaskedRow] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Predict the batch if it is one of those to draw, and save the picture after the last of them.
+
+        Validation batches have one image. All processes do this, because a sharded model needs them.
+        """
+        chosen = sample_of(int(trainer.num_val_batches[dataloader_idx]), self.count)
+        if dataloader_idx > 0 or batch_idx not in chosen or not self.is_due(trainer):
+            return
+        if batch_idx == chosen[0]:
+            self._rows.clear()
+        with trainer.precision_plugin.val_step_context():
+            self._rows += [
+                MaskedRow(image.permute(1, 2, 0).cpu().numpy(), *(part.cpu().numpy() for part in pair))
+                for image, *pair in zip(
+                    batch.image, map(pl_module.predicted_mask, batch.image), batch.label, strict=True
+                )
+            ]
+        if batch_idx == chosen[-1]:
+            self.save(trainer, masks_sheet(self._rows, trainer.datamodule.classes))  # type: ignore[attr-defined]
+            self._rows.clear()
+
+
+class MaskedRow(NamedTuple):
+    """An image (H, W, 3), uint8, its predicted mask (H, W) and its label (H, W)."""
+
+    image: NDArray[np.uint8]
+    predicted: NDArray[np.integer]
+    label: NDArray[np.integer]
+
+
+def masks_sheet(rows: Sequence[MaskedRow], names: Sequence[str]) -> Image.Image:
+    """Draw images with their predicted masks and their labels over them, one row each, with a legend."""
+    sheet = PanelSheet(("image", "predicted", "label"), len(rows), _LEGEND, legends=True)
+    for number, (image, *masks) in enumerate(rows):
+        panels = [image, *(overlay(image, mask, len(names)) for mask in masks)]
+        sheet.paste(number, [Image.fromarray(panel) for panel in panels])
+        sheet.legend(number, legend_of(masks, names)[: PANEL // LEGEND_LINE])
+    return sheet.image
 
 
 def _largest(mask: NDArray[np.integer], classes: Sequence[str]) -> str:

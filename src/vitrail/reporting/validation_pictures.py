@@ -56,12 +56,9 @@ class ValidationPicture(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the first batch if it is this epoch's turn."""
-        epoch = trainer.current_epoch + 1
-        if self.every is None or batch_idx > 0 or dataloader_idx > 0 or trainer.sanity_checking:
+        if batch_idx > 0 or dataloader_idx > 0 or not self.is_due(trainer):
             return
         if batch.image.ndim < 4:  # features that a linear probe keeps in memory
-            return
-        if epoch % self.every and epoch != trainer.max_epochs:
             return
         try:
             with trainer.precision_plugin.val_step_context():
@@ -70,6 +67,19 @@ class ValidationPicture(L.Callback):
             log.warning("callbacks.%s: %s", self.name, error)
             self.every = None
             return
+        self.save(trainer, picture)
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Return whether it is this epoch's turn."""
+        epoch = trainer.current_epoch + 1
+        return (
+            self.every is not None
+            and not trainer.sanity_checking
+            and (epoch % self.every == 0 or epoch == trainer.max_epochs)
+        )
+
+    def save(self, trainer: L.Trainer, picture: Image.Image) -> None:
+        """Save the picture of this epoch, and log it."""
         if trainer.is_global_zero:
             picture.save(self.path)
             for logger in trainer.loggers:

@@ -26,6 +26,9 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
     "Accuracy": (
         Curves("Top-1 in %, raw and EMA weights", ("val/top1", "val/top1_ema")),
         Curves("Top-5 in %, raw and EMA weights", ("val/top5", "val/top5_ema")),
+        Curves("mIoU in %, raw and EMA weights", ("val/mIoU", "val/mIoU_ema")),
+        Curves("mAcc in %, raw and EMA weights", ("val/mAcc", "val/mAcc_ema")),
+        Curves("aAcc in %, raw and EMA weights", ("val/aAcc", "val/aAcc_ema")),
     ),
     "Losses": (
         Curves("Validation loss, raw and EMA weights", ("val/loss", "val/loss_ema")),

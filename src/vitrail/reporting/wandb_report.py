@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vitrail.errors import ConfigError
+from vitrail.reporting.main_metrics import default_metric
 from vitrail.reporting.wandb_panels import GROUPS_TABLE, installed_workspaces, panel_groups
 
-METRICS = ("val/top1", "val/top1_ema", "val/top5", "val/top5_ema", "speed/images_per_second")
+METRICS = (
+    *("val/top1", "val/top1_ema", "val/top5", "val/top5_ema", "val/mIoU", "val/mIoU_ema", "val/mAcc", "val/aAcc"),
+    "speed/images_per_second",
+)
 _IGNORED = re.compile(r"(^|\.)(paths|run_dir|path|dirpath|last|stop|_target_|skipped_file|id)(\.|$)")
 _COLUMNS = 8  # hyperparameters of the parallel coordinates and of the table
 _BEST = ("max", "min")  # summaries that logger=wandb defines
@@ -47,19 +51,20 @@ class RunFigures(NamedTuple):
     hours: float
 
 
-def write_report(where: ProjectPath, runs: Sequence[str] = (), metric: str = "val/top1") -> str:
+def write_report(where: ProjectPath, runs: Sequence[str] = (), metric: str | None = None) -> str:
     """Create a report in a W&B project, and return its address.
 
     Args:
         where: project, and the sweep whose runs to take.
         runs: ids or names of the runs; empty for all of the project or sweep.
-        metric: metric that ranks the runs.
+        metric: metric that ranks the runs; None for `val/top1`, or `val/mIoU` if no run has it.
 
     Raises:
         ConfigError: wandb-workspaces is not installed, there are no such runs, none has metrics, or the server refuses.
     """
     _, wr = installed_workspaces()
     figures = fetch_runs(where, runs)
+    metric = metric or default_metric({name for run in figures for name in run.metrics})
     measured = [run for run in figures if metric in run.metrics]
     if not measured:
         known = sorted({name for run in figures for name in run.metrics})

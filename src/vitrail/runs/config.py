@@ -74,6 +74,11 @@ def defaults_of(program: str) -> DictConfig:
         return hydra.compose(program)
 
 
+def named_keys() -> list[str]:
+    """Return the keys and groups that the command line sets."""
+    return [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
+
+
 def settle_model(config: DictConfig) -> None:
     """Apply `model=<file>` from the command line also if an experiment sets `model.name`, in place."""
     overrides = HydraConfig.get().overrides.task
@@ -187,6 +192,8 @@ _VALUES: dict[str, dict[str, Any]] = {
         "out": str,
         "top_k": PositiveInt,
         "overlay": _OPTIONAL,
+        "masks": _OPTIONAL,
+        "backbone": str,
         "image_size": ImageSize | None,
         "batch_size": PositiveInt,
         "num_workers": NonNegativeInt | None,
@@ -195,7 +202,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "report": {
         "runs": str,
         "out": str,
-        "metric": str,
+        "metric": _OPTIONAL,
         "evaluations": _OPTIONAL,
         "live": bool,
         "interval": Positive,
@@ -307,7 +314,7 @@ def restore(config: DictConfig, defaults: DictConfig, directory: Path) -> DictCo
     saved = OmegaConf.create(moved(upgraded(plain(OmegaConf.load(directory / "config.yaml"))), directory))
     before, now = _leaves(plain(defaults)), _leaves(plain(config))
     with open_dict(saved):
-        named = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
+        named = named_keys()
         for key in [*named, *(["strategy"] if "trainer" in named else [])]:  # trainer=... also selects a strategy
             value = OmegaConf.select(config, key)
             if key == "data.root":

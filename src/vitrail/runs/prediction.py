@@ -5,7 +5,7 @@ Shapes: B images of a batch, C classes, K most likely classes, H x W pixels.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from vitrail.data import Augmentation
 from vitrail.errors import ConfigError, ImageError
 from vitrail.models import forward_heads
-from vitrail.models.heads import declared_outputs
 from vitrail.runs.images import name_of, open_image
+from vitrail.runs.segmentation import predicts_masks
 from vitrail.types import InputSpec
 from vitrail_runtime.checking import NonNegativeInt, PositiveInt, checked
 
@@ -39,17 +39,22 @@ class Prediction(NamedTuple):
     """What `explain` of `predictions` returned for the image."""
 
 
-class _Images(Dataset[tuple[int, Tensor | str]]):
-    """Dataset of transformed images (3, H, W); for an image that cannot be read, the reason."""
+class ImageTensors(Dataset[tuple[int, Tensor | str]]):
+    """Dataset of the index and the transformed image (3, H, W) of each image; the reason if it cannot be read.
 
-    def __init__(self, images: Sequence[Any], spec: InputSpec) -> None:
-        self.images, self.value_range = images, spec.value_range
-        augment = Augmentation(
-            crop_pct=spec.crop_pct,
-            crop_mode=spec.crop_mode,  # type: ignore[arg-type]
-            eval_interpolation=spec.interpolation,  # type: ignore[arg-type]
-        )
-        self.transform: Callable[[Image.Image], Tensor] = augment.evaluation(spec)
+    Args:
+        images: images as in `vitrail.runs.images.open_image`.
+        value_range: black and white of images with more than 8 bits per channel.
+        transform: maps Pillow's image to a tensor (3, H, W).
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Any],
+        value_range: tuple[float, float] | None,
+        transform: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self.images, self.value_range, self.transform = images, value_range, transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,7 +73,7 @@ def require_classifier(model: nn.Module, key: str) -> None:
     Raises:
         ConfigError: the network predicts masks; the message names `key`.
     """
-    if "masks" in declared_outputs(model):
+    if predicts_masks(model):
         raise ConfigError(f"{key}: this network segments images; a classifier is needed here.")
 
 
@@ -106,24 +111,24 @@ def predictions(
     """
     require_classifier(model, "ckpt")
     place = device_of(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(8, cores, -(-len(images) // batch_size)) if num_workers is None else num_workers
+    augment = Augmentation(
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,  # type: ignore[arg-type]
+        eval_interpolation=spec.interpolation,  # type: ignore[arg-type]
+    )
     loader: DataLoader[Any] = DataLoader(
-        _Images(images, spec),
+        ImageTensors(images, spec.value_range, augment.evaluation(spec)),
         batch_size=batch_size,
-        num_workers=workers,
+        num_workers=worker_count(num_workers, -(-len(images) // batch_size)),
         pin_memory=place.type == "cuda",
         collate_fn=_separate,
     )
-    dtype = DTYPES[precision]
-    before, was_training = next(model.parameters()).device, model.training
-    model.to(place).eval()
-    try:
+    with evaluating(model, place):
         for items, batch in loader:
             best: Iterator[tuple[list[int], list[float], Any]] = iter(())
             if batch is not None:
                 batch = batch.to(place, non_blocking=True)
-                with torch.inference_mode(), torch.autocast(place.type, dtype) if dtype else nullcontext():
+                with torch.inference_mode(), autocast(place, precision):
                     logits = forward_heads(model, batch).merged()
                 top = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
                 found = explain(batch, top.indices[:, 0].clone()) if explain else [None] * len(batch)
@@ -132,6 +137,27 @@ def predictions(
                 labels, shares, explanation = ([], [], None) if problem else next(best)
                 name = name_of(images[index], index)
                 yield Prediction(name, [str(classes[label]) for label in labels], shares, problem, explanation)
+
+
+def worker_count(num_workers: int | None, batches: int) -> int:
+    """Return the number of loader workers; None means the CPU cores, at most 8 and at most one per batch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores, batches) if num_workers is None else num_workers
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the context of a forward pass in `precision`, one of `DTYPES`."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a network to a device, in evaluation mode, and back at the end."""
+    before, was_training = next(model.parameters()).device, model.training
+    model.to(device).eval()
+    try:
+        yield
     finally:
         model.to(before).train(was_training)
 

@@ -1,6 +1,7 @@
 """Build the LightningModule of semantic segmentation, and check that its parts fit together."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -16,11 +17,22 @@ from vitrail.objectives.contract import uses_of
 from vitrail.runs.config import instantiate
 from vitrail.runs.directory import find_weights_file
 from vitrail.training.segmentation import DenseInference, SemanticSegmenter
-from vitrail.types import height_width
+from vitrail.types import InputSpec, height_width
 
 log = logging.getLogger(__name__)
 
+SEGMENTERS = ("vitrail.models.upernet", "vitrail.models.linear_segmenter")
+"""Functions that build segmentation networks."""
+
+INFERENCE_KEYS = ("short_side", "long_side", "eval_mode", "eval_stride", "eval_scales", "eval_flip")
+"""Keys of a segmentation data config that say how whole images are predicted."""
+
 _ADVICE = "experiment=segmentation selects model, objective and augmentation of segmentation"
+
+
+def predicts_masks(model: nn.Module) -> bool:
+    """Return whether a network segments images."""
+    return "masks" in declared_outputs(model)
 
 
 def check_task(model: nn.Module, has_masks: bool) -> None:
@@ -33,30 +45,44 @@ def check_task(model: nn.Module, has_masks: bool) -> None:
     Raises:
         ConfigError: one of them has masks and the other has not.
     """
-    predicts_masks = "masks" in declared_outputs(model)
-    if predicts_masks == has_masks:
+    if predicts_masks(model) == has_masks:
         return
-    if predicts_masks:
+    if not has_masks:
         raise ConfigError(f"data: has no masks, which {type(model).__name__} learns; {_ADVICE}, data=ade20k its data.")
     raise ConfigError(f"model: {type(model).__name__} is a classifier, but the data has masks; {_ADVICE}.")
 
 
 def build_inference(data: SegmentationDataModule, model: nn.Module) -> DenseInference:
-    """Return how whole images are predicted; lets the backbone run at any size if images are predicted whole."""
+    """Return how the data's whole images are predicted; see `inference_of`."""
+    return inference_of(model, data.input, {key: getattr(data, key) for key in INFERENCE_KEYS})
+
+
+def inference_of(model: nn.Module, spec: InputSpec, settings: Mapping[str, Any]) -> DenseInference:
+    """Return how whole images are predicted; lets the backbone run at any size if images are predicted whole.
+
+    Args:
+        model: segmentation network.
+        spec: its input in training; its size is the window's.
+        settings: `INFERENCE_KEYS`, and others that are not used. Without them images are resized to a shorter side of
+            the window's and a longer side of at most four times as much, as in the published recipes.
+    """
     patch: Any = getattr(getattr(model, "backbone", None), "patch_embed", None)
     sides = height_width(getattr(patch, "patch_size", None) or 16)
-    if data.eval_mode == "whole":
+    mode: Any = settings.get("eval_mode") or "slide"
+    stride = settings.get("eval_stride")
+    if mode == "whole":
         allow_any_size(model.backbone)  # type: ignore[arg-type]
+    short_side = settings.get("short_side") or min(spec.size)
     return DenseInference(
-        data.mean,
-        data.std,
-        data.image_size,
-        data.eval_mode,
-        None if data.eval_stride is None else height_width(data.eval_stride),
-        data.short_side,
-        data.long_side,
-        data.eval_scales,
-        data.eval_flip,
+        spec.mean,
+        spec.std,
+        spec.size,
+        mode,
+        None if stride is None else height_width(stride),
+        short_side,
+        settings.get("long_side") or 4 * short_side,
+        tuple(settings.get("eval_scales") or (1.0,)),
+        bool(settings.get("eval_flip")),
         multiple=2 * max(sides),  # some pyramids halve the grid of patches
     )
 

@@ -2,97 +2,31 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 from omegaconf import OmegaConf
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
-from torch import nn
 
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import backbone_weights, read_checkpoint, weight_sets
-from vitrail.errors import ConfigError, ImageError
+from vitrail.errors import ConfigError
 from vitrail.models.licences import inherited_licence, licence_of
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import plain
 from vitrail.runs.directory import find_weights_file
-from vitrail.runs.images import listed_images
-from vitrail.runs.prediction import Prediction, predictions, require_classifier
+from vitrail.runs.prediction import require_classifier
+from vitrail.runs.segmentation import SEGMENTERS
+from vitrail.runs.trained_model import TrainedModel
 from vitrail.types import ImageSize, InputSpec, height_width
 from vitrail_runtime.checking import checked
 from vitrail_runtime.renames import upgraded
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A trained network, and what is needed to use it.
-
-    Attributes:
-        model: network in evaluation mode, on the CPU, with `weights` loaded.
-        input: the network's input.
-        classes: class names in the order of the logits; None if they were not recorded.
-        config: config of the run that trained the network; for other networks it has `model` only.
-        weights: which weights are loaded: `raw` or `ema`.
-        weight_sets: which weights the file contains.
-        path: file of the weights; None for weights that timm downloaded.
-        licence: licence of the published weights from which the network was trained; None if it started from none.
-        classes_recorded: whether `classes` come with the weights; ImageNet's are assumed for others by their number.
-    """
-
-    model: nn.Module
-    input: InputSpec
-    classes: list[str] | None
-    config: dict[str, Any]
-    weights: str
-    weight_sets: tuple[str, ...]
-    path: Path | None = field(default=None)
-    classes_recorded: bool = True
-    licence: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The network's name in timm, or the name of its class."""
-        return model_name(self.config["model"])
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, C."""
-        return len(self.classes) if self.classes is not None else int(self.model.num_classes)  # type: ignore[arg-type]
-
-    @property
-    def class_names(self) -> list[str]:
-        """Class names in the order of the logits; numbers if they were not recorded."""
-        return self.classes or [str(number) for number in range(self.num_classes)]
-
-    def predict(self, images: Any, **options: Any) -> list[Prediction]:
-        """Return the most likely classes of each image, in order.
-
-        Args:
-            images: one image or several: paths (also folders and patterns, see `find_images`), Pillow's images, arrays
-                (H, W, 3) or (N, H, W, 3), tensors (3, H, W) or (N, 3, H, W); uint8, or floats in [0, 1].
-            options: `top_k`, `batch_size`, `num_workers`, `device`, `precision`: see
-                `vitrail.runs.prediction.predictions`.
-
-        Raises:
-            ConfigError: a path refers to no image, or an option is invalid.
-            ImageError: an image cannot be read.
-        """
-        found: list[Prediction] = []
-        for prediction in predictions(self.model, self.input, self.class_names, listed_images(images), **options):
-            if prediction.problem:
-                raise ImageError(prediction.problem)
-            found.append(prediction)
-        return found
-
-    @property
-    def is_run(self) -> bool:
-        """Whether the network comes from a run of vitrail."""
-        return "data" in self.config
+_SEGMENTED_SIDE = 512  # pixels; the window of the published segmentation networks
 
 
 @checked
@@ -215,9 +149,8 @@ def _open_export(
         fed.get("crop_mode") or "center",
         tuple(described["value_range"]) if described.get("value_range") else None,
     )
-    return TrainedModel(
-        model.eval(), spec, classes, {"model": node}, chosen, ("raw",), file, licence=fed.get("license")
-    )
+    config = {"model": node, **{key: described[key] for key in ("inference",) if key in described}}
+    return TrainedModel(model.eval(), spec, classes, config, chosen, ("raw",), file, licence=fed.get("license"))
 
 
 def _open_published(
@@ -233,7 +166,8 @@ def _open_published(
         raise ConfigError(f"{key}: not set; set it to a weights file, or download timm's with model.pretrained=true.")
     name = node.get("name")
     cfg = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
-    known = cfg.to_dict() if cfg else {"input_size": (3, 224, 224)}
+    usual = _SEGMENTED_SIDE if node["_target_"] in SEGMENTERS else 224
+    known = cfg.to_dict() if cfg else {"input_size": (3, usual, usual)}
     fed = resolve_data_config(pretrained_cfg=known, use_test_size=True)
     sides = height_width(image_size or fed["input_size"][1:])
     count = node.get("num_classes") or _classes_in(checkpoint, cfg) or (cfg.num_classes if cfg else 1000)

@@ -112,7 +112,8 @@ def _define_metrics(run: Any) -> None:
     run.define_metric("epoch")
     run.define_metric("*", step_metric="epoch", step_sync=True, overwrite=True)
     for weights in ("", "_ema"):
-        for name, best in (("top1", "max"), ("top5", "max"), ("loss", "min")):
+        for name in ("top1", "top5", "mIoU", "mAcc", "aAcc", "loss"):
+            best = "min" if name == "loss" else "max"
             run.define_metric(f"val/{name}{weights}", step_metric="epoch", summary=best)
 
 

@@ -1,5 +1,6 @@
 """The report page in Debian's chromium: sorting, filtering, hovering, and no error in its console."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -233,6 +234,28 @@ def test_page__fits_the_width(tab, page, width):
     click(tab, "#table .link")
     wait_for(lambda: len(texts(tab, "#run h2")), 1)
     assert tab.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_page__segmentation_beside_classification(tab, tmp_path):
+    scores = {"without": ("val/top1", "val/loss"), "columns": {"val/mIoU": lambda epoch: 30 + epoch}}
+    paths = [make_run(tmp_path / "a" / "b" / name, **options) for name, options in (("c", {}), (EVIL, scores))]
+    evaluation = tmp_path / "eval"
+    evaluation.mkdir()
+    results = {"mIoU": 25.0, "mAcc": 30.0, "aAcc": 80.0, "images": 3, "inference": f"whole images, {EVIL}"}
+    (evaluation / "results.json").write_text(json.dumps({"raw": results}))
+    (evaluation / "classes_raw.csv").write_text(f"class,iou,accuracy\nsky,50.00,60.00\nred,0.00,0.00\n{EVIL},,\n")
+    file = tmp_path / "report.html"
+    runs = [read_run(path, tmp_path, lambda _: False) for path in paths]
+    file.write_text(render_page(runs, "val/top1", "both", {paths[1]: evaluation}))
+    show(tab, file, 1400)
+    labels = texts(tab, "#table th")
+    assert "best val/mIoU" in labels
+    column = f"#table tbody td:nth-child({labels.index('best val/mIoU') + 1})"
+    wait_for(lambda: texts(tab, column), ["", "32.00"])
+    assert "val/mIoU" in texts(tab, "#curves option:checked")
+    tab.find_elements("css selector", "#table tbody .link")[1].click()
+    wait_for(lambda: texts(tab, "#run h2"), [f"a/b/{EVIL}"])
+    assert texts(tab, "#run .local tbody tr") == ["red00", "sky5060", EVIL]
 
 
 def test_page__another_report_of_the_same_title_has_its_own_state(tab, page):

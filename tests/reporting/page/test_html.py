@@ -92,6 +92,16 @@ def test_page__long_curves_are_thinned_from_the_end(tmp_path, monkeypatch):
     assert entry["epochs"] == 100
 
 
+def test_page__classification_and_segmentation_in_one_folder(tmp_path):
+    scores = {"without": ("val/top1", "val/loss"), "columns": {"val/mIoU": lambda epoch: 30 + epoch}}
+    runs = [read(make_run(tmp_path / "a" / "b" / name, **options)) for name, options in (("c", {}), ("s", scores))]
+    data = data_of(render_page(runs, "val/top1", ""))
+    assert data["others"] == ["val/mIoU"]
+    assert [(run["best"], run["others"]["val/mIoU"]) for run in data["runs"]] == [(70, None), (None, 32)]
+    data = data_of(render_page(runs[1:], "val/mIoU", ""))
+    assert (data["others"], data["runs"][0]["best"]) == ([], 32)
+
+
 def test_page__a_smaller_metric_can_be_better(tmp_path):
     run = read(make_run(tmp_path / "a" / "b" / "run"))
     data = data_of(render_page([run], "val/loss", ""))

@@ -3,7 +3,7 @@ const allMetrics = [...new Set(data.runs.flatMap((run) => Object.keys(run.metric
 const baseMetrics = allMetrics.filter((name) => !(name.endsWith("_ema") && allMetrics.includes(name.slice(0, -4))));
 
 function panels() {
-  const wanted = [data.metric.replace(/_ema$/, ""), "val/loss", "train/loss", "train/lr"];
+  const wanted = [data.metric.replace(/_ema$/, ""), ...data.others, "val/loss", "train/loss", "train/lr"];
   const known = (state.panels || []).filter((name) => baseMetrics.includes(name));
   if (known.length) return known;
   const found = [...new Set(wanted)].filter((name) => baseMetrics.includes(name));

@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 
+from vitrail.data.sampling import sample_of
 from vitrail.reporting.evaluation import BINS
 from vitrail.reporting.page.records import load_yaml
 from vitrail.reporting.tables import describe
 
 _MOST_PAIRS = 200  # confused pairs that the page lists
+_MOST_OVERLAYS = 8  # images with their masks that the page shows
 
 
 def find_evaluations(folder: Path, runs: Iterable[Path]) -> dict[Path, Path]:
@@ -39,8 +41,9 @@ def find_evaluations(folder: Path, runs: Iterable[Path]) -> dict[Path, Path]:
 def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the results of each set of weights, and a sentence for each file that cannot be read.
 
-    Each result has `weights`, `summary`, `calibration` (for each bin of confidence with images: mean confidence,
-    accuracy, and their number), `classes`, `pairs` and `picture` (a file, if it exists).
+    Each result has `weights`, `summary` and `pictures` (files by name). A classifier's has `calibration` (for each bin
+    of confidence with images: mean confidence, accuracy, and their number), `classes` and `pairs`, a segmentation
+    network's `ious` (class, IoU and accuracy in %; None where they are not defined).
     """
     found: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -51,7 +54,7 @@ def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         return [], [f"{folder.name}/results.json: cannot be read ({error})"]
     for weights, summary in sets.items():
         entry: dict[str, Any] = {"weights": weights, "summary": summary}
-        for name, read in (("images", _calibration), ("classes", _classes), ("confusions", _pairs)):
+        for name, read in _SEGMENTATION if "mIoU" in summary else _CLASSIFICATION:
             file = folder / f"{name}_{weights}.csv"
             try:
                 with file.open(newline="", encoding="utf-8") as lines:
@@ -60,10 +63,18 @@ def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 problems.append(f"{folder.name}/{file.name}: cannot be read ({error})")
         if summary.get("loss") is None:  # several right classes per image, of which the file has the first
             entry.pop("calibration", None)
-        picture = folder / f"confusions_{weights}.png"
-        entry["picture"] = picture if picture.is_file() else None
+        confused = folder / f"confusions_{weights}.png"
+        entry["pictures"] = {"confused pairs": confused} if confused.is_file() else {}
+        entry["pictures"] |= _overlays(folder / f"masks_{weights}")
         found.append(entry)
     return found, problems
+
+
+def _overlays(masks: Path) -> dict[str, Path]:
+    """Return some of the images with their masks, evenly spread, by their keys."""
+    drawn = sorted(masks.rglob("*_overlay.jpg"))
+    shown = [drawn[index] for index in sample_of(len(drawn), _MOST_OVERLAYS)] if drawn else []
+    return {path.relative_to(masks).as_posix().removesuffix("_overlay.jpg"): path for path in shown}
 
 
 def _calibration(rows: list[dict[str, str]]) -> dict[str, Any]:
@@ -84,6 +95,18 @@ def _classes(rows: list[dict[str, str]]) -> dict[str, Any]:
     return {"classes": [[row["name"], *(float(row[name]) for name in numbers)] for row in rows]}
 
 
+def _ious(rows: list[dict[str, str]]) -> dict[str, Any]:
+    return {
+        "ious": [
+            [row["class"], *(float(row[key]) if row[key] else None for key in ("iou", "accuracy"))] for row in rows
+        ]
+    }
+
+
 def _pairs(rows: list[dict[str, str]]) -> dict[str, Any]:
     most = sorted(rows, key=lambda row: -int(row["images"]))[:_MOST_PAIRS]
     return {"pairs": [[describe(row["class"]), describe(row["called"]), int(row["images"])] for row in most]}
+
+
+_CLASSIFICATION = (("images", _calibration), ("classes", _classes), ("confusions", _pairs))
+_SEGMENTATION = (("classes", _ious),)

@@ -19,13 +19,14 @@ from typing import Any
 
 from PIL import Image
 
+from vitrail.reporting.main_metrics import MAIN_METRICS
 from vitrail.reporting.page.compare import differing, groups
 from vitrail.reporting.page.evaluations import read_evaluation
 from vitrail.reporting.page.records import RunRecord, is_larger_better
 from vitrail_runtime.invocation import shown_command
 
 _SCRIPTS = ("base.js", "table.js", "axes.js", "curves.js", "sweep.js", "run.js", "main.js")
-_PICTURES = ("first_batch.png", "label_maps.png")
+_PICTURES = ("first_batch.png", "label_maps.png", "predictions.png")
 _PICTURE_BYTES = 6 << 20  # all pictures of a page, as base64
 _MOST_NUMBERS = 1_500_000  # of all curves; longer ones are thinned, so that the page stays below 20 MB
 _SIDE = 1200  # pixels of the longer side of a picture
@@ -53,6 +54,7 @@ def render_page(
         "reload": reload_seconds,
         "metric": metric,
         "larger": is_larger_better(metric),
+        "others": other_metrics(runs, metric),
         "columns": [column._asdict() for column in differing(runs)],
         "groups": groups(runs, metric),
         "runs": _entries(runs, metric, evaluations or {}),
@@ -94,7 +96,8 @@ def _finite(tree: Any) -> Any:
 def _entries(runs: Sequence[RunRecord], metric: str, evaluations: Mapping[Path, Path]) -> list[dict[str, Any]]:
     numbers = sum(len(column) for run in runs for column in run.metrics.values())
     step = -(-numbers // _MOST_NUMBERS) or 1
-    entries = [_entry(run, metric, step, evaluations.get(run.path)) for run in runs]
+    others = other_metrics(runs, metric)
+    entries = [_entry(run, metric, others, step, evaluations.get(run.path)) for run in runs]
     sign = 1 if is_larger_better(metric) else -1
     order = sorted(range(len(runs)), key=lambda index: -sign * (runs[index].best(metric) or -sign * 1e30))
     left = _PICTURE_BYTES
@@ -107,12 +110,14 @@ def _entries(runs: Sequence[RunRecord], metric: str, evaluations: Mapping[Path, 
     return entries
 
 
-def _entry(run: RunRecord, metric: str, step: int, evaluation: Path | None) -> dict[str, Any]:
+def other_metrics(runs: Sequence[RunRecord], metric: str) -> list[str]:
+    """Return the main metrics that some runs have, without the one that ranks them."""
+    return [name for name in MAIN_METRICS if name != metric and any(name in run.metrics for run in runs)]
+
+
+def _entry(run: RunRecord, metric: str, others: Sequence[str], step: int, evaluation: Path | None) -> dict[str, Any]:
     """Return what the page knows of a run; pictures are files here."""
     results, problems = read_evaluation(evaluation) if evaluation else ([], [])
-    for result in results:
-        picture = result.pop("picture")
-        result["pictures"] = {"confused pairs": picture} if picture else {}
     ema = None if metric.endswith("_ema") else run.best(f"{metric}_ema")
     train = shown_command("train")
     return {
@@ -123,6 +128,7 @@ def _entry(run: RunRecord, metric: str, step: int, evaluation: Path | None) -> d
         "problems": [*run.problems, *problems],
         "best": _short(run.best(metric)),
         "best_ema": _short(ema),
+        "others": {name: _short(run.best(name)) for name in others},
         "epochs": run.epochs,
         "planned": run.config.get("epochs"),
         "hours": None if run.seconds is None else round(run.seconds / 3600, 4),

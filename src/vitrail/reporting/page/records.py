@@ -17,7 +17,10 @@ from vitrail.reporting.page.history import History, read_history
 from vitrail_runtime.names import readable
 
 _NOT_RUNS = {"checkpoints", "wandb", "export", "tensorboard", "mlruns"}  # folders within a run
-_FILES = ("config.yaml", "metrics.csv", "results.json", "overrides.txt", "skipped.txt", "first_batch.png")
+_FILES = (
+    *("config.yaml", "metrics.csv", "results.json", "overrides.txt", "skipped.txt"),
+    *("first_batch.png", "predictions.png"),
+)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the compiled one is ten times as fast
 
 

@@ -67,11 +67,12 @@ function evaluation(entry, width, isOpen) {
   const classes = entry.classes && localTable(
     [name("class", "class", 0), number("images", "images", 1), number("top1", "top-1 %", 2), number("top5", "top-5 %", 3), number("confidence", "confidence %", 4)],
     entry.classes, { key: "top1", down: false });
+  const ious = entry.ious && localTable([name("class", "class", 0), number("iou", "IoU %", 1), number("accuracy", "accuracy %", 2)], entry.ious, { key: "iou", down: false });
   const pairs = entry.pairs && entry.pairs.length ? localTable([name("class", "class", 0), name("called", "called", 1), number("images", "images", 2)], entry.pairs, { key: "images", down: true }) : null;
   const summary = Object.entries(entry.summary).filter(([, value]) => value !== null).map(([key, value]) => `${key.replaceAll("_", " ")} ${shown(value)}`).join(", ");
   return el("details", { open: isOpen }, el("summary", {}, `Evaluation, ${entry.weights} weights`), el("p", {}, summary),
     el("div", { class: "pictures" }, entry.calibration && entry.calibration.length ? calibration(entry.calibration, width) : null, pictures(entry)),
-    pairs && part("Confused pairs", pairs), classes && part("Classes", classes));
+    pairs && part("Confused pairs", pairs), classes && part("Classes", classes), ious && part("Classes", ious));
 }
 
 const part = (title, ...content) => el("details", { open: true }, el("summary", {}, title), content);
@@ -84,7 +85,7 @@ function runSection(run, width) {
     run.has_config ? part("Command", run.command ? el("pre", {}, run.command) : null, el("p", { class: "hint" }, "repeat it exactly, and compare:"), el("pre", {}, run.reproduce)) : null,
     run.events.length || run.stretches.length ? part("Time line", timeline(run, width), events) : null,
     Object.keys(run.pictures).length ? part("Pictures", el("div", { class: "pictures" }, pictures(run))) : null,
-    run.evaluations.length ? run.evaluations.map((entry, number) => evaluation(entry, width, number === run.evaluations.length - 1)) : el("p", { class: "hint" }, "Not evaluated: eval.py ckpt=<run> adds calibration, confusions and classes."),
+    run.evaluations.length ? run.evaluations.map((entry, number) => evaluation(entry, width, number === run.evaluations.length - 1)) : el("p", { class: "hint" }, "Not evaluated: eval.py ckpt=<run> adds the results of each class, and more."),
     run.skipped_count ? part(`Skipped files: ${run.skipped_count}${listed}`, el("pre", {}, run.skipped.join("\n"))) : null,
     run.has_config ? el("details", {}, el("summary", {}, "Config"), tree(run.config)) : null,
     Object.keys(run.versions).length ? el("details", {}, el("summary", {}, "Versions"), tree(run.versions)) : null);

@@ -36,12 +36,11 @@ function localTable(columns, rows, sort) {
   return place;
 }
 
-const percent = (metric) => /top\d|accuracy/.test(metric);
+const percent = (metric) => /top\d|accuracy|mIoU|mAcc|aAcc/.test(metric);
 
 function runColumns() {
-  const best = (label, key) => ({
-    key, label, number: true, down: data.larger, value: (run) => run[key],
-    show: (value) => (percent(data.metric) ? fixed(value, 2) : shown(value)),
+  const best = (label, key, value = (run) => run[key], metric = data.metric, down = data.larger) => ({
+    key, label, number: true, down, value, show: (found) => (percent(metric) ? fixed(found, 2) : shown(found)),
   });
   const hasEma = data.runs.some((run) => run.best_ema !== null);
   const visible = new Set(state.columns || data.columns.filter((column) => column.shown).map((column) => column.key));
@@ -50,6 +49,7 @@ function runColumns() {
     { key: "status", label: "status", value: (run) => run.status, show: (value, run) => [value, run.sentence, ...run.problems].join(" "), cell: statusCell },
     best(`best ${data.metric}`, "best"),
     ...(hasEma ? [best("best EMA", "best_ema")] : []),
+    ...data.others.map((metric) => best(`best ${metric}`, `best ${metric}`, (run) => run.others[metric], metric, true)),
     ...data.columns.filter((column) => visible.has(column.key)).map((column) => ({
       key: `config ${column.key}`, label: column.key, number: column.values.some(isNumber),
       value: (run) => column.values[run.index],
