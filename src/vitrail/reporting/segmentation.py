@@ -4,7 +4,6 @@ Shapes: B images, H x W pixels, C classes.
 """
 
 import csv
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +35,7 @@ from vitrail_runtime.tables import PlainTable
 _SIDE = 288  # pixels of an image in a picture of overlays, before it is drawn as a tile
 _LARGEST, _MARGIN = 1024, 8  # pixels of the longer side of a picture, and between it and its legend
 _LEGEND = "the legend has each class's share of the pixels, predicted and labelled"
-_LISTED = 30  # classes in a legend
+_LISTED, _LONGEST = 30, 20  # classes in a legend, and characters of a name
 _SHOWN = 10  # classes in the table of the terminal, from each end
 
 
@@ -60,14 +59,11 @@ def legend_of(masks: Sequence[NDArray[np.integer]], names: Sequence[str]) -> lis
     shares = counts / np.array([[mask.size] for mask in masks])
     order = [index for index in np.argsort(-shares.sum(0), kind="stable") if shares[:, index].any()]
     colours = class_colours(len(names)).tolist()
-    return [
-        (
-            tuple(colours[index]),
-            f"{textwrap.shorten(names[index], 22, placeholder='…')}  "
-            + ", ".join(f"{share:.1%}" for share in shares[:, index]),
-        )
-        for index in order[:_LISTED]
-    ]
+    entries = []
+    for index in order[:_LISTED]:
+        name = names[index] if len(names[index]) <= _LONGEST else f"{names[index][: _LONGEST - 1]}…"
+        entries.append((tuple(colours[index]), f"{name}  {', '.join(f'{share:.1%}' for share in shares[:, index])}"))
+    return entries
 
 
 def mask_picture(image: Image.Image, mask: NDArray[np.integer], names: Sequence[str]) -> Image.Image:
@@ -142,10 +138,16 @@ class FirstMasksPicture(FirstBatchPicture):
         return image_grid(np.stack(drawn), [_largest(mask, data.classes) for mask in masks])
 
 
+@checked
 class PredictedMasksPicture(ValidationPicture):
     """Callback that draws validation images, evenly spread, each beside its predicted mask and its label.
 
     The classes in the legend of an image have their shares of its pixels, predicted and labelled.
+
+    Args:
+        path: file of the last picture.
+        every: epochs between two pictures; None for none.
+        count: maximum number of images.
     """
 
     name = "predictions"
@@ -174,7 +176,7 @@ class PredictedMasksPicture(ValidationPicture):
             self._rows.clear()
         with trainer.precision_plugin.val_step_context():
             self._rows += [
-                MaskedRow(image.permute(1, 2, 0).cpu().numpy(), *(part.cpu().numpy() for part in pair))
+                MaskedRow(image.permute(1, 2, 0).cpu().numpy(), *(part.byte().cpu().numpy() for part in pair))
                 for image, *pair in zip(
                     batch.image, map(pl_module.predicted_mask, batch.image), batch.label, strict=True
                 )
