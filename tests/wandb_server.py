@@ -302,7 +302,7 @@ def shown_metrics(panels):
     """Return the metrics and pictures that panels of wandb-workspaces show, and their regular expressions."""
     names, patterns = set(), set()
     for panel in panels:
-        plotted = [getattr(name, "name", name) for name in getattr(panel, "y", None) or ()]
+        plotted = [getattr(name, "name", name) for name in getattr(panel, "y", None) or getattr(panel, "metrics", ())]
         columns = [column.metric.name for column in getattr(panel, "columns", ())]
         names |= {*plotted, *columns, *getattr(panel, "media_keys", ())}
         names |= {name for key in ("table_name", "with_respect_to") if (name := getattr(panel, key, None))}

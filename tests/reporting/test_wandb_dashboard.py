@@ -35,6 +35,14 @@ def test_panels__only_of_what_has_been_logged():
     assert list(panel_groups(["val/top1_ema"], [])) == ["Accuracy", "System"]
 
 
+def test_panels__of_evaluations_and_of_the_gpus_peak():
+    logged = ("eval/imagenet_v2/top1", "eval/imagenet_v2/top1_ema", "eval/imagenet_v2/top5", "speed/share_of_peak")
+    groups = panel_groups(logged, [])
+    assert list(groups) == ["Accuracy", "Throughput", "System"]
+    assert shown_metrics(groups["Accuracy"])[0] == {*logged[:2]}
+    assert shown_metrics(groups["Throughput"])[0] == {"speed/share_of_peak"}
+
+
 def test_panels__of_a_segmentation_run():
     logged = ("val/mIoU", "val/mAcc", "val/aAcc", "train/loss", "train/decoder_loss", "train/auxiliary_loss")
     groups = panel_groups(logged, ["predictions"])

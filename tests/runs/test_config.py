@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from programs import PROJECT
 from vitrail.errors import ConfigError
-from vitrail.runs.config import check_keys, defaults_of, instantiate, restore, settle_model
 from vitrail.runs.config import compose as compose_program
+from vitrail.runs.config import defaults_of, instantiate, restore, settle_model
 from vitrail.runs.directory import find_checkpoint
+from vitrail.runs.keys import check_keys
 
 CONF = PROJECT / "conf"
 GROUPS = sorted(

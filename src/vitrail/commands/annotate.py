@@ -27,7 +27,8 @@ from vitrail.errors import ConfigError
 from vitrail.models.pretrained import PretrainedClassifier
 from vitrail.reporting.annotation import annotation_report
 from vitrail.reporting.label_maps import preview
-from vitrail.runs.config import check_choices, check_keys, instantiate, plain
+from vitrail.runs.config import instantiate, plain
+from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.processes import run_processes
 from vitrail.types import IGNORE, InputSpec

@@ -21,7 +21,7 @@ from vitrail.models import forward_heads
 from vitrail.models.cost import count_parameters
 from vitrail.reporting.backbones import speed_table
 from vitrail.runs.assembly import build_model, model_name
-from vitrail.runs.config import check_choices, check_keys
+from vitrail.runs.keys import check_choices, check_keys
 from vitrail.training.memory import extra_memory
 from vitrail.training.peaks import macs_or_zero
 from vitrail.types import height_width

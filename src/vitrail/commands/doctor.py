@@ -30,7 +30,8 @@ from vitrail.data.sources.files import describe_ignored
 from vitrail.errors import ConfigError, ImageError
 from vitrail.reporting.segmentation import overlays
 from vitrail.reporting.tables import findings_table
-from vitrail.runs.config import check_keys, instantiate
+from vitrail.runs.config import instantiate
+from vitrail.runs.keys import check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail_runtime.allowed_targets import resolve_target
 

@@ -19,8 +19,9 @@ from vitrail.reporting import Evaluation, confused_pairs, evaluation_figure, eva
 from vitrail.reporting.segmentation import MaskWriter, segmentation_report, write_class_scores
 from vitrail.reporting.tables import near
 from vitrail.runs.assembly import check_devices
-from vitrail.runs.config import check_choices, check_keys, instantiate, named_keys, output_directory, plain, rebase
+from vitrail.runs.config import instantiate, named_keys, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory, is_rank_zero
+from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.loggers import log_results
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.segmentation import SEGMENTERS, build_inference, check_task, predicts_masks

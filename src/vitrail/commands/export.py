@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
 from vitrail.models.licences import PERMISSIVE
-from vitrail.runs.config import check_choices, check_keys
+from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.segmentation import predicts_masks
 from vitrail.runs.trained import load_run

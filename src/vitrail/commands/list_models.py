@@ -21,7 +21,7 @@ from vitrail.reporting.backbones import (
     weights_line,
 )
 from vitrail.runs.assembly import build_model, model_name
-from vitrail.runs.config import check_keys
+from vitrail.runs.keys import check_keys
 from vitrail.types import height_width
 
 

@@ -16,8 +16,9 @@ from vitrail.data.sources.packed.files import writing
 from vitrail.data.sources.packed.writer import Shard
 from vitrail.errors import ConfigError
 from vitrail.reporting.tables import pack_report
-from vitrail.runs.config import check_choices, check_keys, instantiate, plain
+from vitrail.runs.config import instantiate, plain
 from vitrail.runs.directory import locked
+from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.processes import run_processes
 

@@ -22,8 +22,9 @@ from vitrail.reporting.pictures import denormalise
 from vitrail.reporting.predictions import above, check_format, picture_names, prediction_picture, prediction_writer
 from vitrail.reporting.segmentation import mask_image, mask_picture, share_writer
 from vitrail.reporting.tables import near
-from vitrail.runs.config import check_choices, check_keys, named_keys, plain
+from vitrail.runs.config import named_keys, plain
 from vitrail.runs.images import find_images, open_image
+from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.masks import PredictedMask, check_options, mask_predictions
 from vitrail.runs.prediction import DTYPES, Prediction, predictions

@@ -20,9 +20,10 @@ from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
 from vitrail.reporting import training_report
 from vitrail.runs.assembly import build_data, build_module, build_trainer, check_devices, given_processes, model_name
-from vitrail.runs.config import check_keys, defaults_of, output_directory, plain, restore, settle_model
+from vitrail.runs.config import defaults_of, output_directory, plain, restore, settle_model
 from vitrail.runs.device import kernels, settle_auto
 from vitrail.runs.directory import RunDirectory, is_rank_zero
+from vitrail.runs.keys import check_keys
 from vitrail.runs.loggers import MetricsCSV
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.preemption import Stopped, explain_dead_children, lost_process

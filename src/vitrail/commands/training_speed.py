@@ -9,7 +9,8 @@ import torch
 from omegaconf import DictConfig
 from rich import box, get_console
 
-from vitrail.runs.config import check_keys, plain
+from vitrail.runs.config import plain
+from vitrail.runs.keys import check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.measured_config import compared, training_config, training_overrides, uses_synthetic
 from vitrail.runs.measuring import Figures, MeasuredTraining

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich import box, get_console
 
 from vitrail.errors import ConfigError
-from vitrail.runs.config import check_keys
+from vitrail.runs.keys import check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.measured_config import compared, training_config, training_overrides, uses_synthetic
 from vitrail.runs.measuring import Figures, MeasuredTraining, release

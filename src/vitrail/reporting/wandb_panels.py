@@ -3,6 +3,7 @@
 A panel is made only if a metric or picture that it shows has been logged, so that none is empty.
 """
 
+import re
 from collections.abc import Collection
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
         Curves("Images per second, all devices", ("speed/images_per_second",)),
         Curves("Waiting for data, % of the time", ("speed/data_wait",)),
         Curves("Peak GPU memory in GiB", ("speed/gpu_memory",)),
+        Curves("Share of the GPU's peak, %", ("speed/share_of_peak",)),
     ),
 }
 
@@ -83,6 +85,8 @@ def panel_groups(logged: Collection[str], pictures: Collection[str], num_gpus: i
         title: [panel for curves in section if (panel := _line_plot(wr, curves, logged))]
         for title, section in SECTIONS.items()
     }
+    if evaluated := sorted(name for name in logged if re.fullmatch(r"eval/.+/(top1|mIoU)(_ema)?", name)):
+        groups["Accuracy"].append(wr.BarPlot(title="Evaluations by eval.py, %", metrics=evaluated))
     if GROUPS_TABLE in pictures:
         groups["Optimiser"].append(wr.WeavePanelSummaryTable(table_name=GROUPS_TABLE))
     names = [name for name in pictures if name != GROUPS_TABLE]
