@@ -64,7 +64,7 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offline (13 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
-demo-segmentation: $(VENV)/.dev  ## Measure whether they help segmentation too (12 minutes on 2 cores after `make demo`)
+demo-segmentation: $(VENV)/.dev  ## Measure whether they help segmentation too, with the runs of `make demo`
 	$(BIN)/python benchmarks/demo_segmentation.py $(ARGS)
 
 pictures: $(VENV)/.dev  ## Make every picture of README and docs (15 minutes on 2 cores after `make demo`; needs chromium)

@@ -207,6 +207,10 @@ def test_model__on_the_command_line_wins_over_an_experiment():
         (["experiment=deit_tiny", "model=deit"], "deit_small_patch16_224"),
         (["experiment=deit_tiny"], "deit_tiny_patch16_224"),
         (["experiment=deit_tiny", "model=t2t_vit", "model.name=t2t_vit_19"], "t2t_vit_19"),
+        (
+            ["experiment=segmentation", "model=linear_segmenter", "backbone=deit_tiny_patch16_224"],
+            "deit_tiny_patch16_224",
+        ),
     ):
         config = compose_program("train", [*overrides, "paths.run=/tmp/run"])
         settle_model(config)

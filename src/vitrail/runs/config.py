@@ -85,7 +85,7 @@ def settle_model(config: DictConfig) -> None:
     if OmegaConf.is_missing(node, "name"):
         config.model.name = "???"
     elif "name" in node:
-        config.model.name = node.name
+        config.model.name = OmegaConf.to_container(node)["name"]  # type: ignore[index,call-overload]  # may be ${backbone}
     else:  # the experiment's name belongs to another backbone
         with open_dict(config.model):
             del config.model["name"]
