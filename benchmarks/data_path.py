@@ -22,7 +22,6 @@ Command: python benchmarks/data_path.py [--images 256] [--rounds 5] [--json FILE
 """
 
 import argparse
-import importlib.resources
 import itertools
 import statistics
 import tempfile
@@ -31,9 +30,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from figures import add_json, write_figures
+from jpegs import write_images
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +48,6 @@ from vitrail.data.sources.packed import PackOptions, PackWriter
 from vitrail.models import create_model
 
 BATCH = 64
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
 REPORTED = {
     "loader": "files,loader",
     "device": "files,device",
@@ -59,22 +57,6 @@ REPORTED = {
     "packed_raw_original": "packed_raw_original,device",
 }
 DEIT = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "auto_augment": "rand-m9-mstd0.5-inc1"}
-
-
-def write_images(root: Path, count: int) -> None:
-    """Write `count` JPEGs of 500 x 375 pixels and about 70 KB, in two classes."""
-    folder, random = importlib.resources.files("skimage.data"), np.random.default_rng(0)
-    sources = [Image.open(str(folder / name)).convert("RGB") for name in PHOTOGRAPHS]
-    for split, number in (("train", count), ("val", 2)):
-        for index in range(number):
-            source = sources[index % len(sources)]
-            width = int(random.integers(min(400, source.width * 3 // 4), source.width + 1))
-            height = min(source.height, width * 3 // 4)
-            left, top = (int(random.integers(side + 1)) for side in (source.width - width, source.height - height))
-            cut = source.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.LANCZOS)
-            path = root / split / str(index % 2) / f"{index:05d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cut.save(path, quality=92)
 
 
 def write_pack(out: Path, source: ImageFolder, options: PackOptions) -> Packed:

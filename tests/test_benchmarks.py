@@ -12,7 +12,9 @@ from programs import PROJECT, environment
 from vitrail.data.segmentation.values import read_mask
 
 BENCHMARKS = sorted(
-    path.stem for path in (PROJECT / "benchmarks").glob("*.py") if path.stem not in ("figures", "pictures", "recipes")
+    path.stem
+    for path in (PROJECT / "benchmarks").glob("*.py")
+    if path.stem not in ("figures", "jpegs", "pictures", "recipes")
 )
 
 
@@ -63,3 +65,32 @@ def test_demo_segmentation__masks_cover_the_digits_and_intervals_are_those_of_st
     assert len(labels) > 5
     assert labels <= set(range(10))
     assert demo_segmentation.interval([1, 2, 3]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_against_timm__divides_the_times_of_whole_programs(tmp_path):
+    checkout, file = tmp_path / "timm", tmp_path / "figures.json"
+    checkout.mkdir()
+    (checkout / "train.py").write_text("import time; time.sleep(1)")
+    result = benchmark(
+        "against_timm",
+        f"--timm={checkout}",
+        "--images=32",
+        "--epochs=1",
+        "--rounds=1",
+        f"--json={file}",
+        folder=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(file.read_text())
+    assert figures["wall_over_timm"] == pytest.approx(
+        figures["vitrail_wall_seconds"] / figures["timm_wall_seconds"], 1e-4
+    )
+    assert 1 < figures["timm_wall_seconds"] < 3
+    assert figures["timm_cpu_seconds"] < 1 < figures["vitrail_cpu_seconds"]
+
+
+def test_against_timm__reports_a_folder_without_the_program(tmp_path):
+    result = benchmark("against_timm", f"--timm={tmp_path}", folder=tmp_path)
+    assert result.returncode == 2
+    assert f"--timm {tmp_path}: contains no train.py" in result.stderr

@@ -196,6 +196,15 @@ class Batch(NamedTuple):
     mix: Mix | None = None
     """Mixing of this batch; None if it is not mixed."""
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on `device`; a batch is mixed after that.
+
+        Lightning calls it. Otherwise it would look at each key in every step.
+        """
+        parts = (self.image, self.label, *(self.label_map or ()))
+        image, label, *maps = (part.to(device, non_blocking=device.type not in ("cpu", "mps")) for part in parts)
+        return self._replace(image=image, label=label, label_map=LabelMap(*maps) if maps else None)
+
 
 class Outputs(NamedTuple):
     """Outputs of a backbone.

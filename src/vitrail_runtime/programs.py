@@ -4,6 +4,7 @@ Each composes conf/<config_name>.yaml from the command line and hands it to one 
 """
 
 import codecs
+import gc
 import getpass
 import importlib
 import logging
@@ -105,7 +106,9 @@ def run_program(name: str) -> None:
         sys.argv = full  # Lightning starts the other ranks with these arguments
         try:
             module, _, function = program.command(config).partition(":")
-            result = getattr(importlib.import_module(f"vitrail.commands.{module}"), function)(config)
+            command = importlib.import_module(f"vitrail.commands.{module}")
+            _resume_collection()
+            result = getattr(command, function)(config)
         except Exception as error:
             if _is_debugging():
                 raise
@@ -115,6 +118,7 @@ def run_program(name: str) -> None:
             sys.exit(1)
         return None
 
+    gc.disable()  # until everything is imported: what modules create stays, and searching it takes a second
     try:
         _check_folder()
         _provide_home()
@@ -134,6 +138,15 @@ def run_program(name: str) -> None:
         if _is_debugging():
             raise
         _fail(error)
+    finally:
+        gc.freeze()  # otherwise Python searches everything again when it exits, which takes a second or two
+
+
+def _resume_collection() -> None:
+    """Turn on garbage collection, without what exists so far; later jobs of a sweep must free the earlier ones."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 _HYDRA_FLAGS = {

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from textwrap import dedent
 
 import pytest
 
@@ -28,6 +29,47 @@ def test_entry_point__imports_no_heavy_packages():
     code = "import sys; import vitrail_runtime; sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT / "src", check=False)
     assert result.returncode == 0
+
+
+UNUSED = (
+    *("captum", "mlflow", "onnx", "onnxruntime", "optuna", "pandas", "pyarrow", "ray", "skimage", "sklearn"),
+    *("submitit", "tensorboard", "transformers", "wandb_workspaces", "torch._inductor.compile_fx"),
+    *("vitrail.commands.eval", "vitrail.commands.plan", "vitrail.reporting.page"),
+)
+
+
+def test_training__imports_nothing_that_the_default_config_does_not_use(tmp_path):
+    """Look at the modules of a finished training of one step.
+
+    PyTorch, Lightning (torchmetrics) and timm themselves import matplotlib, SciPy, torchvision's models and wandb.
+    """
+    code = """
+        import gc, runpy, sys
+        sys.argv[0] = "src/train.py"
+        try:
+            runpy.run_path("src/train.py", run_name="__main__")
+        finally:
+            print("imported:", *sys.modules)
+            print("collects:", gc.isenabled(), gc.get_freeze_count() > 100_000)
+    """
+    arguments = ("trainer=cpu", "epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
+    result = subprocess.run(
+        [sys.executable, "-c", dedent(code), *arguments],
+        env=environment(tmp_path),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = dict(
+        line.split(": ", 1) for line in result.stdout.splitlines() if line.startswith(("imported:", "collects"))
+    )
+    modules = set(lines["imported"].split())
+    assert "vitrail.commands.train" in modules
+    assert not modules.intersection(UNUSED)
+    assert lines["collects"] == "True True"
 
 
 def test_shell_completion__completes_groups(tmp_path):

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms import Compose
 
+from vitrail.data.render.pil import ToNormalised
 from vitrail.data.render.plan import BATCHED, KERNELS
 from vitrail.data.views import TrainingViews
 from vitrail.errors import ArgumentError, ConfigError
@@ -131,12 +133,13 @@ class Augmentation:
 
     def evaluation(self, spec: InputSpec) -> Transform:
         """Return the deterministic evaluation transform from an RGB image to (3, H, W)."""
-        return create_transform(
+        geometry = create_transform(
             input_size=spec.size,
             is_training=False,
+            use_prefetcher=True,  # without conversion to a tensor and normalisation, which `ToNormalised` adds
             interpolation=self.eval_interpolation,
             mean=spec.mean,
-            std=spec.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
+        return Compose([*geometry.transforms[:-1], ToNormalised(spec.mean, spec.std)])

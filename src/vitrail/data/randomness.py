@@ -35,4 +35,8 @@ def seeded(*key: int) -> Iterator[None]:
 
 def reseed(*key: int) -> None:
     """Seed PyTorch's generators with `key`, on every device."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # `manual_seed` would record the stack for each kind of device, for when one is initialised
+        torch.default_generator.manual_seed(seed)

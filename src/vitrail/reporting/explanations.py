@@ -6,7 +6,6 @@ Shapes: B images of H x W pixels, S selections.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -79,6 +78,8 @@ def explanation_sheet(
 
 def heat_overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     """Return an image with a map (rows, columns) over it, from the map's smallest value (blue) to its largest (red)."""
+    import matplotlib  # only where it is used: a training imports this module
+
     heat = heat.detach().float().cpu()
     scaled = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(torch.finfo(torch.float32).tiny)
     grey = Image.fromarray((255 * scaled).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)

@@ -127,7 +127,25 @@ def _normalise(image: Image.Image, values: NDArray[np.float32], out: NDArray[np.
     """Write the normalised pixels of an RGB image to `out` (3, H, W), by a table (3, 256)."""
     pixels = np.asarray(image)
     for channel in range(3):
-        np.take(values[channel], pixels[..., channel], out=out[channel], mode="clip")
+        values[channel].take(pixels[..., channel], out=out[channel], mode="clip")
+
+
+class ToNormalised:
+    """Transform from an RGB image to its normalised pixels (3, H, W) float32: torchvision's values in less time.
+
+    Args:
+        mean: mean for normalisation, for R, G and B in [0, 1].
+        std: standard deviation for normalisation.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.values = normalised_values(mean, std)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the normalised pixels of an image."""
+        pixels = torch.empty((3, image.height, image.width))
+        _normalise(image, self.values, pixels.numpy())
+        return pixels
 
 
 def noise_generator(noise: tuple[int, int]) -> torch.Generator:

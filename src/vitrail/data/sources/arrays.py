@@ -5,7 +5,7 @@ Shapes: N images, H x W pixels.
 
 import csv
 import gzip
-import importlib.resources
+from importlib.metadata import distribution
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +57,9 @@ class Digits:
     def open(self, split: SplitName) -> ArraySplit:
         """Return 1,438 training or 359 validation samples."""
         # Read the file without importing scikit-learn, because the import takes longer than reading.
-        packed = importlib.resources.files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes()
-        rows = np.array(list(csv.reader(gzip.decompress(packed).decode().splitlines())), dtype=np.float64)
+        file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+        with gzip.open(str(file), "rt") as lines:
+            rows = np.array(list(csv.reader(lines)), dtype=np.float64)
         held_out = np.arange(len(rows)) % 5 == 4
         rows = rows[held_out if split == "val" else ~held_out]
         images = np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
