@@ -53,7 +53,9 @@ def test_rollout__by_hand():
     torch.testing.assert_close(rollout([first, second[:, :1]]), expected[:, :1])  # a last block of the class token only
 
 
-@pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t", "evo_deit_tiny_patch16_224", "vit5_small", "so_vit_7"])
+@pytest.mark.parametrize(
+    "name", ["t2t_vit_7", "lvvit_t", "evo_deit_tiny_patch16_224", "vit5_small", "so_vit_7", "volo_d1_224"]
+)
 def test_maps__of_vitrails_backbones(name):
     torch.manual_seed(0)
     model = create_model(name, num_classes=5, img_size=64).eval()
@@ -62,6 +64,26 @@ def test_maps__of_vitrails_backbones(name):
         assert maps.shape == (2, 4, 4)
         assert (maps >= 0).all()
         torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2))
+
+
+def test_maps__of_volo_are_those_of_its_class_attention():
+    """The class token sees the patches through two blocks; the patches see one another through the blocks before."""
+    torch.manual_seed(0)
+    model = create_model("volo_d1_224", num_classes=5, img_size=64).eval()
+    images, kept = torch.randn(2, 3, 64, 64), []
+    for block in model.post_network:
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0].mean(1)))
+    weights = attention_weights(model, images)
+    first, second = kept
+    assert [tuple(one.shape) for one in weights] == [(2, 17, 17)] * (sum(map(len, model.network[2:])) + 2)
+    expected = second[:, 0, 1:] / second[:, 0, 1:].sum(1, keepdim=True)
+    torch.testing.assert_close(class_attention(model, images).flatten(1), expected)
+    seen = (second[:, :, 1:] + (1 + second[:, :, :1]) * first[:, :, 1:] / 2) / 2  # (B, 1, N), with the residual paths
+    patches = torch.eye(16)
+    for block in weights[:-2]:
+        patches = (block[:, 1:, 1:] + torch.eye(16)) / 2 @ patches
+    flow = (seen @ patches)[:, 0]
+    torch.testing.assert_close(attention_rollout(model, images).flatten(1), flow / flow.sum(1, keepdim=True))
 
 
 def test_maps__of_a_cnn_are_refused():

@@ -3,13 +3,15 @@
 Rollout follows Abnar and Zuidema (Quantifying Attention Flow in Transformers, arXiv:2005.00928): attention averaged
 over heads, half of it replaced by the identity for the residual connection, multiplied over all blocks.
 
-Where a network selects tokens (DynamicViT, Evo-ViT), a token that is left out attends to itself only.
+Where a network selects tokens (DynamicViT, Evo-ViT), a token that is left out attends to itself only. Where a class
+token joins the patch tokens after their blocks (VOLO), tokens that a block does not update attend to themselves.
 
 Shapes: B images, P prefix tokens, N patch tokens, T = P + N, H heads, Q queries (T, or 1 where a last block computes
 only the class token), K kept tokens with the prefix, S selections.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ def attention_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     training = model.training
     model.eval()
     try:
-        with _AttentionRecorder() as recorder:
+        with _AttentionRecorder() as recorder, _class_attention(model) as last:
             outputs = forward_heads(model, images)
     finally:
         model.train(training)
@@ -52,6 +54,8 @@ def attention_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
         blocks: Any = model.blocks
         own = recorder.weights[-len(blocks) :]
         return _of_all_tokens(own, outputs.extras["decisions"].bool(), starts, tokens - rows * columns)
+    if last:
+        return _with_class_token([weights for weights in recorder.weights if weights.shape[2] == tokens], last)
     if not recorder.weights or recorder.weights[-1].shape[::2] != (len(images), tokens):
         raise ConfigError(refusal)
     return [weights for weights in recorder.weights if weights.shape[2] == tokens]
@@ -75,6 +79,35 @@ def _of_all_tokens(weights: Sequence[Tensor], kept: Tensor, starts: Sequence[int
         chosen = F.pad(kept[:, selection], (prefix, 0), value=True)  # (B, T)
         itself = torch.eye(chosen.shape[1], device=attention.device).repeat(len(chosen), 1, 1)
         everything.append(itself.masked_scatter(chosen[:, :, None] & chosen[:, None], attention))
+    return everything
+
+
+@contextmanager
+def _class_attention(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that gets the attention (B, 1, 1 + N) of each block in which only a class token attends (VOLO)."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0].float().mean(1))
+
+    blocks: Any = getattr(model, "post_network", None) or ()
+    handles = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_class_token(blocks: Sequence[Tensor], last: Sequence[Tensor]) -> list[Tensor]:
+    """Return the attention (B, T, T) of blocks of patch tokens (B, N, N), and of a class token after them (B, 1, T)."""
+    count, _, tokens = last[0].shape
+    itself = torch.eye(tokens, device=last[0].device).repeat(count, 1, 1)
+    everything = [itself.clone() for _ in range(len(blocks) + len(last))]
+    for whole, attention in zip(everything, blocks, strict=False):
+        whole[:, 1:, 1:] = attention
+    for whole, row in zip(everything[len(blocks) :], last, strict=True):
+        whole[:, :1] = row
     return everything
 
 
@@ -113,11 +146,11 @@ def rollout(weights: Sequence[Tensor]) -> Tensor:
 
 def maps_of(flow: Tensor, model: nn.Module, images: Tensor) -> Tensor:
     """Return the patches' part of flow (B, Q, T) from the class token as maps (B, rows, columns) that sum to 1."""
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    grid = token_grid(model, (images.shape[-2], images.shape[-1]))
+    prefix = flow.shape[2] - grid[0] * grid[1]
     uses_class_token = prefix > 0 and getattr(model, "global_pool", "token") == "token"
     row = flow[:, 0] if uses_class_token else flow.mean(1)
     patches = row[:, prefix:]
-    grid = token_grid(model, (images.shape[-2], images.shape[-1]))
     return (patches / patches.sum(1, keepdim=True)).unflatten(1, grid)
 
 
