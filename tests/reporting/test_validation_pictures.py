@@ -13,6 +13,7 @@ from vitrail.models.explanations import Explanation
 from vitrail.reporting import AttentionPicture, PredictionPicture
 from vitrail.reporting.class_grids import class_grid
 from vitrail.reporting.explanations import Annotation, explanation_sheet, heat_overlay
+from vitrail.reporting.tables import shortened
 from vitrail.training import CosineSchedule, OptimizerFactory
 from vitrail_runtime.errors import ArgumentError
 
@@ -155,3 +156,9 @@ def test_predictions__red_where_they_are_wrong(tmp_path):
 def test_predictions__of_a_training(tmp_path):
     callback = PredictionPicture(tmp_path / "predictions.png", every=10, count=3)
     assert run(tmp_path, callback, epochs=2) == [("predictions", 1)]
+
+
+def test_names__long_ones_keep_their_beginning():
+    assert shortened("Staffordshire", 13) == "Staffordshire"
+    assert shortened("Donaudampfschifffahrt", 13) == "Donaudampfsc…"
+    assert shortened("West Highland white", 6) == "West…"

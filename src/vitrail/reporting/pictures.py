@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vitrail.reporting.tables import shortened
 from vitrail.training import TargetBuilder
 from vitrail.types import Batch
 from vitrail_runtime.checking import PositiveInt, checked
@@ -120,4 +121,4 @@ def _caption(label: Tensor, classes: list[str]) -> str:
         return "\n".join(textwrap.wrap(classes[int(label)], 24)[:2])
     shares, indices = label.float().cpu().topk(min(2, len(classes)))
     parts = [(float(share), classes[int(index)]) for share, index in zip(shares, indices, strict=True) if share > 0.005]
-    return "\n".join(f"{share:.2f} {textwrap.shorten(name, 19, placeholder='…')}" for share, name in parts)
+    return "\n".join(f"{share:.2f} {shortened(name, 19)}" for share, name in parts)

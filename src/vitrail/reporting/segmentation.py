@@ -25,6 +25,7 @@ from vitrail.reporting.colours import RGB
 from vitrail.reporting.panels import LEGEND, LEGEND_LINE, PANEL, PanelSheet, draw_legend_lines
 from vitrail.reporting.pictures import FirstBatchPicture, denormalise, image_grid
 from vitrail.reporting.predictions import table_writer
+from vitrail.reporting.tables import shortened
 from vitrail.reporting.validation_pictures import ValidationPicture
 from vitrail.training.segmentation import SegmentationScores
 from vitrail.types import MASK_IGNORE, Batch
@@ -61,8 +62,12 @@ def legend_of(masks: Sequence[NDArray[np.integer]], names: Sequence[str]) -> lis
     colours = class_colours(len(names)).tolist()
     entries = []
     for index in order[:_LISTED]:
-        name = names[index] if len(names[index]) <= _LONGEST else f"{names[index][: _LONGEST - 1]}…"
-        entries.append((tuple(colours[index]), f"{name}  {', '.join(f'{share:.1%}' for share in shares[:, index])}"))
+        entries.append(
+            (
+                tuple(colours[index]),
+                f"{shortened(names[index], _LONGEST)}  {', '.join(f'{share:.1%}' for share in shares[:, index])}",
+            )
+        )
     return entries
 
 

@@ -118,3 +118,8 @@ def describe(name: str) -> str:
 @cache
 def _wordnet() -> ImageNetInfo:
     return ImageNetInfo("imagenet-22k")
+
+
+def shortened(name: str, length: int) -> str:
+    """Return a name with at most `length` characters; a longer one ends with an ellipsis."""
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"

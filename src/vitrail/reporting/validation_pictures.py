@@ -4,7 +4,6 @@ Shapes: B images of H x W pixels, C classes.
 """
 
 import logging
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from vitrail.errors import ConfigError
 from vitrail.models.explanations import Kind, explain
 from vitrail.reporting.explanations import explanation_sheet
 from vitrail.reporting.pictures import denormalise, image_grid, log_picture
-from vitrail.reporting.tables import describe
+from vitrail.reporting.tables import describe, shortened
 from vitrail.training import ImageClassifier
 from vitrail.types import IGNORE, Batch
 from vitrail_runtime.checking import PositiveInt, checked
@@ -140,5 +139,5 @@ class AttentionPicture(ValidationPicture):
 
 
 def _caption(probability: float, predicted: str, label: str | None) -> str:
-    shown = f"{textwrap.shorten(describe(predicted), 18, placeholder='…')}, p {probability:.2f}"
-    return shown if label is None else f"{shown}\nlabel {textwrap.shorten(describe(label), 18, placeholder='…')}"
+    shown = f"{shortened(describe(predicted), 18)}, p {probability:.2f}"
+    return shown if label is None else f"{shown}\nlabel {shortened(describe(label), 18)}"
