@@ -29,6 +29,8 @@ from vitrail.objectives import DynamicViTLoss
 from vitrail.training import CosineSchedule, OptimizerFactory
 from vitrail.types import Outputs, Targets
 
+pytestmark = pytest.mark.thorough
+
 RECORDS = {name: record for name, record in recorded("token_pruning.json").items() if record["kind"] == "dynamicvit"}
 PARTS = recorded("token_pruning_parts.json")
 CASES = [

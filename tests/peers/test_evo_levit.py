@@ -14,6 +14,8 @@ from vitrail.models.cost import measure_cost
 from vitrail.models.evo_levit import convert_evo_levit
 from vitrail.training import OptimizerFactory
 
+pytestmark = pytest.mark.thorough
+
 RECORD = recorded("evo_levit.json")["evo_levit_128s"]
 HEADS = ("train_avg", "train_avg_dist", "train_cls", "train_cls_dist")
 PARAMETERS = [key for key, _, _, decayed in RECORD["keys"] if decayed is not None]

@@ -14,6 +14,8 @@ from vitrail.models.evo_vit import EvoViT
 from vitrail.objectives import EvoViTLoss
 from vitrail.types import Targets
 
+pytestmark = pytest.mark.thorough
+
 RECORDS = {name: record for name, record in recorded("token_pruning.json").items() if record["kind"] == "evo_deit"}
 CASES = [
     pytest.param(

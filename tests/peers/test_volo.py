@@ -16,6 +16,8 @@ from vitrail.models import forward_heads, load_checkpoint
 from vitrail.models.cost import measure_cost
 from vitrail.models.volo import TokenVOLO, declare_token_logits
 
+pytestmark = pytest.mark.thorough
+
 RECORDS = recorded("volo.json")
 MODELS = RECORDS["models"]
 

@@ -36,6 +36,7 @@ def composed(*overrides, program="train"):
     return compose(program, [*overrides, "paths.run=/tmp/run"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_group_file__composes_and_is_documented(group, name):
     needed = {"timm": [f"{group}.name=resnet18"], "run": [f"{group}.ckpt=x"]}.get(name, [])

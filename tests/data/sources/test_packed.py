@@ -19,6 +19,8 @@ from vitrail.data.sources.packed import PackOptions, PackWriter
 from vitrail.data.sources.tables import Table
 from vitrail.errors import ConfigError, ImageError
 
+pytestmark = pytest.mark.thorough
+
 
 def written(out, source, *options, shard_images=5, **more):
     writer = PackWriter(out, source, PackOptions(*options), **more)

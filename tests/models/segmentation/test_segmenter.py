@@ -12,6 +12,8 @@ from vitrail.models import create_model, forward_heads, linear_segmenter, uperne
 from vitrail.models.heads import declared_outputs
 from vitrail.training import OptimizerFactory
 
+pytestmark = pytest.mark.thorough
+
 
 def small(name="lvvit_nano", num_classes=5, size=64, **options):
     torch.manual_seed(0)
