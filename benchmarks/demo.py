@@ -295,16 +295,22 @@ def annotate_photographs(out: Path, pictures: Path) -> Path:
     return maps / "preview.png"
 
 
-def main() -> None:
-    """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_demo(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that the demos share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="output folder")
-    parser.add_argument(
-        "--compare", choices=("labels", "teacher", "features"), default="labels", help="what to compare"
-    )
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
     parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
     add_json(parser)
+    return parser
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = parser_of_demo(__doc__)
+    parser.add_argument(
+        "--compare", choices=("labels", "teacher", "features"), default="labels", help="what to compare"
+    )
     options = parser.parse_args()
     out: Path = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ Every step calls a program of `src/` and prints its command. Finished steps are 
 resumes. `--scale 0.5` halves the number of images and epochs.
 """
 
-import argparse
 import math
 import shutil
 import statistics
@@ -25,7 +24,7 @@ from pathlib import Path
 import demo
 import matplotlib.pyplot as plt
 import numpy as np
-from figures import add_json, write_figures
+from figures import write_figures
 from rich.table import Table
 from scipy.stats import t as student
 
@@ -126,12 +125,7 @@ def draw(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=demo.PROJECT / "logs" / "demo", help="output folder")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
-    parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
-    add_json(parser)
-    options = parser.parse_args()
+    options = demo.parser_of_demo(__doc__).parse_args()
     out: Path = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     demo.console.print("[bold]1. Train LV-ViT-nano with and without token labels, unless `make demo` has done so")

@@ -14,7 +14,7 @@ resolvers.register()  # for tests that compose configs themselves
 torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
 
 
-_STARTERS = ("run", "train", "start", "run_ranks", "start_ranks", "subprocess")
+_STARTERS = ("run", "run_python", "train", "start", "run_ranks", "start_ranks", "subprocess")
 
 
 _next_trim = [0.0]

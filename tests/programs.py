@@ -118,6 +118,19 @@ def run_ranks(
     ]
 
 
+def run_python(*arguments: str, folder: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python with arguments in a process of its own, with logs in `folder`, which is the working directory too."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment(folder),
+        cwd=cwd or folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 def _outputs(logs: Path, rank: int) -> list[Path]:
     return [logs / f"stdout{rank}.txt", logs / f"stderr{rank}.txt"]
 

@@ -4,12 +4,10 @@ import argparse
 import csv
 import json
 import runpy
-import subprocess
-import sys
 
 import pytest
 
-from programs import PROJECT, environment
+from programs import PROJECT, run_python
 
 # The packages that are missing where a GPU is borrowed for a while.
 ABSENT = ("wandb", "skimage", "sklearn", "pandas", "optuna", "tensorboard", "mlflow", "onnx", "submitit", "pyarrow")
@@ -25,15 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def dry_run(folder, *options):
     argv = [str(PROJECT / "benchmarks" / "gpu.py"), "--device=cpu", f"--csv={folder}/gpu.csv", *options]
     code = START.format(absent=ABSENT, argv=argv, benchmarks=str(PROJECT / "benchmarks"), src=str(PROJECT / "src"))
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(folder),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_python("-c", code, folder=folder)
 
 
 @pytest.mark.thorough

@@ -1,14 +1,12 @@
 """The benchmarks run and write their figures."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from programs import PROJECT, environment
+from programs import PROJECT, run_python
 from vitrail.data.segmentation.values import read_mask
 
 BENCHMARKS = sorted(
@@ -19,15 +17,7 @@ BENCHMARKS = sorted(
 
 
 def benchmark(name, *options, folder):
-    return subprocess.run(
-        [sys.executable, str(PROJECT / "benchmarks" / f"{name}.py"), *options],
-        env=environment(folder),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_python(str(PROJECT / "benchmarks" / f"{name}.py"), *options, folder=folder)
 
 
 @pytest.mark.thorough

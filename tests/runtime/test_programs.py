@@ -7,7 +7,7 @@ from textwrap import dedent
 
 import pytest
 
-from programs import PROJECT, environment, error_of, run
+from programs import PROJECT, environment, error_of, run, run_python
 from vitrail.errors import ConfigError, ImageError
 from vitrail_runtime.programs import _load_dotenv
 from vitrail_runtime.sentences import sentence
@@ -53,15 +53,7 @@ def test_training__imports_nothing_that_the_default_config_does_not_use(tmp_path
             print("collects:", gc.isenabled(), gc.get_freeze_count() > 100_000)
     """
     arguments = ("trainer=cpu", "epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
-    result = subprocess.run(
-        [sys.executable, "-c", dedent(code), *arguments],
-        env=environment(tmp_path),
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = run_python("-c", dedent(code), *arguments, folder=tmp_path, cwd=PROJECT)
     assert result.returncode == 0, result.stderr
     lines = dict(
         line.split(": ", 1) for line in result.stdout.splitlines() if line.startswith(("imported:", "collects"))

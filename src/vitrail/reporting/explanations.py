@@ -48,7 +48,7 @@ def explanation_sheet(
         images: pixels (B, H, W, 3) of the network's input.
         found: maps of these images.
         names: class names.
-        annotations: the annotator's label map of each image, drawn beside the network's classes of the tokens.
+        annotations: the annotator's label map of each image, drawn next to the network's classes of the tokens.
     """
     grids = [] if found.tokens is None else [class_grid(probabilities) for probabilities in found.tokens]
     annotated = [*annotations] if grids and any(annotations) else [None] * len(images)

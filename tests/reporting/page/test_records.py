@@ -66,7 +66,7 @@ def test_read_run__status(tmp_path):
     foreign = trace.replace("vitrail_runtime.errors.ConfigError: data.root=/x: no", "torch.OutOfMemoryError: no")
     assert status("foreign", finished=False, log=foreign) == ("failed", "OutOfMemoryError: no such folder.")
     again = "2026-01-02 03:04:00,000 INFO vitrail.commands.train: run directory x\n" + epoch_lines(3, minute=5)
-    assert status("mended", log=trace + again) == ("finished", "")
+    assert status("repaired", log=trace + again) == ("finished", "")
     assert read(tmp_path / "a" / "b" / "killed", claimed=True).status == "running"
 
 

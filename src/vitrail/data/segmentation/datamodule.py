@@ -75,8 +75,8 @@ def _is_padding(item: Item) -> bool:
 class PassSampler(EpochSampler):
     """`EpochSampler` of epochs with a fixed number of batches, drawn from one pass over the images after another.
 
-    Segmentation is trained for a number of steps. An epoch is the part of the training between two evaluations, and
-    goes on in the shuffled order of the current pass where the previous epoch stopped.
+    Segmentation is trained for a number of steps. An epoch is the part of the training between two evaluations. It
+    continues the current pass over the images, in shuffled order, where the previous epoch stopped.
 
     Args:
         length: number of images.

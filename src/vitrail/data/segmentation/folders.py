@@ -41,7 +41,7 @@ class MaskedSplit:
         pairs: image and mask by key.
         table: table from values to classes.
         value_range: see `read_image`.
-        ignored: number of files and folders beside the images, by kind.
+        ignored: number of other files and folders in the folder of images, by kind.
     """
 
     def __init__(
