@@ -2,9 +2,15 @@
 
 1. Paste handwritten digits at random positions on crops of photographs, and save them as JPEGs of 64 x 64 pixels.
 2. Train a small convnet on them, and annotate them with it: 8 x 8 cells per image.
-3. Train LV-ViT-nano with and without token labels: the same three seeds, the same number of epochs, crops of 30 to
-   100 % of the image.
+3. Train LV-ViT-nano on crops of 30 to 100 % of the image in four ways: with label maps for the class token and the
+   patch tokens (labels), for the class token alone (class), for the patch tokens alone (patches), and without
+   (neither).
 4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
+
+`make demo ARGS=full` is the whole experiment, for hours or on a GPU: it chooses learning rate and warm-up for `labels`
+and for `neither` on seeds of their own, trains all four ways with five other seeds for 20 epochs, and writes
+`results/demo.json`. `make demo` prints that file, and trains `labels` and `neither` with the chosen settings and three
+seeds for eight epochs.
 
 `--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
 teacher or with the labels only, on crops of 60 to 100 %. `--compare features` compares three: LV-ViT-nano with the
@@ -15,292 +21,292 @@ resumes. `--scale 0.5` halves the number of images and epochs.
 """
 
 import argparse
-import csv
-import importlib.resources
-import os
-import shlex
-import shutil
+import itertools
+import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-from figures import add_json, write_figures
-from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.table import Table
-
-from vitrail.data.images import as_image
-from vitrail.data.sources import Digits
-
-PROJECT = Path(__file__).resolve().parent.parent
-SIDE = 64  # height and width of an image in pixels
-SEEDS = (1, 2, 3)
-PHOTOGRAPHS = (
-    *("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
-    *("hubble_deep_field.jpg", "retina.jpg", "ihc.png"),
+import matplotlib
+from digits_on_photographs import (
+    PROJECT,
+    annotate_digits,
+    annotate_photographs,
+    build_annotator,
+    console,
+    curve,
+    data_options,
+    train,
+    write_data,
+    write_photographs,
 )
-PLAIN = ("model=lvvit_nano", "objective=cross_entropy")  # without token labels
-COLOURS = {
-    "with": (0, 110, 200),
-    "without": (220, 90, 0),
-    "features": (0, 140, 70),
-    "labels": (0, 110, 200),
-    "neither": (220, 90, 0),
-}
-console = Console()
+from figures import add_json, write_figures
+from rich.table import Table
+from scipy import stats
+
+matplotlib.use("Agg")
+STATED = PROJECT / "results" / "demo.json"
+SEEDS = {"part": (1, 2, 3), "full": (1, 2, 3, 4, 5), "search": (11, 12)}
+EPOCHS = {"part": 8, "full": 20, "search": 20}
+RATES, WARMUPS = (5e-4, 1e-3, 2e-3), (0.1, 0.25)  # learning rates and shares of warm-up to choose from
+REACHED = 80.0  # top-1 in %, for the number of epochs until then
+COLOURS = {"labels": "C0", "with": "C0", "class": "C2", "patches": "C4", "features": "C2", "neither": "C1"}
+Curves = dict[str, dict[int, list[float]]]
+"""Top-1 in % after each epoch, by way of training and seed."""
 
 
-def photographs() -> dict[str, Image.Image]:
-    """Return the photographs that are installed with scikit-image and scikit-learn, by name."""
-    from sklearn.datasets import load_sample_images
+class Settings(NamedTuple):
+    """What is chosen for each way of training: learning rate, and warm-up as a share of the epochs."""
 
-    folder = importlib.resources.files("skimage.data")
-    found = {}
-    for name in PHOTOGRAPHS:
-        with importlib.resources.as_file(folder / name) as path:
-            found[Path(name).stem] = Image.open(path).convert("RGB")
-    pictures = load_sample_images()
-    return found | {
-        Path(name).stem: Image.fromarray(image) for name, image in zip(pictures.filenames, pictures.images, strict=True)
-    }
+    lr: float
+    warmup: float
+
+    def overrides(self, epochs: int) -> tuple[str, ...]:
+        """Return the overrides of a training."""
+        return f"epochs={epochs}", f"schedule.warmup_epochs={round(self.warmup * epochs)}", f"optimizer.lr={self.lr:g}"
 
 
-class DigitImage(NamedTuple):
-    """An image of one digit."""
+class Demo:
+    """Trainings on the digits in one output folder, several at a time with one thread each.
 
-    split: str
-    number: int
-    label: int
-    image: Image.Image
-    ink: Image.Image
-    """How much of each pixel the digit covers, 0 to 255."""
-
-
-def digit_images(counts: dict[str, int], seed: int = 0) -> Iterator[DigitImage]:
-    """Yield images of one bright digit each, at a random position on a darkened crop of a photograph.
-
-    The digits of `train` and `val` are different images by the same writers.
+    Args:
+        out: output folder; data, annotator and label maps are made there.
+        scale: factor of the number of images and epochs.
+        parallel: trainings at a time.
+        gpu: train LV-ViT-nano on a GPU, in fp32.
     """
-    backgrounds = list(photographs().values())
-    random = np.random.default_rng(seed)
-    for split, count in counts.items():
-        digits = Digits().open(split)  # type: ignore[arg-type]
-        for number in range(count):
-            digit = digits[number % len(digits)]
-            photograph = backgrounds[random.integers(len(backgrounds))]
-            side = int(random.integers(SIDE, min(photograph.size) // 2))
-            left, top = (int(random.integers(length - side)) for length in photograph.size)
-            image = photograph.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
-            size = int(random.integers(24, 37))
-            x, y = (int(place) for place in random.integers(0, SIDE - size + 1, 2))
-            image = image.point(lambda value: value // 2)
-            colour = random.integers(128, 256, 3)  # brighter than any background
-            stroke = as_image(digit.image).convert("L").resize((size, size), Image.Resampling.BICUBIC)
-            image.paste(Image.new("RGB", (size, size), tuple(int(part) for part in colour)), (x, y), stroke)
-            ink = Image.new("L", image.size)
-            ink.paste(stroke, (x, y))
-            yield DigitImage(split, number, int(digit.label), image, ink)
 
+    def __init__(self, out: Path, scale: float = 1.0, parallel: int = 2, gpu: bool = False) -> None:
+        self.out, self.scale, self.parallel = out, scale, parallel
+        out.mkdir(parents=True, exist_ok=True)
+        self.data = write_data(out, scale)
+        self.annotator = build_annotator(out, self.data, max(2, round(5 * scale)))
+        self.maps = annotate_digits(out, self.data, self.annotator)
+        device = ("trainer=gpu", "trainer.precision=32-true", "compile=null") if gpu else ()
+        self.shared = (*data_options(self.data), *device, "trainer.gradient_clip_val=1")
 
-def write_digits(root: Path, counts: dict[str, int]) -> None:
-    """Write the images of `digit_images` as a data set with one folder per class."""
-    for split, number, label, image, _ in digit_images(counts):
-        folder = root / split / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{number:05d}.jpg", quality=92)
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """Return the overrides of LV-ViT-nano with token labels."""
+        head = ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling")
+        return (*head, f"data.label_maps={self.maps}")
 
+    def ways(self) -> dict[str, tuple[str, ...]]:
+        """Return the overrides of the four ways of training."""
+        return {
+            "labels": self.labelled,
+            "class": (*self.labelled, "objective.token_weight=0"),
+            "patches": (*self.labelled, "targets.ground_truth=only"),
+            "neither": ("model=lvvit_nano", "objective=cross_entropy"),
+        }
 
-def write_photographs(root: Path) -> None:
-    """Write the photographs as a data set with one class."""
-    for split in ("train", "val"):
-        folder = root / split / "photographs"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, image in photographs().items():
-            image.save(folder / f"{name}.jpg", quality=92)
+    def recipe(self, settings: Settings, epochs: int, smallest: float = 0.3) -> tuple[str, ...]:
+        """Return the overrides of a training on crops of at least `smallest` of the image.
 
+        A crop of 0.3 may miss the digit, as published crops miss the object: the image's label is then wrong, the label
+        map is not.
+        """
+        scaled = max(3, round(epochs * self.scale))
+        return (*self.shared, f"augment.scale=[{smallest},1.0]", *settings.overrides(scaled))
 
-def write_data(out: Path, scale: float) -> Path:
-    """Write the digits once: 6000 and 1000 images times `scale`; return their folder."""
-    data = out / "digits"
-    if not (data / "whole").is_file():
-        shutil.rmtree(data, ignore_errors=True)
-        write_digits(data, {"train": int(6000 * scale), "val": int(1000 * scale)})
-        (data / "whole").touch()
-    return data
+    def train(self, folder: str, jobs: Mapping[str, Sequence[str]], metric: str = "val/top1") -> dict[str, list[float]]:
+        """Train every job in out/folder/<its name> with its overrides; return a metric in % per epoch, by name."""
+        (self.out / folder).mkdir(exist_ok=True)
 
+        def one(name: str) -> list[float]:
+            return curve(train(self.out / folder / name, *jobs[name], threads=1), metric)
 
-def labelled(maps: Path) -> tuple[str, ...]:
-    """Return the overrides of LV-ViT-nano with token labels."""
-    return ("model=lvvit_nano", "model.token_head=true", "objective=token_labeling", f"data.label_maps={maps}")
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return dict(zip(jobs, pool.map(one, jobs), strict=True))
 
+    def compare(self, extent: str, settings: Mapping[str, Settings], kinds: Mapping[str, tuple[str, ...]]) -> Curves:
+        """Train all kinds (overrides by name) with the seeds of an extent of the experiment."""
+        seeds = SEEDS[extent]
+        jobs = {
+            f"{kind}_{seed}": (*self.recipe(settings[kind], EPOCHS[extent]), *kinds[kind], f"seed={seed}")
+            for seed in seeds
+            for kind in kinds
+        }
+        curves = self.train(extent, jobs)
+        return {kind: {seed: curves[f"{kind}_{seed}"] for seed in seeds} for kind in kinds}
 
-def run(program: str, *arguments: str, log: Path, threads: int = 2) -> None:
-    """Run a program of `src/` and write its output to `log`.
+    def known(self, extent: str, names: Iterable[str] = ("labels", "neither")) -> Curves:
+        """Train these ways with the seeds of an extent and the settings of results/demo.json."""
+        ways = self.ways()
+        return self.compare(extent, chosen_settings(), {name: ways[name] for name in names})
 
-    Raises:
-        SystemExit: the program failed.
-    """
-    command = ["python", f"src/{program}", *arguments]
-    console.print(f"$ {shlex.join(command)}", style="dim", soft_wrap=True, highlight=False, markup=False)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "160"}
-    with log.open("w") as output:
-        status = subprocess.run(
-            [sys.executable, *command[1:]], cwd=PROJECT, env=environment, stdout=output, stderr=output, check=False
-        ).returncode
-    if status:
-        sys.exit(f"error: {shlex.join(command)} failed. End of {log}:\n{log.read_text()[-2000:]}")
-
-
-def train(folder: Path, *arguments: str, threads: int = 2) -> Path:
-    """Train in `folder`, unless the same command has already finished there; return the run directory."""
-    finished, overrides = folder / "results.json", folder / "overrides.txt"
-    if not finished.is_file() or overrides.read_text().splitlines() != list(arguments):
-        shutil.rmtree(folder, ignore_errors=True)
-        run("train.py", *arguments, f"hydra.run.dir={folder}", log=folder.with_suffix(".log"), threads=threads)
-    return folder
-
-
-def data_options(data: Path) -> tuple[str, ...]:
-    """Return the overrides that all trainings share: the digits without flips, on the CPU, no progress bar."""
-    return (
-        *("trainer=cpu", "data=imagefolder", f"data.root={data}", f"data.image_size={SIDE}", "data.hflip=0"),
-        *("data.num_workers=0", "data.batch_size=32", "callbacks.ema=null", "callbacks.progress=null"),
-    )
-
-
-def curve(folder: Path, metric: str = "val/top1") -> list[float]:
-    """Return a metric after each epoch, in %."""
-    with (folder / "metrics.csv").open() as file:
-        return [float(row[metric]) for row in csv.DictReader(file)]
-
-
-def draw_curves(curves: dict[str, list[list[float]]], what: str, path: Path) -> None:
-    """Plot accuracy against epochs of each kind of training: a thin line per run, a thick one for the mean."""
-    width, height, left, bottom = 720, 420, 60, 40
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    epochs = len(next(iter(curves.values()))[0])
-    lowest = 10 * int(min(min(run) for runs in curves.values() for run in runs) // 10)
-
-    def place(epoch: int, accuracy: float) -> tuple[float, float]:
-        share = (accuracy - lowest) / (100 - lowest)
-        return left + epoch / epochs * (width - left - 20), height - bottom - share * (height - bottom - 20)
-
-    for accuracy in range(lowest, 101, 10):
-        draw.line((place(0, accuracy), place(epochs, accuracy)), fill=(225, 225, 225))
-        draw.text((place(0, accuracy)[0] - 42, place(0, accuracy)[1] - 8), f"{accuracy} %", "black", font)
-    for epoch in range(1, epochs + 1, max(1, epochs // 10)):
-        draw.text((place(epoch, lowest)[0] - 5, height - bottom + 6), str(epoch), "black", font)
-    draw.text((width // 2 - 20, height - 20), "epoch", "black", font)
-    for number, (name, runs) in enumerate(curves.items()):
-        pale = tuple(255 - (255 - part) // 3 for part in COLOURS[name])
-        for accuracies in runs:
-            draw.line([place(epoch + 1, value) for epoch, value in enumerate(accuracies)], fill=pale, width=1)
-        mean = [statistics.mean(values) for values in zip(*runs, strict=True)]
-        draw.line([place(epoch + 1, value) for epoch, value in enumerate(mean)], fill=COLOURS[name], width=3)
-        legend = f"{name} {what}".strip()
-        draw.text((left + 20, 24 + 18 * number), f"{legend}, mean of {len(runs)}", COLOURS[name], font)
-    sheet.save(path)
-
-
-def report(curves: dict[str, list[list[float]]], what: str) -> dict[str, float]:
-    """Print and return the final accuracy of each seed and kind, the differences to the last kind, mean and spread."""
-    table = Table(title="Top-1 of the held-out digits after the last epoch, %")
-    for name in (what, *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
-        table.add_column(name, justify="right")
-    final = {name: [accuracies[-1] for accuracies in runs] for name, runs in curves.items()}
-    *others, last = final
-    for name in others:
-        differences = [a - b for a, b in zip(final[name], final[last], strict=True)]
-        final["difference" if len(others) == 1 else f"{name}_difference"] = differences
-    for name, values in final.items():
-        cells = [f"{value:.2f}" for value in (*values, statistics.mean(values), statistics.stdev(values))]
-        table.add_row(name, *cells)
-    console.print(table)
-    return {
-        **{
-            f"{name}_seed_{seed}": value
-            for name, values in final.items()
-            for seed, value in zip(SEEDS, values, strict=True)
-        },
-        **{f"{name}_mean": statistics.mean(values) for name, values in final.items()},
-        **{f"{name}_spread": statistics.stdev(values) for name, values in final.items()},
-    }
-
-
-def build_annotator(out: Path, data: Path, epochs: int) -> Path:
-    """Train a convnet with a receptive field of 51 pixels; return its run directory."""
-    network = ("model=timm", "model.name=resnetv2_50", "+model.layers=[2,2]", "+model.channels=[96,192]")
-    annotator = train(
-        out / "annotator", *data_options(data), *network, "seed=0",
-        f"epochs={epochs}", "schedule.warmup_epochs=1", "optimizer.lr=4e-3", "augment.scale=[0.5,1.0]",
-    )  # fmt: skip
-    console.print(f"annotator: {curve(annotator)[-1]:.2f} % top-1")
-    return annotator
-
-
-def annotate_digits(out: Path, data: Path, annotator: Path) -> Path:
-    """Annotate the training digits; return the folder of their label maps."""
-    maps, log = annotator / "maps", out / "annotate.log"  # retraining the annotator deletes its maps
-    run(
-        "annotate.py", "annotator=run", f"annotator.ckpt={annotator}", "data=imagefolder", f"data.root={data}",
-        f"out={maps}", "top_k=10", "preview=10", log=log,
-    )  # fmt: skip
-    console.print(log.read_text().split("\n", 3)[-1], highlight=False, markup=False)
-    return maps
-
-
-def recipe(epochs: int, smallest: float) -> tuple[str, ...]:
-    """Return the overrides of a training on crops of `smallest` to 1 of the image."""
-    return (
-        *(f"epochs={epochs}", "schedule.warmup_epochs=2", "optimizer.lr=1e-3"),
-        *("trainer.gradient_clip_val=1", f"augment.scale=[{smallest},1.0]"),
-    )
-
-
-def compare(
-    out: Path, data: Path, kinds: dict[str, tuple[str, ...]], epochs: int, smallest: float, parallel: int
-) -> dict[str, list[list[float]]]:
-    """Train all kinds on crops of `smallest` to 1 of the image; return top-1 after each epoch, for each seed."""
-    options = (*data_options(data), *recipe(epochs, smallest))
-    jobs = [(name, seed) for seed in SEEDS for name in kinds]
-    with ThreadPoolExecutor(parallel) as pool:
-        runs = [
-            pool.submit(train, out / f"{kind}_{seed}", *options, *kinds[kind], f"seed={seed}", threads=1)
-            for kind, seed in jobs
+    def search(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Train some ways with every setting; return kind, settings, seed and final top-1 of each training."""
+        ways, keys = self.ways(), ("kind", "lr", "warmup", "seed")
+        rows = [
+            dict(zip(keys, (name, lr, warmup, seed), strict=True))
+            for seed, name, lr, warmup in itertools.product(SEEDS["search"], names, RATES, WARMUPS)
         ]
-        curves = [curve(run.result()) for run in runs]
-    return {name: [run for (kind, _), run in zip(jobs, curves, strict=True) if kind == name] for name in kinds}
+        jobs = {
+            f"{row['kind']}_{row['lr']:g}_{row['warmup']}_{row['seed']}": (
+                *self.recipe(Settings(row["lr"], row["warmup"]), EPOCHS["search"]),
+                *ways[row["kind"]],
+                f"seed={row['seed']}",
+            )
+            for row in rows
+        }
+        curves = self.train("search", jobs)
+        return [{**row, "top1": values[-1]} for row, values in zip(rows, curves.values(), strict=True)]
+
+    def experiment(self) -> dict[str, Any]:
+        """Run the whole experiment, and return what `results/demo.json` holds."""
+        search = self.search(("labels", "neither"))
+        chosen = choose(search)
+        settings = {kind: chosen.get(kind, chosen["labels"]) for kind in self.ways()}
+        return {
+            "annotator_top1": curve(self.annotator)[-1],
+            "search": search,
+            "chosen": {kind: value._asdict() for kind, value in settings.items()},
+            "curves": self.compare("full", settings, self.ways()),
+        }
 
 
-def compare_labels(out: Path, data: Path, maps: Path, scale: float, parallel: int) -> dict[str, list[list[float]]]:
-    """Train LV-ViT-nano with and without token labels in `out`; return top-1 after each epoch, for each seed."""
-    kinds = {"with": labelled(maps), "without": PLAIN}
-    # A crop may miss the digit, as published crops miss the object: the image's label is then wrong, the map is not.
-    return compare(out, data, kinds, max(3, round(8 * scale)), 0.3, parallel)
+def choose(search: Sequence[Mapping[str, Any]]) -> dict[str, Settings]:
+    """Return the settings of each kind with the best mean top-1 over the search's seeds."""
+    found: dict[str, dict[Settings, list[float]]] = {}
+    for row in search:
+        found.setdefault(row["kind"], {}).setdefault(Settings(row["lr"], row["warmup"]), []).append(row["top1"])
+    means = {
+        kind: {settings: statistics.mean(values) for settings, values in rows.items()} for kind, rows in found.items()
+    }
+    return {kind: max(rows, key=rows.__getitem__) for kind, rows in means.items()}
 
 
-def annotate_photographs(out: Path, pictures: Path) -> Path:
-    """Annotate the photographs with EfficientNet-Lite0; return the path of the preview."""
-    maps = out / "photograph_maps"
-    run(
-        "annotate.py", "annotator=efficientnet_lite0", "annotator.image_size=448", "data=imagefolder",
-        f"data.root={pictures}", f"out={maps}", "preview=10", log=out / "photographs.log",
-    )  # fmt: skip
-    return maps / "preview.png"
+def interval(differences: Sequence[float]) -> float:
+    """Return half the width of the 95 % confidence interval of the mean of paired differences (Student's t)."""
+    count = len(differences)
+    return float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+
+
+def epochs_until(accuracies: Sequence[float], least: float = REACHED) -> int:
+    """Return the number of epochs until top-1 is at least `least`; one more than all if it never is."""
+    return next((epoch for epoch, value in enumerate(accuracies, 1) if value >= least), len(accuracies) + 1)
+
+
+def report(curves: Curves, title: str) -> dict[str, float]:
+    """Print and return final top-1 of each seed, mean, spread, and the paired difference to the last kind."""
+    table = Table(title=title)
+    *_, last = curves
+    seeds = list(curves[last])
+    for name in ("", *(f"seed {seed}" for seed in seeds), "mean", "difference", "epochs"):
+        table.add_column(name, justify="right")
+    figures: dict[str, float] = {}
+    for kind, runs in curves.items():
+        final = [runs[seed][-1] for seed in seeds]
+        waits = statistics.mean(epochs_until(runs[seed]) for seed in seeds)
+        figures |= {f"{kind}_seed_{seed}": value for seed, value in zip(seeds, final, strict=True)}
+        figures |= {f"{kind}_mean": statistics.mean(final), f"{kind}_spread": statistics.stdev(final)}
+        figures[f"{kind}_epochs"] = waits
+        cells = [f"{value:.1f}" for value in final]
+        cells.append(f"{statistics.mean(final):.1f} ± {statistics.stdev(final):.1f}")
+        if kind == last:
+            cells.append("")
+        else:
+            differences = [value - curves[last][seed][-1] for seed, value in zip(seeds, final, strict=True)]
+            mean, half = statistics.mean(differences), interval(differences)
+            figures |= {f"{kind}_difference": mean, f"{kind}_difference_half_interval": half}
+            cells.append(f"{mean:+.1f} ± {half:.1f}")
+        table.add_row(kind, *cells, f"{waits:.1f}")
+    table.caption = (
+        f"mean ± standard deviation; difference to {last}, paired by seed, ± half its 95 % confidence interval; epochs"
+        f" until {REACHED:g} %"
+    )
+    console.print(table)
+    return figures
+
+
+def report_search(search: Sequence[Mapping[str, Any]], chosen: Mapping[str, Settings]) -> None:
+    """Print the search for learning rate and warm-up."""
+    table = Table(title=f"Search with the seeds {', '.join(map(str, SEEDS['search']))}: top-1, %")
+    for name in ("", "learning rate", "warm-up", "top-1", "mean"):
+        table.add_column(name, justify="right")
+    found: dict[tuple[str, Settings], list[float]] = {}
+    for row in search:
+        found.setdefault((row["kind"], Settings(row["lr"], row["warmup"])), []).append(row["top1"])
+    for (kind, settings), values in found.items():
+        mark = " *" if settings == chosen[kind] else ""
+        listed = ", ".join(f"{value:.1f}" for value in values)
+        warmup = f"{settings.warmup:.0%}"
+        table.add_row(kind, f"{settings.lr:g}", warmup, listed, f"{statistics.mean(values):.1f}{mark}")
+    console.print(table)
+
+
+def draw_curves(curves: Curves, path: Path) -> None:
+    """Plot top-1 against epochs: a thin line per seed, a thick one for the mean."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for kind, runs in curves.items():
+        epochs = range(1, len(next(iter(runs.values()))) + 1)
+        for accuracies in runs.values():
+            axes.plot(epochs, accuracies, color=COLOURS[kind], alpha=0.35, linewidth=0.8)
+        mean = [statistics.mean(values) for values in zip(*runs.values(), strict=True)]
+        axes.plot(epochs, mean, color=COLOURS[kind], linewidth=2.5, label=f"{kind}, mean of {len(runs)}")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1 of the held-out digits, %")
+    axes.grid(color="0.9")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    show("curves", path)
+
+
+def show(name: str, path: Path) -> None:
+    """Print the path of a picture."""
+    console.print(f"{name:<12} {path}", soft_wrap=True, highlight=False)
+
+
+def stated() -> dict[str, Any]:
+    """Return the contents of `results/demo.json`, with seeds as numbers."""
+    contents: dict[str, Any] = json.loads(STATED.read_text())
+    curves = {kind: {int(seed): run for seed, run in runs.items()} for kind, runs in contents["curves"].items()}
+    return {**contents, "curves": curves}
+
+
+def chosen_settings() -> dict[str, Settings]:
+    """Return the settings of each kind that the whole experiment chose."""
+    return {kind: Settings(**one) for kind, one in stated()["chosen"].items()}
+
+
+def report_whole(contents: Mapping[str, Any]) -> dict[str, float]:
+    """Print the whole experiment, and return its figures."""
+    console.print(f"annotator: {contents['annotator_top1']:.2f} % top-1 of the held-out digits")
+    report_search(contents["search"], {kind: Settings(**one) for kind, one in contents["chosen"].items()})
+    return report(contents["curves"], "The whole experiment: top-1 of the held-out digits after the last epoch, %")
+
+
+def compare_others(demo: Demo, which: str) -> Curves:
+    """Compare a teacher, or features as targets, with label maps and neither; return the curves."""
+    teacher = ("teacher=run", f"teacher.ckpt={demo.annotator}")
+    if which == "features":
+        taught = ("model=lvvit_nano", "objective=feature_distillation", *teacher)
+        settings = {"features": chosen_settings()["labels"]}
+        return demo.compare("part", settings, {"features": taught}) | demo.known("part")
+    student = ("model=vit", "model.name=deit_nano_distilled", "model.patch_size=8")
+    kinds = {
+        "with": (*student, "objective=distillation", *teacher),
+        "neither": (*student, "objective=cross_entropy"),
+    }
+    recipe = demo.recipe(Settings(1e-3, 0.2), 10, 0.6)
+    seeds = SEEDS["part"]
+    jobs = {f"{kind}_{seed}": (*recipe, *kinds[kind], f"seed={seed}") for seed in seeds for kind in kinds}
+    curves = demo.train("teacher", jobs)
+    return {kind: {seed: curves[f"{kind}_{seed}"] for seed in seeds} for kind in kinds}
 
 
 def parser_of_demo(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that the demos share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="output folder")
+    parser.add_argument("--out", type=lambda text: Path(text).absolute(), default=PROJECT / "logs" / "demo")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
     parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
+    parser.add_argument("--gpu", action="store_true", help="train LV-ViT-nano on a GPU")
     add_json(parser)
     return parser
 
@@ -308,50 +314,33 @@ def parser_of_demo(description: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     """Run the demo."""
     parser = parser_of_demo(__doc__)
+    parser.add_argument("extent", nargs="?", choices=("part", "full"), default="part", help="how much to train")
     parser.add_argument(
         "--compare", choices=("labels", "teacher", "features"), default="labels", help="what to compare"
     )
     options = parser.parse_args()
-    out: Path = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    data, pictures = write_data(out, options.scale), out / "photographs"
-    if not pictures.is_dir():
-        write_photographs(pictures)
-
-    console.print("[bold]1. Train a small convnet on the digits, and annotate them")
-    annotator = build_annotator(out, data, max(2, round(5 * options.scale)))
-    if options.compare == "teacher":
-        console.print("[bold]2. Train DeiT-nano with and without the convnet as teacher")
-        student = ("model=vit", "model.name=deit_nano_distilled", "model.patch_size=8")
-        learn = ("objective=distillation", "teacher=run", f"teacher.ckpt={annotator}")
-        kinds = {"with": (*student, *learn), "without": (*student, "objective=cross_entropy")}
-        (out / "teacher").mkdir(exist_ok=True)
-        curves = compare(out / "teacher", data, kinds, max(3, round(10 * options.scale)), 0.6, options.parallel)
-        write_figures(options.json, report(curves, "teacher"))
-        draw_curves(curves, "teacher", out / "teacher" / "curves.png")
+    demo = Demo(options.out, options.scale, options.parallel, options.gpu)
+    if options.extent == "full":
+        contents = demo.experiment()
+        if options.scale == 1:
+            STATED.write_text(json.dumps(contents, indent=1) + "\n")
+        write_figures(options.json, report_whole(contents))
+        draw_curves(contents["curves"], demo.out / "curves.png")
         return
-    maps = annotate_digits(out, data, annotator)
-    if options.compare == "features":
-        console.print("[bold]2. Train LV-ViT-nano with the convnet's features, with token labels, and with neither")
-        taught = ("model=lvvit_nano", "objective=feature_distillation", "teacher=run", f"teacher.ckpt={annotator}")
-        (out / "features").mkdir(exist_ok=True)
-        kinds = {"features": taught, "labels": labelled(maps), "neither": PLAIN}
-        curves = compare(out / "features", data, kinds, max(3, round(8 * options.scale)), 0.3, options.parallel)
-        write_figures(options.json, report(curves, ""))
-        draw_curves(curves, "", out / "features" / "curves.png")
-        return
-    console.print("[bold]2. Train LV-ViT-nano with and without token labels")
-    curves = compare_labels(out, data, maps, options.scale, options.parallel)
-    write_figures(options.json, report(curves, "token labels"))
-    draw_curves(curves, "token labels", out / "curves.png")
-    console.print("[bold]3. Annotate the photographs with EfficientNet-Lite0")
-    overlays = annotate_photographs(out, pictures)
-    for name, path in (
-        ("curves", out / "curves.png"),
-        ("digits", maps / "preview.png"),
-        ("photographs", overlays),
-    ):
-        console.print(f"{name:<12} {path}", soft_wrap=True, highlight=False)
+    if options.compare == "labels":
+        report_whole(stated())
+        curves, picture = demo.known("part"), demo.out / "part" / "curves.png"
+    else:
+        curves, picture = compare_others(demo, options.compare), demo.out / f"{options.compare}.png"
+    epochs = len(next(iter(curves["neither"].values())))
+    write_figures(options.json, report(curves, f"Top-1 of the held-out digits after {epochs} epochs, %"))
+    draw_curves(curves, picture)
+    if options.compare == "labels":
+        pictures = demo.out / "photographs"
+        if not pictures.is_dir():
+            write_photographs(pictures)
+        show("digits", demo.annotator / "maps" / "preview.png")
+        show("photographs", annotate_photographs(demo.out, pictures))
 
 
 if __name__ == "__main__":

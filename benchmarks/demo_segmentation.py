@@ -1,7 +1,8 @@
 """Measure whether token labels in pre-training help segmentation, on real images, offline: `make demo-segmentation`.
 
 1. Train LV-ViT-nano with and without token labels on the digits of `make demo`, three seeds each; its finished runs are
-   used if they are there.
+   used if they are there. `make demo-segmentation ARGS=full` uses those of `make demo ARGS=full`: five seeds of 20
+   epochs.
 2. Paste digits on photographs again, and keep their masks: ten classes of strokes, and the background.
 3. Train two decoders on each backbone, with the same seeds and number of steps: a linear classifier of its frozen
    features, and UperNet with all weights.
@@ -14,19 +15,16 @@ Every step calls a program of `src/` and prints its command. Finished steps are 
 resumes. `--scale 0.5` halves the number of images and epochs.
 """
 
-import math
 import shutil
 import statistics
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import demo
 import matplotlib.pyplot as plt
 import numpy as np
+from demo import SEEDS, Demo, interval, parser_of_demo, show
+from digits_on_photographs import SIDE, console, digit_images
 from figures import write_figures
 from rich.table import Table
-from scipy.stats import t as student
 
 from vitrail.reporting.segmentation import mask_image
 
@@ -35,9 +33,10 @@ DECODERS = {
     "linear": ("model=linear_segmenter", "optimizer.lr=1e-2"),
     "upernet": ("model=upernet", "model.channels=32", "model.auxiliary_channels=32", "optimizer.lr=1e-3"),
 }
-KINDS = ("with", "without")
+KINDS = ("labels", "neither")
+Scores = dict[str, list[float]]
+"""mIoU or top-1 in %, by kind of pre-training; one for each seed."""
 _INK = 128  # covered part of a pixel, of 255, from which it belongs to the digit
-_CONFIDENCE = 0.95
 
 
 def write_masks(out: Path, scale: float) -> Path:
@@ -47,7 +46,7 @@ def write_masks(out: Path, scale: float) -> Path:
         return root
     shutil.rmtree(root, ignore_errors=True)
     counts = {"train": max(32, int(600 * scale)), "val": max(20, int(200 * scale))}
-    for split, number, label, image, ink in demo.digit_images(counts, seed=1):
+    for split, number, label, image, ink in digit_images(counts, seed=1):
         mask = np.where(np.asarray(ink) >= _INK, label + 1, 0)
         for kind, picture in (("images", image), ("masks", mask_image(mask))):
             folder = root / kind / split
@@ -57,90 +56,76 @@ def write_masks(out: Path, scale: float) -> Path:
     return root
 
 
-def fine_tune(out: Path, root: Path, epochs: int, parallel: int) -> dict[str, dict[str, list[float]]]:
-    """Train both decoders on every backbone of `out`; return mIoU in % by decoder, kind and seed."""
+def fine_tune(demo: Demo, extent: str, root: Path) -> dict[str, Scores]:
+    """Train both decoders on every backbone of an extent of the demo; return their mIoU in %."""
     options = (
         *("experiment=segmentation", f"data.root={root}", "backbone=lvvit_nano", "trainer=cpu", "data.num_workers=0"),
-        *(f"data.image_size={demo.SIDE}", f"data.short_side={demo.SIDE}", f"data.long_side={4 * demo.SIDE}"),
-        *("data.batch_size=16", "augment.hflip=0", "augment.ratio=[0.75,1.5]", "augment.max_class_share=1"),
-        *(f"epochs={epochs}", "schedule.warmup_steps=20", "callbacks.progress=null", "trainer.gradient_clip_val=1"),
+        *(f"data.image_size={SIDE}", f"data.short_side={SIDE}", f"data.long_side={4 * SIDE}", "data.batch_size=16"),
+        *("augment.hflip=0", "augment.ratio=[0.75,1.5]", "augment.max_class_share=1", "schedule.warmup_steps=20"),
+        *(f"epochs={max(2, round(10 * demo.scale))}", "callbacks.progress=null", "trainer.gradient_clip_val=1"),
     )
-    jobs = [(name, kind, seed) for seed in demo.SEEDS for name in DECODERS for kind in KINDS]
-    with ThreadPoolExecutor(parallel) as pool:
-        runs = [
-            pool.submit(
-                demo.train,
-                out / f"{name}_{kind}_{seed}",
-                *(*options, *DECODERS[name], f"init_from={out / f'{kind}_{seed}'}", f"seed={seed}"),
-                threads=1,
-            )
-            for name, kind, seed in jobs
-        ]
-        found = [demo.curve(run.result(), "val/mIoU")[-1] for run in runs]
-    scores: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in DECODERS}
-    for (name, kind, _), score in zip(jobs, found, strict=True):
-        scores[name][kind].append(score)
-    return scores
+    jobs = {
+        f"{decoder}_{kind}_{seed}": (
+            *(*options, *DECODERS[decoder], f"init_from={demo.out / extent / f'{kind}_{seed}'}", f"seed={seed}"),
+        )
+        for seed in SEEDS[extent]
+        for decoder in DECODERS
+        for kind in KINDS
+    }
+    found = demo.train(f"segmentation_{extent}", jobs, "val/mIoU")
+    return {
+        f"{decoder}_mIoU": {kind: [found[f"{decoder}_{kind}_{seed}"][-1] for seed in SEEDS[extent]] for kind in KINDS}
+        for decoder in DECODERS
+    }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the confidence interval of the mean of some values."""
-    mean = statistics.mean(values)
-    half = student.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def report(scores: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+def report(scores: dict[str, Scores], seeds: tuple[int, ...]) -> dict[str, float]:
     """Print and return the scores of each seed in %, and mean and confidence interval of the paired differences."""
-    table = Table(title="With and without token labels in the pre-training, %")
-    columns = ("", "labels", *(f"seed {seed}" for seed in demo.SEEDS), "mean", f"{_CONFIDENCE:.0%} interval")
+    table = Table(title="With token labels in the pre-training and with neither, %")
+    columns = ("", "labels", *(f"seed {seed}" for seed in seeds), "mean", "95 % interval")
     for column in columns:
         table.add_column(column, justify="right")
     figures: dict[str, float] = {}
     for name, kinds in scores.items():
         differences = [a - b for a, b in zip(*(kinds[kind] for kind in KINDS), strict=True)]
-        low, high = interval(differences)
+        mean, half = statistics.mean(differences), interval(differences)
         for kind, values in (*kinds.items(), ("difference", differences)):
             cells = [f"{value:.2f}" for value in (*values, statistics.mean(values))]
-            ends = f"{low:.2f} to {high:.2f}" if kind == "difference" else ""
+            ends = f"{mean - half:.2f} to {mean + half:.2f}" if kind == "difference" else ""
             table.add_row(name if kind == KINDS[0] else "", kind, *cells, ends, end_section=kind == "difference")
-            figures |= {f"{name}_{kind}_seed_{seed}": value for seed, value in zip(demo.SEEDS, values, strict=True)}
+            figures |= {f"{name}_{kind}_seed_{seed}": value for seed, value in zip(seeds, values, strict=True)}
             figures[f"{name}_{kind}_mean"] = statistics.mean(values)
-        figures |= {f"{name}_difference_low": low, f"{name}_difference_high": high}
-    demo.console.print(table)
+        figures |= {f"{name}_difference_low": mean - half, f"{name}_difference_high": mean + half}
+    console.print(table)
     return figures
 
 
-def draw(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw the scores of each seed without and with token labels, joined by a line."""
+def draw(scores: dict[str, Scores], seeds: tuple[int, ...], path: Path) -> None:
+    """Draw the scores of each seed with neither and with token labels, joined by a line."""
     figure, axes = plt.subplots(1, len(scores), figsize=(3 * len(scores), 3.2), layout="constrained")
     for axis, (name, kinds) in zip(axes, scores.items(), strict=True):
-        for seed, pair in zip(demo.SEEDS, zip(kinds["without"], kinds["with"], strict=True), strict=True):
+        for seed, pair in zip(seeds, zip(kinds["neither"], kinds["labels"], strict=True), strict=True):
             axis.plot((0, 1), pair, marker="o", label=f"seed {seed}")
-        axis.set(title=name, xticks=(0, 1), xticklabels=("without", "with"), xlim=(-0.3, 1.3))
+        axis.set(title=name, xticks=(0, 1), xticklabels=("neither", "labels"), xlim=(-0.3, 1.3))
     axes[0].set_ylabel("%")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
+    show("picture", path)
 
 
 def main() -> None:
     """Run the demo."""
-    options = demo.parser_of_demo(__doc__).parse_args()
-    out: Path = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    demo.console.print("[bold]1. Train LV-ViT-nano with and without token labels, unless `make demo` has done so")
-    data = demo.write_data(out, options.scale)
-    annotator = demo.build_annotator(out, data, max(2, round(5 * options.scale)))
-    maps = demo.annotate_digits(out, data, annotator)
-    curves = demo.compare_labels(out, data, maps, options.scale, options.parallel)
-    demo.console.print("[bold]2. Train a linear classifier of the features, and UperNet, on digits with masks")
-    root = write_masks(out, options.scale)
-    scores = fine_tune(out, root, max(2, round(10 * options.scale)), options.parallel)
-    top1 = {kind: [max(accuracies) for accuracies in runs] for kind, runs in curves.items()}  # of the best checkpoint
-    scores = {"top1": top1} | {f"{name}_mIoU": kinds for name, kinds in scores.items()}
-    write_figures(options.json, report(scores))
-    draw(scores, out / "segmentation.png")
-    demo.console.print(f"picture {out / 'segmentation.png'}", soft_wrap=True, highlight=False)
+    parser = parser_of_demo(__doc__)
+    parser.add_argument("extent", nargs="?", choices=("part", "full"), default="part", help="which backbones to use")
+    options = parser.parse_args()
+    demo, extent = Demo(options.out, options.scale, options.parallel, options.gpu), options.extent
+    curves = demo.known(extent, KINDS)
+    scores = fine_tune(demo, extent, write_masks(demo.out, demo.scale))
+    # fine-tuning starts from the best checkpoint
+    top1 = {kind: [max(accuracies) for accuracies in runs.values()] for kind, runs in curves.items()}
+    scores = {"top1": top1, **scores}
+    write_figures(options.json, report(scores, SEEDS[extent]))
+    draw(scores, SEEDS[extent], demo.out / f"segmentation_{extent}.png")
 
 
 if __name__ == "__main__":

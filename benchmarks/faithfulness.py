@@ -18,17 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo import (
-    PROJECT,
-    SEEDS,
-    annotate_digits,
-    build_annotator,
-    data_options,
-    labelled,
-    recipe,
-    train,
-    write_data,
-)
+from demo import Demo
+from digits_on_photographs import PROJECT
 from figures import add_json, write_figures
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -61,13 +52,10 @@ def photographs(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
 
 def labelled_nano(out: Path) -> Path:
     """Return the run of the demo's first LV-ViT-nano with token labels; train what of it is missing in `out`."""
-    folder = out / "with_1"
-    if (folder / "results.json").is_file():
-        return folder
-    out.mkdir(parents=True, exist_ok=True)
-    data = write_data(out, 1.0)
-    maps = annotate_digits(out, data, build_annotator(out, data, 5))
-    return train(folder, *data_options(data), *recipe(8, 0.3), *labelled(maps), f"seed={SEEDS[0]}")
+    folder = out / "part" / "labels_1"
+    if not (folder / "results.json").is_file():
+        Demo(out).known("part", ("labels",))
+    return folder
 
 
 def digits(trained: TrainedModel) -> Tensor:

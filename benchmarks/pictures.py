@@ -21,18 +21,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo import (
-    PROJECT,
-    annotate_photographs,
-    console,
-    data_options,
-    recipe,
-    run,
-    train,
-    write_photographs,
-)
+from demo import Demo
+from digits_on_photographs import PROJECT, annotate_photographs, console, run, train, write_photographs
 from faithfulness import labelled_nano
 from PIL import Image
+from pruned_accuracy import train_pruned
 from rich.console import Console
 from rich.text import Text
 
@@ -123,12 +116,7 @@ def explanations(out: Path, demo: Path) -> None:
     data = demo / "digits"
     pruned = demo / "pruned" / "0.5_1"
     if not (pruned / "results.json").is_file():
-        pruned.parent.mkdir(exist_ok=True)
-        train(
-            pruned, *data_options(data), *recipe(4, 0.3), f"init_from={dense}", "model=dynamicvit",
-            "model.name=dynamicvit_lvvit_nano", "objective=dynamicvit", "objective.token_loss=kl", "teacher=run",
-            f"teacher.ckpt={dense}", "optimizer.backbone_lr_scale=0.1", "model.keep_ratio=0.5", "seed=1",
-        )  # fmt: skip
+        train_pruned(Demo(demo), 4)
     chosen = out / "chosen" / "train"
     shutil.rmtree(chosen.parent, ignore_errors=True)
     for label in (2, 6, 8):
@@ -152,7 +140,7 @@ def feature_distillation(demo: Path) -> None:
     """Draw accuracy over epochs with a teacher's features, token labels and neither; train what is missing."""
     comparison = [sys.executable, "benchmarks/demo.py", "--compare", "features", "--out", str(demo)]
     subprocess.run(comparison, cwd=PROJECT, check=True)
-    save(Image.open(demo / "features" / "curves.png"), "feature_distillation.png")
+    save(Image.open(demo / "features.png"), "feature_distillation.png")
 
 
 def explained(folder: Path, ckpt: Path, images: Path, kinds: str) -> Image.Image:

@@ -15,7 +15,7 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from demo import PROJECT, SEEDS, console, curve, train
+from digits_on_photographs import PROJECT, console, curve, train
 from figures import parser_of_trainings, write_figures
 from hydra import compose, initialize_config_dir
 from rich.table import Table
@@ -28,6 +28,7 @@ RECIPE = (
     *("optimizer.lr=2e-3", "schedule.warmup_epochs=2", "callbacks.model_summary=null"),
     *("callbacks.ema=null", "callbacks.progress=null"),
 )
+SEEDS = (1, 2, 3)
 PHASES = ("phases=efficienttrain", "phases.multiple=4")
 FULL_SIZE = ",".join(f"{{share:0.2,image_size:224,magnitude:{magnitude}}}" for magnitude in (1, 3, 5, 7, 9))
 

@@ -5,32 +5,21 @@ DynamicViT at keep ratios of 0.7 and 0.5 with the dense network as teacher, as p
 held-out digits against multiply-accumulates per image. Finished trainings are kept; those of `make demo` are reused.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
 import matplotlib
-from demo import (
-    PROJECT,
-    SEEDS,
-    SIDE,
-    annotate_digits,
-    build_annotator,
-    compare,
-    console,
-    curve,
-    data_options,
-    labelled,
-    train,
-    write_data,
-)
-from figures import add_json, write_figures
+from demo import SEEDS as SEEDS_OF_DEMO
+from demo import Demo, parser_of_demo, show
+from digits_on_photographs import SIDE, console
+from figures import write_figures
 from rich.table import Table
 
 from vitrail.models import create_model
 from vitrail.models.cost import measure_cost
 
 matplotlib.use("Agg")
+SEEDS = SEEDS_OF_DEMO["part"]
 RATIOS = {"dense": None, "0.7": 0.7, "0.5": 0.5}
 
 
@@ -60,47 +49,36 @@ def draw(top1: dict[str, list[float]], macs: dict[str, float], path: Path) -> No
     figure.savefig(path, dpi=120)
 
 
-def measure(out: Path, scale: float, epochs: int, parallel: int) -> dict[str, list[float]]:
-    """Train everything; return top-1 in % after the last epoch, for each seed."""
-    data = write_data(out, scale)
-    annotator = build_annotator(out, data, max(2, round(5 * scale)))
-    maps = annotate_digits(out, data, annotator)
-    compare(out, data, {"with": labelled(maps)}, max(3, round(8 * scale)), 0.3, parallel)
-    recipe = (
-        *data_options(data), f"epochs={epochs}", "schedule.warmup_epochs=1", "trainer.gradient_clip_val=1",
-        "augment.scale=[0.3,1.0]",
-    )  # fmt: skip
-    top1: dict[str, list[float]] = {name: [] for name in RATIOS}
-    for seed in SEEDS:
-        dense = out / f"with_{seed}"
-        start = (*recipe, f"init_from={dense}", f"seed={seed}")
-        pruned = (
-            *start, "model=dynamicvit", "model.name=dynamicvit_lvvit_nano", "objective=dynamicvit",
-            "objective.token_loss=kl", "teacher=run", f"teacher.ckpt={dense}", "optimizer.lr=1e-3",
-            "optimizer.backbone_lr_scale=0.1",
-        )  # fmt: skip
-        for name, ratio in RATIOS.items():
-            own = (
-                (*start, *labelled(maps), "optimizer.lr=1e-4")
-                if ratio is None
-                else (*pruned, f"model.keep_ratio={ratio}")
-            )
-            top1[name].append(curve(train(out / "pruned" / f"{name}_{seed}", *own))[-1])
-    return top1
+def job(demo: Demo, ratio: float | None, seed: int, epochs: int) -> tuple[str, ...]:
+    """Return the overrides of a further training of the demo's network of this seed, dense or as DynamicViT."""
+    dense = demo.out / "part" / f"labels_{seed}"
+    start = (
+        *(*demo.shared, "augment.scale=[0.3,1.0]", f"init_from={dense}", f"seed={seed}"),
+        *(f"epochs={epochs}", "schedule.warmup_epochs=1"),
+    )
+    if ratio is None:
+        return (*start, *demo.labelled, "optimizer.lr=1e-4")
+    return (
+        *(*start, "model=dynamicvit", "model.name=dynamicvit_lvvit_nano", f"model.keep_ratio={ratio}"),
+        *("objective=dynamicvit", "objective.token_loss=kl", "teacher=run", f"teacher.ckpt={dense}"),
+        *("optimizer.lr=1e-3", "optimizer.backbone_lr_scale=0.1"),
+    )
+
+
+def train_pruned(demo: Demo, epochs: int, seeds: tuple[int, ...] = SEEDS) -> dict[str, list[float]]:
+    """Train everything of these seeds in out/pruned/<ratio>_<seed>; return top-1 in % after the last epoch."""
+    demo.known("part", ("labels",))
+    jobs = {f"{name}_{seed}": job(demo, ratio, seed, epochs) for seed in seeds for name, ratio in RATIOS.items()}
+    curves = demo.train("pruned", jobs)
+    return {name: [curves[f"{name}_{seed}"][-1] for seed in seeds] for name in RATIOS}
 
 
 def main() -> None:
     """Run the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PROJECT / "logs" / "demo", help="folder of the demo")
-    parser.add_argument("--scale", type=float, default=1.0, help="the demo's --scale")
+    parser = parser_of_demo(__doc__)
     parser.add_argument("--epochs", type=int, default=4, help="further epochs of each network")
-    parser.add_argument("--parallel", type=int, default=2, help="parallel trainings of dense networks")
-    add_json(parser)
     options = parser.parse_args()
-    out: Path = options.out.absolute()
-    (out / "pruned").mkdir(parents=True, exist_ok=True)
-    top1 = measure(out, options.scale, options.epochs, options.parallel)
+    top1 = train_pruned(Demo(options.out, options.scale, options.parallel, options.gpu), options.epochs)
     macs = {name: millions_of_macs(ratio) for name, ratio in RATIOS.items()}
     table = Table(title="Top-1 of the held-out digits, %")
     for name in ("keep ratio", "M MACs", *(f"seed {seed}" for seed in SEEDS), "mean", "spread"):
@@ -113,8 +91,9 @@ def main() -> None:
         figures |= {f"{name}_seed_{seed}": value for seed, value in zip(SEEDS, values, strict=True)}
         figures[f"{name}_macs"] = macs[name]
     console.print(table)
-    draw(top1, macs, out / "pruned" / "accuracy.png")
-    console.print(f"picture      {out / 'pruned' / 'accuracy.png'}", soft_wrap=True, highlight=False)
+    picture = options.out / "pruned" / "accuracy.png"
+    draw(top1, macs, picture)
+    show("picture", picture)
     write_figures(options.json, figures)
 
 

@@ -11,7 +11,7 @@ standard error).
 
 import statistics
 
-from demo import PROJECT, console, curve, train
+from digits_on_photographs import PROJECT, console, curve, train
 from figures import parser_of_trainings, write_figures
 from rich.table import Table
 

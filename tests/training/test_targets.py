@@ -225,6 +225,7 @@ def test_ground_truth__as_in_the_official_code_and_as_in_its_comment(mode, share
     share = torch.tensor([[0.5], [share_where_wrong]])
     torch.testing.assert_close(blend_ground_truth(label, truth, mode), share * label + (1 - share) * truth)
     torch.testing.assert_close(blend_ground_truth(label, truth, "none"), label)
+    torch.testing.assert_close(blend_ground_truth(label, truth, "only"), truth)
 
 
 def test_target_builder__invalid_options_are_refused():

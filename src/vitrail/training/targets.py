@@ -32,7 +32,8 @@ class TargetBuilder:
         ground_truth: how to blend the data's label into the annotator's target for the class token. `none`: not at
             all. `published`: half of each if annotator and label agree on the best class, otherwise 0.9 annotator and
             0.1 label. `intended`, as described in a comment of the official code: half of each if they agree,
-            otherwise 0.1 annotator and 0.9 label, so that the label counts more if the annotator is wrong.
+            otherwise 0.1 annotator and 0.9 label, so that the label counts more if the annotator is wrong. `only`: the
+            label alone, so that label maps teach the patch tokens only.
         teacher: module that returns logits (B, C) and has `features(images)` (B, N, D), with a second argument `grid`
             if the objective uses `outputs.features`, and `heads(images)`, as far as the objective needs them; neither
             trained nor saved.
@@ -45,7 +46,7 @@ class TargetBuilder:
         self,
         smoothing: Rate = 0.1,
         transpose_crops: bool = False,
-        ground_truth: Literal["none", "published", "intended"] = "none",
+        ground_truth: Literal["none", "published", "intended", "only"] = "none",
         teacher: nn.Module | None = None,
     ) -> None:
         self.smoothing, self.transpose_crops, self.ground_truth = smoothing, transpose_crops, ground_truth
@@ -140,6 +141,8 @@ def blend_ground_truth(annotated: Tensor, truth: Tensor, mode: str) -> Tensor:
     """Blend an annotator's class probabilities (B, C) with the label's (B, C); `mode` is `ground_truth` above."""
     if mode == "none":
         return annotated
+    if mode == "only":
+        return truth
     disagreeing = 0.9 if mode == "published" else 0.1
     agree = annotated.argmax(-1, keepdim=True) == truth.argmax(-1, keepdim=True)
     ratio = torch.where(agree, 0.5, disagreeing)
