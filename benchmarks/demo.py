@@ -53,6 +53,7 @@ EPOCHS = {"part": 8, "full": 20, "search": 20}
 RATES, WARMUPS = (5e-4, 1e-3, 2e-3), (0.1, 0.25)  # learning rates and shares of warm-up to choose from
 REACHED = 80.0  # top-1 in %, for the number of epochs until then
 COLOURS = {"labels": "C0", "with": "C0", "class": "C2", "patches": "C4", "features": "C2", "neither": "C1"}
+_ON_GPU = ("trainer=gpu", "trainer.precision=32-true", "kernels.tf32=false", "compile=null", "data.render=loader")
 Curves = dict[str, dict[int, list[float]]]
 """Top-1 in % after each epoch, by way of training and seed."""
 
@@ -75,7 +76,7 @@ class Demo:
         out: output folder; data, annotator and label maps are made there.
         scale: factor of the number of images and epochs.
         parallel: trainings at a time.
-        gpu: train LV-ViT-nano on a GPU, in fp32.
+        gpu: train LV-ViT-nano on a GPU, in fp32 as on the CPU.
     """
 
     def __init__(self, out: Path, scale: float = 1.0, parallel: int = 2, gpu: bool = False) -> None:
@@ -84,7 +85,7 @@ class Demo:
         self.data = write_data(out, scale)
         self.annotator = build_annotator(out, self.data, max(2, round(5 * scale)))
         self.maps = annotate_digits(out, self.data, self.annotator)
-        device = ("trainer=gpu", "trainer.precision=32-true", "compile=null") if gpu else ()
+        device = _ON_GPU if gpu else ()
         self.shared = (*data_options(self.data), *device, "trainer.gradient_clip_val=1")
 
     @property
