@@ -53,6 +53,19 @@ def test_keep_ratio_of_one__is_a_plain_vit():
         assert_close(model(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tradeoff", "scored"), [([1, 1, 1, 0.5], 1), ([1, 0.5, 1, 0.5], 1), ([1, 1, 0.5, 0.5], 2)])
+def test_scores_that_the_next_block_replaces__are_not_computed(tradeoff, scored, monkeypatch):
+    model, images, calls = small(stages=(3,), tradeoff=tradeoff).eval(), torch.randn(2, 3, 64, 64), []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        found = model(images)
+        assert sum("scored" in kwargs for kwargs in calls) == scored
+        monkeypatch.setattr(model, "_first_scored", 0)
+        assert torch.equal(found, model(images))
+    assert sum("scored" in kwargs for kwargs in calls[len(model.blocks) :]) == 3
+
+
 def test_mode__changes_with_the_epoch_and_is_in_the_state_dict():
     model = small()
     modes = []

@@ -106,6 +106,8 @@ class EvoViT(LayerToStage, VisionTransformer):
         tradeoff = [1.0] * first + [0.5] * (depth - first) if tradeoff is None else tradeoff
         self.keep_ratios, self.stages = block_ratios(keep_ratio, depth, first), tuple(stages)
         self.tradeoff = check_shares("tradeoff", tradeoff, depth)
+        # Before the first selection, scores with a weight of 1 replace all earlier ones, which are not computed then.
+        self._first_scored = max((number for number in range(first) if self.tradeoff[number] == 1), default=0)
         device = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.head_cls: nn.Module = self._new_class_head()
         self.norm_cls = type(self.fc_norm)(self.embed_dim, eps=self.fc_norm.eps, **device)
@@ -167,7 +169,7 @@ class EvoViT(LayerToStage, VisionTransformer):
                 chosen = best_positions(scores, count)
                 kept = gather_tokens(x, chosen, prefix)
                 selections.append(chosen)
-            if number >= starts[-1]:  # no selection needs the scores any more
+            if not self._first_scored <= number < starts[-1]:  # no selection needs the scores
                 kept = self._block(block, kept)
                 continue
             kept, attention = self._block(block, kept, True)
