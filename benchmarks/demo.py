@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+from comparisons import Curves, draw_curves, report, show
 from digits_on_photographs import (
     PROJECT,
     annotate_digits,
@@ -44,18 +44,12 @@ from digits_on_photographs import (
 )
 from figures import add_json, write_figures
 from rich.table import Table
-from scipy import stats
 
-matplotlib.use("Agg")
 STATED = PROJECT / "results" / "demo.json"
 SEEDS = {"part": (1, 2, 3), "full": (1, 2, 3, 4, 5), "search": (11, 12)}
 EPOCHS = {"part": 8, "full": 20, "search": 20}
 RATES, WARMUPS = (5e-4, 1e-3, 2e-3), (0.1, 0.25)  # learning rates and shares of warm-up to choose from
-REACHED = 80.0  # top-1 in %, for the number of epochs until then
-COLOURS = {"labels": "C0", "with": "C0", "class": "C2", "patches": "C4", "features": "C2", "neither": "C1"}
 _ON_GPU = ("trainer=gpu", "trainer.precision=32-true", "kernels.tf32=false", "compile=null", "data.render=loader")
-Curves = dict[str, dict[int, list[float]]]
-"""Top-1 in % after each epoch, by way of training and seed."""
 
 
 class Settings(NamedTuple):
@@ -180,49 +174,6 @@ def choose(search: Sequence[Mapping[str, Any]]) -> dict[str, Settings]:
     return {kind: max(rows, key=rows.__getitem__) for kind, rows in means.items()}
 
 
-def interval(differences: Sequence[float]) -> float:
-    """Return half the width of the 95 % confidence interval of the mean of paired differences (Student's t)."""
-    count = len(differences)
-    return float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
-
-
-def epochs_until(accuracies: Sequence[float], least: float = REACHED) -> int:
-    """Return the number of epochs until top-1 is at least `least`; one more than all if it never is."""
-    return next((epoch for epoch, value in enumerate(accuracies, 1) if value >= least), len(accuracies) + 1)
-
-
-def report(curves: Curves, title: str) -> dict[str, float]:
-    """Print and return final top-1 of each seed, mean, spread, and the paired difference to the last kind."""
-    table = Table(title=title)
-    *_, last = curves
-    seeds = list(curves[last])
-    for name in ("", *(f"seed {seed}" for seed in seeds), "mean", "difference", "epochs"):
-        table.add_column(name, justify="right")
-    figures: dict[str, float] = {}
-    for kind, runs in curves.items():
-        final = [runs[seed][-1] for seed in seeds]
-        waits = statistics.mean(epochs_until(runs[seed]) for seed in seeds)
-        figures |= {f"{kind}_seed_{seed}": value for seed, value in zip(seeds, final, strict=True)}
-        figures |= {f"{kind}_mean": statistics.mean(final), f"{kind}_spread": statistics.stdev(final)}
-        figures[f"{kind}_epochs"] = waits
-        cells = [f"{value:.1f}" for value in final]
-        cells.append(f"{statistics.mean(final):.1f} ± {statistics.stdev(final):.1f}")
-        if kind == last:
-            cells.append("")
-        else:
-            differences = [value - curves[last][seed][-1] for seed, value in zip(seeds, final, strict=True)]
-            mean, half = statistics.mean(differences), interval(differences)
-            figures |= {f"{kind}_difference": mean, f"{kind}_difference_half_interval": half}
-            cells.append(f"{mean:+.1f} ± {half:.1f}")
-        table.add_row(kind, *cells, f"{waits:.1f}")
-    table.caption = (
-        f"mean ± standard deviation; difference to {last}, paired by seed, ± half its 95 % confidence interval; epochs"
-        f" until {REACHED:g} %"
-    )
-    console.print(table)
-    return figures
-
-
 def report_search(search: Sequence[Mapping[str, Any]], chosen: Mapping[str, Settings]) -> None:
     """Print the search for learning rate and warm-up."""
     table = Table(title=f"Search with the seeds {', '.join(map(str, SEEDS['search']))}: top-1, %")
@@ -237,30 +188,6 @@ def report_search(search: Sequence[Mapping[str, Any]], chosen: Mapping[str, Sett
         warmup = f"{settings.warmup:.0%}"
         table.add_row(kind, f"{settings.lr:g}", warmup, listed, f"{statistics.mean(values):.1f}{mark}")
     console.print(table)
-
-
-def draw_curves(curves: Curves, path: Path) -> None:
-    """Plot top-1 against epochs: a thin line per seed, a thick one for the mean."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for kind, runs in curves.items():
-        epochs = range(1, len(next(iter(runs.values()))) + 1)
-        for accuracies in runs.values():
-            axes.plot(epochs, accuracies, color=COLOURS[kind], alpha=0.35, linewidth=0.8)
-        mean = [statistics.mean(values) for values in zip(*runs.values(), strict=True)]
-        axes.plot(epochs, mean, color=COLOURS[kind], linewidth=2.5, label=f"{kind}, mean of {len(runs)}")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("top-1 of the held-out digits, %")
-    axes.grid(color="0.9")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    show("curves", path)
-
-
-def show(name: str, path: Path) -> None:
-    """Print the path of a picture."""
-    console.print(f"{name:<12} {path}", soft_wrap=True, highlight=False)
 
 
 def stated() -> dict[str, Any]:

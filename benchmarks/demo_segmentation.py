@@ -21,7 +21,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from demo import SEEDS, Demo, interval, parser_of_demo, show
+from comparisons import interval, show
+from demo import SEEDS, Demo, parser_of_demo
 from digits_on_photographs import SIDE, console, digit_images
 from figures import write_figures
 from rich.table import Table

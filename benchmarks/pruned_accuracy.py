@@ -9,8 +9,9 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+from comparisons import show
 from demo import SEEDS as SEEDS_OF_DEMO
-from demo import Demo, parser_of_demo, show
+from demo import Demo, parser_of_demo
 from digits_on_photographs import SIDE, console
 from figures import write_figures
 from rich.table import Table

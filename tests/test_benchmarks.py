@@ -12,7 +12,7 @@ from vitrail.data.segmentation.values import read_mask
 BENCHMARKS = sorted(
     path.stem
     for path in (PROJECT / "benchmarks").glob("*.py")
-    if path.stem not in ("digits_on_photographs", "figures", "jpegs", "pictures", "recipes")
+    if path.stem not in ("comparisons", "digits_on_photographs", "figures", "jpegs", "pictures", "recipes")
 )
 
 
@@ -23,6 +23,7 @@ def benchmark(name, *options, folder):
 @pytest.mark.thorough
 def test_demo__chooses_settings_and_states_what_differs(monkeypatch):
     monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    import comparisons
     import demo
 
     rows = [
@@ -33,10 +34,12 @@ def test_demo__chooses_settings_and_states_what_differs(monkeypatch):
     chosen = demo.choose(rows)
     assert chosen == {"neither": demo.Settings(2e-3, 0.1)}
     assert chosen["neither"].overrides(20) == ("epochs=20", "schedule.warmup_epochs=2", "optimizer.lr=0.002")
-    assert demo.interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5)  # Student's t with 2 degrees of freedom
-    assert [demo.epochs_until(values, 80) for values in ([10, 80, 70], [81, 90, 95], [1, 2, 3])] == [2, 1, 4]
+    assert comparisons.interval([1.0, 2.0, 3.0]) == pytest.approx(
+        4.302653 / 3**0.5
+    )  # Student's t with 2 degrees of freedom
+    assert [comparisons.epochs_until(values, 80) for values in ([10, 80, 70], [81, 90, 95], [1, 2, 3])] == [2, 1, 4]
     curves = {"labels": {1: [50.0, 90.0], 2: [60.0, 92.0]}, "neither": {1: [10.0, 80.0], 2: [20.0, 86.0]}}
-    figures = demo.report(curves, "")
+    figures = comparisons.report(curves, "")
     assert (figures["labels_mean"], figures["labels_difference"]) == (91.0, 8.0)
     assert figures["labels_difference_half_interval"] == pytest.approx(2 * 12.7062, rel=1e-4)
 
