@@ -18,6 +18,7 @@ def digits(**kwargs):
     return data
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_own_loop__each_pass_is_the_next_epoch(num_workers):
     loader, driven = (digits(num_workers=num_workers).train_dataloader() for _ in range(2))

@@ -176,6 +176,7 @@ def digits(workers, phases=True, **kwargs):
     return data
 
 
+@pytest.mark.thorough
 def test_loader__persistent_workers_follow_the_epoch_and_the_order_stays():
     """Workers keep running and prefetch; each batch has the size of its epoch, and the plain run's images."""
     loaders = [digits(1).train_dataloader(), digits(0).train_dataloader(), digits(0, phases=False).train_dataloader()]

@@ -78,6 +78,7 @@ def test_others__are_unchanged():
         assert type(allow_any_size(model)) is type(create_model(name, 5, 224))
 
 
+@pytest.mark.thorough
 def test_cost__is_that_of_the_size():
     """A ViT-S at 160 pixels has half the multiply-accumulates of 224."""
     model = allow_any_size(create_model("deit_small_patch16_224", 1000))

@@ -53,6 +53,7 @@ def test_rollout__by_hand():
     torch.testing.assert_close(rollout([first, second[:, :1]]), expected[:, :1])  # a last block of the class token only
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["t2t_vit_7", "lvvit_t", "evo_deit_tiny_patch16_224", "vit5_small", "so_vit_7", "volo_d1_224"]
 )

@@ -73,6 +73,7 @@ def test_timm_methods__work(name):
     assert model(torch.randn(2, 3, 96, 32)).shape == (2, 7)
 
 
+@pytest.mark.thorough
 def test_compiled__equals_eager():
     model, images = small("dynamicvit_deit_tiny").eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():

@@ -17,6 +17,7 @@ def small(**kwargs):
     return timm.create_model("evo_deit_tiny_patch16_224", **{**SMALL, **kwargs})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage_wise", [False, True])
 def test_training_and_evaluation__compute_the_same(stage_wise):
     model, images = small(), torch.randn(3, 3, 64, 64)

@@ -72,6 +72,7 @@ def test_gradient__of_a_cnn_by_hand(images):
     assert found.any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["deit_nano", "swin_tiny_patch4_window7_224", "levit_128s", "lvvit_nano"])
 def test_gradient__of_every_kind_of_network(name):
     size = 64 if name.endswith("nano") else 224

@@ -28,6 +28,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_families__published_parameter_counts(name):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
@@ -89,6 +90,7 @@ def test_forward_heads__one_head_of_other_models():
     torch.testing.assert_close(heads.cls, model(images))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense", "t2t_vit_16_ghost", "lvvit_t", "so_vit_7", "sot_tiny"])
 def test_device_and_precision__apply_to_every_layer(name):
     model = timm.create_model(name, img_size=32, device="meta", dtype=torch.bfloat16)

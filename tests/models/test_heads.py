@@ -50,6 +50,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "options", "size", "grid"), FAMILIES)
 def test_token_head__other_families_of_timm(name, options, size, grid):
     """Any spatial feature map or token sequence gives token logits, and class logits stay the same."""

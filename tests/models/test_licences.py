@@ -39,6 +39,7 @@ def test_inherited_licence__of_what_the_training_started_from(name, start, licen
     assert inherited_licence(config) == licence
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("preset", "name"),
     [

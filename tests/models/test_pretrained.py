@@ -52,6 +52,7 @@ def test_dense_scores__lv_vit_returns_token_logits():
     torch.testing.assert_close(dense_scores(model, images).flatten(2).transpose(1, 2), tokens)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224", "deit_nano_distilled"])
 @torch.inference_mode()
 def test_dense_scores__change_where_the_image_changes(name):

@@ -154,6 +154,7 @@ def test_load__official_checkpoint(name, tmp_path):
     torch.testing.assert_close(model.cls_token, source.cls_token)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"), [("so_vit_10", 7_158_672, 1.787), ("sot_base", 76_878_982, 15.524)]
 )

@@ -61,6 +61,7 @@ def test_random_features__are_orthogonal():
     torch.testing.assert_close(w @ w.T, 32 * torch.eye(32), atol=1e-4, rtol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [(48, 48), (32, 80), (220, 220), (49, 65)])
 def test_image_sizes__any_size(size):
     model = small(img_size=size).eval()
@@ -117,6 +118,7 @@ def test_meta_device__initialised_later():
     assert model.eval()(torch.randn(2, 3, 48, 48)).isfinite().all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14", "t2t_vit_14_se", "t2t_vit_16_ghost", "t2t_vit_dense"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training__same_logits_and_gradients_as_evaluation(name, checkpointing):

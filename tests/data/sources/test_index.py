@@ -123,6 +123,7 @@ def _list_and_read(tree, cache):
         assert paths(FileIndex(tree, CLASSES, cache)) == FILES
 
 
+@pytest.mark.thorough
 def test_index__many_processes_list_at_once(tree, tmp_path):
     """All processes list a recently changed tree; none deletes the arrays that another is about to open."""
     settle(tree, seconds=-60)
@@ -140,6 +141,7 @@ def test_index__cache_not_writable(tree, tmp_path):
     assert paths(FileIndex(tree, CLASSES, tmp_path / "cache")) == FILES
 
 
+@pytest.mark.thorough
 def test_index__workers_share_memory(tmp_path):
     """A worker that reads a million paths at random uses less than 1 MiB of private memory."""
     classes = [f"{number:05d}" for number in range(100)]
