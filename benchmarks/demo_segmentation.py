@@ -1,8 +1,7 @@
 """Measure whether token labels in pre-training help segmentation, on real images, offline: `make demo-segmentation`.
 
 1. Train LV-ViT-nano with and without token labels on the digits of `make demo`, three seeds each; its finished runs are
-   used if they are there. `make demo-segmentation ARGS=full` uses those of `make demo ARGS=full`: five seeds of 20
-   epochs.
+   used if they are there.
 2. Paste digits on photographs again, and keep their masks: ten classes of strokes, and the background.
 3. Train two decoders on each backbone, with the same seeds and number of steps: a linear classifier of its frozen
    features, and UperNet with all weights.
@@ -22,7 +21,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from comparisons import interval, show
-from demo import SEEDS, Demo, parser_of_demo
+from demo import FEW as SEEDS
+from demo import Demo, parser_of_demo
 from digits_on_photographs import SIDE, console, digit_images
 from figures import write_figures
 from rich.table import Table
@@ -57,8 +57,8 @@ def write_masks(out: Path, scale: float) -> Path:
     return root
 
 
-def fine_tune(demo: Demo, extent: str, root: Path) -> dict[str, Scores]:
-    """Train both decoders on every backbone of an extent of the demo; return their mIoU in %."""
+def fine_tune(demo: Demo, root: Path) -> dict[str, Scores]:
+    """Train both decoders on every backbone; return their mIoU in %."""
     options = (
         *("experiment=segmentation", f"data.root={root}", "backbone=lvvit_nano", "trainer=cpu", "data.num_workers=0"),
         *(f"data.image_size={SIDE}", f"data.short_side={SIDE}", f"data.long_side={4 * SIDE}", "data.batch_size=16"),
@@ -67,23 +67,23 @@ def fine_tune(demo: Demo, extent: str, root: Path) -> dict[str, Scores]:
     )
     jobs = {
         f"{decoder}_{kind}_{seed}": (
-            *(*options, *DECODERS[decoder], f"init_from={demo.out / extent / f'{kind}_{seed}'}", f"seed={seed}"),
+            *(*options, *DECODERS[decoder], f"init_from={demo.out / 'trained' / f'{kind}_{seed}'}", f"seed={seed}"),
         )
-        for seed in SEEDS[extent]
+        for seed in SEEDS
         for decoder in DECODERS
         for kind in KINDS
     }
-    found = demo.train(f"segmentation_{extent}", jobs, "val/mIoU")
+    found = demo.train("segmentation", jobs, "val/mIoU")
     return {
-        f"{decoder}_mIoU": {kind: [found[f"{decoder}_{kind}_{seed}"][-1] for seed in SEEDS[extent]] for kind in KINDS}
+        f"{decoder}_mIoU": {kind: [found[f"{decoder}_{kind}_{seed}"][-1] for seed in SEEDS] for kind in KINDS}
         for decoder in DECODERS
     }
 
 
-def report(scores: dict[str, Scores], seeds: tuple[int, ...]) -> dict[str, float]:
+def report(scores: dict[str, Scores]) -> dict[str, float]:
     """Print and return the scores of each seed in %, and mean and confidence interval of the paired differences."""
     table = Table(title="With token labels in the pre-training and with neither, %")
-    columns = ("", "labels", *(f"seed {seed}" for seed in seeds), "mean", "95 % interval")
+    columns = ("", "labels", *(f"seed {seed}" for seed in SEEDS), "mean", "95 % interval")
     for column in columns:
         table.add_column(column, justify="right")
     figures: dict[str, float] = {}
@@ -94,18 +94,18 @@ def report(scores: dict[str, Scores], seeds: tuple[int, ...]) -> dict[str, float
             cells = [f"{value:.2f}" for value in (*values, statistics.mean(values))]
             ends = f"{mean - half:.2f} to {mean + half:.2f}" if kind == "difference" else ""
             table.add_row(name if kind == KINDS[0] else "", kind, *cells, ends, end_section=kind == "difference")
-            figures |= {f"{name}_{kind}_seed_{seed}": value for seed, value in zip(seeds, values, strict=True)}
+            figures |= {f"{name}_{kind}_seed_{seed}": value for seed, value in zip(SEEDS, values, strict=True)}
             figures[f"{name}_{kind}_mean"] = statistics.mean(values)
         figures |= {f"{name}_difference_low": mean - half, f"{name}_difference_high": mean + half}
     console.print(table)
     return figures
 
 
-def draw(scores: dict[str, Scores], seeds: tuple[int, ...], path: Path) -> None:
+def draw(scores: dict[str, Scores], path: Path) -> None:
     """Draw the scores of each seed with neither and with token labels, joined by a line."""
     figure, axes = plt.subplots(1, len(scores), figsize=(3 * len(scores), 3.2), layout="constrained")
     for axis, (name, kinds) in zip(axes, scores.items(), strict=True):
-        for seed, pair in zip(seeds, zip(kinds["neither"], kinds["labels"], strict=True), strict=True):
+        for seed, pair in zip(SEEDS, zip(kinds["neither"], kinds["labels"], strict=True), strict=True):
             axis.plot((0, 1), pair, marker="o", label=f"seed {seed}")
         axis.set(title=name, xticks=(0, 1), xticklabels=("neither", "labels"), xlim=(-0.3, 1.3))
     axes[0].set_ylabel("%")
@@ -116,17 +116,15 @@ def draw(scores: dict[str, Scores], seeds: tuple[int, ...], path: Path) -> None:
 
 def main() -> None:
     """Run the demo."""
-    parser = parser_of_demo(__doc__)
-    parser.add_argument("extent", nargs="?", choices=("part", "full"), default="part", help="which backbones to use")
-    options = parser.parse_args()
-    demo, extent = Demo(options.out, options.scale, options.parallel, options.gpu), options.extent
-    curves = demo.known(extent, KINDS)
-    scores = fine_tune(demo, extent, write_masks(demo.out, demo.scale))
+    options = parser_of_demo(__doc__).parse_args()
+    demo = Demo(options.out, options.scale, options.parallel, options.gpu)
+    curves = demo.known(SEEDS, KINDS)
+    scores = fine_tune(demo, write_masks(demo.out, demo.scale))
     # fine-tuning starts from the best checkpoint
     top1 = {kind: [max(accuracies) for accuracies in runs.values()] for kind, runs in curves.items()}
     scores = {"top1": top1, **scores}
-    write_figures(options.json, report(scores, SEEDS[extent]))
-    draw(scores, SEEDS[extent], demo.out / f"segmentation_{extent}.png")
+    write_figures(options.json, report(scores))
+    draw(scores, demo.out / "segmentation.png")
 
 
 if __name__ == "__main__":

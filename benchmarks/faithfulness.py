@@ -52,9 +52,9 @@ def photographs(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
 
 def labelled_nano(out: Path) -> Path:
     """Return the run of the demo's first LV-ViT-nano with token labels; train what of it is missing in `out`."""
-    folder = out / "part" / "labels_1"
+    folder = out / "trained" / "labels_1"
     if not (folder / "results.json").is_file():
-        Demo(out).known("part", ("labels",))
+        Demo(out).known((1,), ("labels",))
     return folder
 
 

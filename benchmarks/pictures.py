@@ -116,7 +116,7 @@ def explanations(out: Path, demo: Path) -> None:
     data = demo / "digits"
     pruned = demo / "pruned" / "0.5_1"
     if not (pruned / "results.json").is_file():
-        train_pruned(Demo(demo), 4)
+        train_pruned(Demo(demo), 4, (1,))
     chosen = out / "chosen" / "train"
     shutil.rmtree(chosen.parent, ignore_errors=True)
     for label in (2, 6, 8):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 from comparisons import show
-from demo import SEEDS as SEEDS_OF_DEMO
+from demo import FEW as SEEDS
 from demo import Demo, parser_of_demo
 from digits_on_photographs import SIDE, console
 from figures import write_figures
@@ -20,7 +20,6 @@ from vitrail.models import create_model
 from vitrail.models.cost import measure_cost
 
 matplotlib.use("Agg")
-SEEDS = SEEDS_OF_DEMO["part"]
 RATIOS = {"dense": None, "0.7": 0.7, "0.5": 0.5}
 
 
@@ -52,7 +51,7 @@ def draw(top1: dict[str, list[float]], macs: dict[str, float], path: Path) -> No
 
 def job(demo: Demo, ratio: float | None, seed: int, epochs: int) -> tuple[str, ...]:
     """Return the overrides of a further training of the demo's network of this seed, dense or as DynamicViT."""
-    dense = demo.out / "part" / f"labels_{seed}"
+    dense = demo.out / "trained" / f"labels_{seed}"
     start = (
         *(*demo.shared, "augment.scale=[0.3,1.0]", f"init_from={dense}", f"seed={seed}"),
         *(f"epochs={epochs}", "schedule.warmup_epochs=1"),
@@ -68,7 +67,7 @@ def job(demo: Demo, ratio: float | None, seed: int, epochs: int) -> tuple[str, .
 
 def train_pruned(demo: Demo, epochs: int, seeds: tuple[int, ...] = SEEDS) -> dict[str, list[float]]:
     """Train everything of these seeds in out/pruned/<ratio>_<seed>; return top-1 in % after the last epoch."""
-    demo.known("part", ("labels",))
+    demo.known(seeds, ("labels",))
     jobs = {f"{name}_{seed}": job(demo, ratio, seed, epochs) for seed in seeds for name, ratio in RATIOS.items()}
     curves = demo.train("pruned", jobs)
     return {name: [curves[f"{name}_{seed}"][-1] for seed in seeds] for name in RATIOS}
