@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import masked
 from programs import PROJECT, QUICK, environment, metrics, run
 
 TOY = str(PROJECT / "tests" / "toy_training.py")
@@ -206,3 +207,17 @@ def test_ray__runs_the_jobs(tmp_path):
     assert result.returncode == 1
     assert "2 of 4 jobs failed" in result.stderr
     assert [job["status"] for job in jobs_of(sweep_directory(tmp_path))] == [0, 1, -9, 0]
+
+
+@pytest.mark.slow
+def test_search__of_segmentation_runs_optimises_miou(tmp_path):
+    root = masked.write_folder(tmp_path / "data")
+    options = (*masked.SMALL, f"data.root={root}", "epochs=1", "hydra.sweeper.trials=2", "hydra.launcher.parallel=2")
+    result = run("train.py", "-m", "sweep=lr_wd", *options, logs=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    directory = sweep_directory(tmp_path)
+    values = [trial.value for trial in study_of(directory).trials]
+    assert values == [job["results"]["val/mIoU"] for job in jobs_of(directory)]
+    table = result.stdout.split("2 jobs in")[1]
+    assert "val/mIoU" in table
+    assert "top1" not in table

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.vitrail_launchers import say_how_to_continue
 from vitrail_runtime.checking import NonNegativeInt, PositiveInt, checked
 from vitrail_runtime.compat import resumed_trial
+from vitrail_runtime.main_metrics import default_metric
 from vitrail_runtime.sweep_report import epochs_of
 
 _WATCH_SECONDS = 1.0
@@ -33,7 +34,8 @@ class OptunaSweeper(Sweeper):
     (`hydra.sweep.dir=...`), the search continues, and unfinished trials resume from their checkpoints.
 
     Args:
-        metric: key of a job's results, and column of its metrics.csv.
+        metric: key of a job's results, and column of its metrics.csv; None for `val/top1`, or `val/mIoU` for
+            segmentation.
         direction: `maximize` or `minimize`.
         trials: total number of trials.
         space: for each config key either `choices`, or `low` and `high`, optionally with `log` and `step`; if both
@@ -47,7 +49,7 @@ class OptunaSweeper(Sweeper):
 
     def __init__(
         self,
-        metric: str,
+        metric: str | None,
         direction: str,
         trials: PositiveInt,
         space: DictConfig,
@@ -167,12 +169,13 @@ class OptunaSweeper(Sweeper):
         if self.launcher.stopping.is_set() and outcome.return_value is None:
             return  # the trial stays unfinished in the study, and the next start resumes it
         results = outcome.return_value
-        if results is not None and self.metric not in results:
-            raise HydraException(
-                f"hydra.sweeper.metric={self.metric}: not in a job's results; choose from {', '.join(results)}."
-            )
         if results is not None:
-            study.tell(trial, results[self.metric])
+            metric = self.metric or default_metric(results)
+            if metric not in results:
+                raise HydraException(
+                    f"hydra.sweeper.metric={metric}: not in a job's results; choose from {', '.join(results)}."
+                )
+            study.tell(trial, results[metric])
         elif pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from vitrail_runtime.main_metrics import default_metric
 from vitrail_runtime.sweep_study import importances, is_number, sweep_study, varied
 
 
@@ -20,10 +21,11 @@ class SweepTable(Callback):
     """Hydra callback that reports a finished sweep as a table and a figure, and exits with 1 if a job failed.
 
     Args:
-        metric: key of the jobs' results that sorts the table, best first.
+        metric: key of the jobs' results that sorts the table, best first; None for `val/top1`, or `val/mIoU` if no job
+            has it.
     """
 
-    def __init__(self, metric: str = "val/top1") -> None:
+    def __init__(self, metric: str | None = None) -> None:
         self.metric = metric
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -40,13 +42,15 @@ class SweepTable(Callback):
         metric, largest = self.metric, True
         if "metric" in config.hydra.sweeper:  # a search has its own metric and direction
             metric, largest = config.hydra.sweeper.metric, config.hydra.sweeper.direction == "maximize"
+        main = default_metric({key for job in jobs for key in job["results"] or {}})
+        metric = metric or main
         for job in jobs:
             if job["status"] == "pruned":
                 job["results"] = _best_so_far(Path(job["directory"]), metric, largest)
         sign, worst = (-1 if largest else 1), float("-inf" if largest else "inf")
         differing = varied(jobs)
         table = PlainTable(title=f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}")
-        columns = list(dict.fromkeys((metric, "val/top1", "val/top1_ema")))
+        columns = list(dict.fromkeys((metric, main, f"{main}_ema")))
         for name in ("job", *differing, *columns, "seconds", "status"):
             table.add_column(name, overflow="fold")
         for job in sorted(jobs, key=lambda job: sign * (job["results"] or {}).get(metric, worst)):
@@ -112,10 +116,12 @@ def sweep_figure(jobs: list[dict[str, Any]], metric: str, largest: bool = True) 
     return figure
 
 
-def epochs_of(file: Path, metric: str) -> list[float]:
-    """Return a metric of each epoch from a metrics.csv file."""
-    with file.open(newline="", encoding="utf-8") as rows:
-        return [float(row[metric]) for row in csv.DictReader(rows) if row.get(metric)]
+def epochs_of(file: Path, metric: str | None) -> list[float]:
+    """Return a metric of each epoch from a metrics.csv file; None for its main metric."""
+    with file.open(newline="", encoding="utf-8") as text:
+        rows = csv.DictReader(text)
+        name = metric or default_metric(rows.fieldnames or ())
+        return [float(row[name]) for row in rows if row.get(name)]
 
 
 def _best_so_far(directory: Path, metric: str, largest: bool) -> dict[str, float] | None:

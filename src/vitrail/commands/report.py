@@ -8,12 +8,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vitrail.errors import ConfigError
-from vitrail.reporting.main_metrics import default_metric
 from vitrail.reporting.page import RunRecord, find_evaluations, find_runs, read_run, render_page, signature
 from vitrail.reporting.tables import near, size_words
 from vitrail.runs.directory import is_claimed
 from vitrail.runs.keys import check_keys
 from vitrail.runs.logs import set_up_logging
+from vitrail_runtime.main_metrics import default_metric
 from vitrail_runtime.renames import upgraded
 
 log = logging.getLogger(__name__)

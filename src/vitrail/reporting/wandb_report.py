@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vitrail.errors import ConfigError
-from vitrail.reporting.main_metrics import default_metric
 from vitrail.reporting.wandb_panels import GROUPS_TABLE, installed_workspaces, panel_groups
+from vitrail_runtime.main_metrics import default_metric
 
 METRICS = (
     *("val/top1", "val/top1_ema", "val/top5", "val/top5_ema", "val/mIoU", "val/mIoU_ema", "val/mAcc", "val/aAcc"),

@@ -19,11 +19,11 @@ from typing import Any
 
 from PIL import Image
 
-from vitrail.reporting.main_metrics import MAIN_METRICS
 from vitrail.reporting.page.compare import differing, groups
 from vitrail.reporting.page.evaluations import read_evaluation
 from vitrail.reporting.page.records import RunRecord, is_larger_better
 from vitrail_runtime.invocation import shown_command
+from vitrail_runtime.main_metrics import MAIN_METRICS
 
 _SCRIPTS = ("base.js", "table.js", "axes.js", "curves.js", "sweep.js", "run.js", "main.js")
 _PICTURES = ("first_batch.png", "label_maps.png", "predictions.png")
