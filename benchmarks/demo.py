@@ -158,12 +158,16 @@ class Demo:
         """Run the whole experiment, and return what `results/demo.json` holds."""
         search = self.search(("labels", "neither"))
         chosen = choose(search)
-        settings = {kind: chosen.get(kind, chosen["labels"]) for kind in self.ways()}
+        ways = self.ways()
+        settings = {kind: chosen.get(kind, chosen["labels"]) for kind in ways}
+        curves: Curves = {}
+        for kinds in (("labels", "neither"), ("class", "patches")):  # the main question first
+            curves |= self.compare(settings, {kind: ways[kind] for kind in kinds}, SEEDS)
         return {
             "annotator_top1": curve(self.annotator)[-1],
             "search": search,
             "chosen": {kind: value._asdict() for kind, value in settings.items()},
-            "curves": self.compare(settings, self.ways(), SEEDS),
+            "curves": {kind: curves[kind] for kind in ways},
         }
 
 
