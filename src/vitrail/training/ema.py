@@ -88,7 +88,7 @@ class EMA(L.Callback):
 
     def _paired(self, model: nn.Module) -> list["_Pair"]:
         """Return this process's part of each EMA tensor, paired with the current tensor."""
-        now = _state(model)
+        now = _state(model, keep_vars=True)
         return [_Pair(local(ema), local(now[name])) for name, ema in self.average.items()]
 
     @contextmanager
@@ -102,7 +102,17 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        pairs = [pair for pair in self._paired(model) if pair.current.numel()]
+        """Exchange EMA and current tensors: on the CPU their memory, otherwise their content.
+
+        CUDA graphs and sharding strategies remember where the weights are.
+        """
+        pairs = self._paired(model)
+        sharded = any(local(ema) is not ema for ema in self.average.values())
+        if not sharded and all(tensor.device.type == "cpu" for pair in pairs for tensor in pair):
+            for ema, current in {id(pair.current): pair for pair in reversed(pairs)}.values():  # tied weights once
+                ema.data, current.data = current.data, ema.data
+            return
+        pairs = [pair for pair in pairs if pair.current.numel()]
         pairs = list({pair.current.data_ptr(): pair for pair in reversed(pairs)}.values())  # tied weights once
         averages, current = [pair.ema for pair in pairs], [pair.current for pair in pairs]
         kept = [ema.clone() for ema in averages]
@@ -160,8 +170,8 @@ class _Pair(NamedTuple):
     current: Tensor
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict without copying; sharded weights as shards."""
+def _state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """Return the state dict without copying; sharded weights as shards. `keep_vars` returns the parameters themselves."""
     if reshard := getattr(model, "reshard", None):  # after a forward pass the root module's weights may be unsharded
         reshard()
-    return model.state_dict()
+    return model.state_dict(keep_vars=keep_vars)
