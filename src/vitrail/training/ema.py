@@ -88,7 +88,7 @@ class EMA(L.Callback):
 
     def _paired(self, model: nn.Module) -> list["_Pair"]:
         """Return this process's part of each EMA tensor, paired with the current tensor."""
-        now = _state(model, keep_vars=True)
+        now = _state(model)
         return [_Pair(local(ema), local(now[name])) for name, ema in self.average.items()]
 
     @contextmanager
@@ -102,15 +102,15 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        """Exchange EMA and current tensors: on the CPU their memory, otherwise their content.
+        """Exchange the EMA weights with the model's: without copies if both are whole and on the CPU.
 
-        CUDA graphs and sharding strategies remember where the weights are.
+        CUDA graphs and sharding strategies need weights to stay where they are in memory.
         """
         pairs = self._paired(model)
-        sharded = any(local(ema) is not ema for ema in self.average.values())
-        if not sharded and all(tensor.device.type == "cpu" for pair in pairs for tensor in pair):
-            for ema, current in {id(pair.current): pair for pair in reversed(pairs)}.values():  # tied weights once
-                ema.data, current.data = current.data, ema.data
+        whole = all(local(ema) is ema for ema in self.average.values())
+        if whole and all(tensor.device.type == "cpu" for pair in pairs for tensor in pair):
+            for pair in {id(pair.current): pair for pair in reversed(pairs)}.values():  # tied weights once
+                pair.ema.data, pair.current.data = pair.current.data, pair.ema.data
             return
         pairs = [pair for pair in pairs if pair.current.numel()]
         pairs = list({pair.current.data_ptr(): pair for pair in reversed(pairs)}.values())  # tied weights once
@@ -170,8 +170,8 @@ class _Pair(NamedTuple):
     current: Tensor
 
 
-def _state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
-    """Return the state dict without copying; sharded weights as shards. `keep_vars` returns the parameters themselves."""
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers by their names in the state dict; sharded weights as shards."""
     if reshard := getattr(model, "reshard", None):  # after a forward pass the root module's weights may be unsharded
         reshard()
-    return model.state_dict(keep_vars=keep_vars)
+    return model.state_dict(keep_vars=True)
