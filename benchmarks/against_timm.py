@@ -2,9 +2,10 @@
 
 Both train DeiT-Ti at 64 pixels with AdamW, label smoothing, a random crop and EMA weights, batch 32 and one loader
 process, for two epochs of 6,000 small JPEGs, and evaluate raw and EMA weights after each epoch. Everything else is the
-program's default: vitrail's includes the checks, checkpoints and pictures of every run, timm's its checkpoints. The
-programs take turns, so that drift of the machine affects both alike. Processor time is that of the program and of its
-loader processes.
+program's default. vitrail's includes the checks, checkpoints and pictures of every run, and PyTorch's fused AdamW.
+timm's includes its checkpoints, AdamW one parameter at a time (`--opt-kwargs fused=True` would change it), and reading
+the validation images twice, once for each set of weights. The programs take turns, so that drift of the machine affects
+both alike. Processor time is that of the program and of its loader processes.
 
 Figures:
 - `cpu_over_timm`, `wall_over_timm`: vitrail's time over timm's, median of all rounds.

@@ -88,15 +88,17 @@ def test_averaged__weights_are_exchanged_and_restored_also_after_an_error():
     assert ema.average["weight"].item() == 2
 
 
-def test_averaged__tied_weights_are_restored():
+@pytest.mark.parametrize("tied", [True, False], ids=["one parameter", "shared memory"])
+def test_averaged__tied_weights_are_exchanged_and_restored(tied):
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
-    model[1].weight = model[0].weight
+    model[1].weight = model[0].weight if tied else nn.Parameter(model[0].weight.data)
     module = SimpleNamespace(model=model, new_metrics=nn.Identity, device=torch.device("cpu"))
-    ema = started(module)
+    ema, first = started(module), model[0].weight.item()
     nn.init.constant_(model[0].weight, 5)
     with ema.averaged(model):
-        pass
-    assert model[0].weight.item() == 5
+        assert model[0].weight.item() == model[1].weight.item() == first
+    nn.init.constant_(model[0].weight, model[0].weight.item() + 1)
+    assert model[0].weight.item() == model[1].weight.item() == 6
 
 
 def checkpoint_of(module):

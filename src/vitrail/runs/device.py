@@ -33,8 +33,7 @@ def settle_auto(config: DictConfig) -> None:
     compiles = capability >= (7, 0) and importlib.util.find_spec("triton") is not None
     choices = {
         "compile": "default" if compiles else None,
-        # Loss scaling with gradient clipping needs unscaled gradients before the update.
-        "optimizer.fused": on_gpu and config.trainer.precision != "16-mixed",
+        "optimizer.fused": _is_faster_fused(config, on_gpu),
         "kernels.attention": ("cudnn" if capability[0] == 9 else "flash") if on_gpu else None,
         "kernels.tf32": capability >= (8, 0),
         "kernels.channels_last": capability >= (7, 0),
@@ -42,6 +41,14 @@ def settle_auto(config: DictConfig) -> None:
     for key, value in choices.items():
         if OmegaConf.select(config, key) == "auto":
             OmegaConf.update(config, key, value)
+
+
+def _is_faster_fused(config: DictConfig, on_gpu: bool) -> bool:
+    """Return whether to update all parameters at once: on a GPU, and on CPUs where PyTorch has a kernel for it."""
+    if on_gpu:  # loss scaling with gradient clipping needs unscaled gradients before the update
+        return config.trainer.precision != "16-mixed"
+    on_cpu = config.trainer.accelerator == "cpu" or not torch.accelerator.is_available()
+    return on_cpu and OmegaConf.select(config, "optimizer.name") in ("adam", "adamw")
 
 
 @contextmanager

@@ -26,7 +26,8 @@ def check_keys(config: DictConfig, program: str) -> None:
     Raises:
         ConfigError: there is an unknown key or a value of another type; the message names the first one.
     """
-    if unknown := [str(key) for key in config if key not in _known_keys(program)]:
+    known = _known_keys(program)
+    if unknown := [str(key) for key in config if key not in known]:
         raise ConfigError(f"{unknown[0]}: no such config key; nothing reads it.")
     values = {**(_VALUES["train"] if program == "benchmark_train" else {}), **_VALUES[program]}
     for key, hint in values.items():

@@ -102,7 +102,17 @@ class EMA(L.Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        pairs = [pair for pair in self._paired(model) if pair.current.numel()]
+        """Exchange the EMA weights with the model's: without copies if both are whole and on the CPU.
+
+        CUDA graphs and sharding strategies need weights to stay where they are in memory.
+        """
+        pairs = self._paired(model)
+        whole = all(local(ema) is ema for ema in self.average.values())
+        if whole and all(tensor.device.type == "cpu" for pair in pairs for tensor in pair):
+            for pair in {id(pair.current): pair for pair in reversed(pairs)}.values():  # tied weights once
+                pair.ema.data, pair.current.data = pair.current.data, pair.ema.data
+            return
+        pairs = [pair for pair in pairs if pair.current.numel()]
         pairs = list({pair.current.data_ptr(): pair for pair in reversed(pairs)}.values())  # tied weights once
         averages, current = [pair.ema for pair in pairs], [pair.current for pair in pairs]
         kept = [ema.clone() for ema in averages]
@@ -161,7 +171,7 @@ class _Pair(NamedTuple):
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict without copying; sharded weights as shards."""
+    """Return the parameters and buffers by their names in the state dict; sharded weights as shards."""
     if reshard := getattr(model, "reshard", None):  # after a forward pass the root module's weights may be unsharded
         reshard()
-    return model.state_dict()
+    return model.state_dict(keep_vars=True)
