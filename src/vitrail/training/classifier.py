@@ -197,7 +197,7 @@ class ImageClassifier(L.LightningModule):
             grads = [value.grad for module in trained for value in module.parameters() if value.grad is not None]
             self.log(
                 "train/grad_norm",
-                gathered(nn.utils.get_total_norm(grads)),
+                gathered(nn.utils.get_total_norm(grads)).to(self.device),  # offloaded gradients are on the CPU
                 on_step=False,
                 on_epoch=True,
                 sync_dist=True,
