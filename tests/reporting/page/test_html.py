@@ -81,6 +81,15 @@ def test_page__pictures_of_the_best_runs_as_long_as_they_fit(tmp_path, monkeypat
     assert [picture["data"] is not None for picture in pictures] == [True, False, True]
 
 
+def test_page__pictures_of_explanations_and_the_sheets_over_epochs(tmp_path):
+    path = make_run(tmp_path / "a" / "b" / "run")
+    for name in ("rollout_over_epochs.png", "attention.png", ".attention_over_epochs.png", "other.png"):
+        Image.new("RGB", (8, 8)).save(path / name)
+    (entry,) = data_of(render_page([read(path)], "val/top1", ""))["runs"]
+    assert list(entry["pictures"]) == ["attention", "rollout_over_epochs"]
+    assert all(picture["data"] for picture in entry["pictures"].values())
+
+
 def test_page__long_curves_are_thinned_from_the_end(tmp_path, monkeypatch):
     run = read(make_run(tmp_path / "a" / "b" / "run", epochs=100, columns={"val/top1": lambda epoch: epoch + 1e-7}))
     monkeypatch.setattr(html, "_MOST_NUMBERS", 200)
