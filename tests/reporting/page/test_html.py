@@ -23,6 +23,12 @@ def data_of(page):
     return json.loads(found)
 
 
+def test_differing__a_run_with_a_damaged_config_does_not_make_every_key_differ(tmp_path):
+    paths = [make_run(tmp_path / "a" / "b" / name) for name in ("first", "second", "damaged")]
+    (paths[2] / "config.yaml").write_text("a: [")
+    assert differing([read(path) for path in paths]) == []
+
+
 def test_differing__keys_of_the_command_line_first(tmp_path):
     options = ({"seed": 1, "mixing": None}, {"seed": 2, "mixing": {"mixup": 0.2}}, {"seed": 2, "mixing": None})
     overrides = (["mixing=none"], ["optimizer.lr=0.001", "mixing=mixup_02"], ["optimizer.lr=0.001"])
