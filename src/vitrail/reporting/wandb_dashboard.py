@@ -54,7 +54,7 @@ class WandbDashboard(L.Callback):
                 self._threads.append(_start("artifacts", upload_label_maps, logger.experiment, Path(maps.store.path)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show what is logged once validation metrics are known; this runs after other callbacks have logged."""
+        """Update the workspace once validation metrics are known; this runs after other callbacks have logged."""
         if any(name.startswith("val/") for name in trainer.callback_metrics):
             self._show(trainer)
 
@@ -70,7 +70,7 @@ class WandbDashboard(L.Callback):
         _wait(self._threads, self.patience)
 
     def _show(self, trainer: L.Trainer) -> None:
-        """Update the workspace, unless nothing is logged that it was not updated for before."""
+        """Update the workspace if something has been logged for the first time."""
         loggers = wandb_loggers(trainer)
         pictures = [name for logger in loggers for name in getattr(logger, "pictures", ())]
         logged = set(trainer.callback_metrics)

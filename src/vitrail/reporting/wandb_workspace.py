@@ -1,7 +1,7 @@
 """The saved W&B workspace "vitrail" of a project: created once, extended by panels of what is logged later.
 
-wandb-workspaces can load a saved workspace and save it again, but drops what it does not know of the app's settings.
-Panels are therefore inserted into the workspace as the server stores it, and everything else stays as the user left it.
+wandb-workspaces can load a saved workspace and save it again, but drops those of the app's settings that it does not
+know. Panels are therefore inserted into the workspace as the server stores it; the rest stays as the user left it.
 """
 
 import json
@@ -16,7 +16,7 @@ from vitrail.reporting.wandb_panels import EPOCH, PATTERNS, installed_workspaces
 WORKSPACE = "vitrail"
 _TYPE = "project-view"
 _VIEW_NAME = "nw-vitrail{}-v"  # W&B's own names are nw-<11 letters and digits>-v; this one marks vitrail's workspace
-_NOTE = "Panels by vitrail, not made again where they have been removed:"
+_NOTE = "Panels made by vitrail, which are not made again after you remove them:"
 _SAVED_VIEWS = """
 query SavedViews($entityName: String, $name: String, $viewType: String) {
     project(name: $name, entityName: $entityName) {
@@ -86,7 +86,7 @@ def _create(run: Any, workspaces: Any, sections: list[Any], shown: set[str]) -> 
 
 
 def _add_panels(run: Any, view: dict[str, Any], sections: list[Any], shown: set[str]) -> None:
-    """Add those panels to a view that show something for which it has, and had, no panel."""
+    """Add panels to a view if they show something that none of its panels shows or has shown."""
     spec = json.loads(view["spec"])
     stored = spec["section"]["panelBankConfig"]["sections"]
     made = set((view.get("description") or "").removeprefix(_NOTE).split())
