@@ -298,6 +298,15 @@ def wandb_standin():
         yield server.standin, {**variables, "WANDB_MODE": "online"}
 
 
+def read_back(standin):
+    """Return the stand-in's only saved workspace "vitrail", as wandb-workspaces loads it."""
+    import wandb_workspaces.workspaces as workspaces
+
+    (view,) = standin.views_named("vitrail")
+    address = f"{standin.address}/{ENTITY}/vitrail?nw={view['name'].removeprefix('nw-').removesuffix('-v')}"
+    return workspaces.Workspace.from_url(address)
+
+
 def shown_metrics(panels):
     """Return the metrics and pictures that panels of wandb-workspaces show, and their regular expressions."""
     names, patterns = set(), set()

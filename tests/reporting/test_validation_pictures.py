@@ -13,6 +13,7 @@ from vitrail.models.explanations import Explanation
 from vitrail.reporting import AttentionPicture, PredictionPicture
 from vitrail.reporting.class_grids import class_grid
 from vitrail.reporting.explanations import Annotation, explanation_sheet, heat_overlay
+from vitrail.reporting.panels import cut_columns
 from vitrail.reporting.tables import shortened
 from vitrail.training import CosineSchedule, OptimizerFactory
 from vitrail_runtime.errors import ArgumentError
@@ -73,8 +74,24 @@ def run(tmp_path, callback, epochs=3, model=None):
 
 def test_callback__every_second_epoch_and_the_last(tmp_path):
     callback = AttentionPicture(tmp_path / "attention.png", every=2, count=3)
-    assert run(tmp_path, callback) == [("attention", 1), ("attention", 2)]
-    assert Image.open(tmp_path / "attention.png").height == 22 + 3 * 174
+    series = [("attention", 1), ("attention", 2)]
+    assert run(tmp_path, callback) == [*series, ("attention_over_epochs", 2), ("rollout_over_epochs", 2)]
+    last = Image.open(tmp_path / "attention.png")
+    assert last.height == 22 + 3 * 174
+    for kind, maps in zip(("attention", "rollout"), cut_columns(last)[1:], strict=True):
+        sheet = Image.open(tmp_path / f"{kind}_over_epochs.png")
+        assert sheet.info["epochs"] == "[2, 3]"
+        images, *columns = cut_columns(sheet, heading=True)
+        assert [list(part.getdata()) for part in (images, columns[1])] == [
+            list(part.getdata()) for part in (cut_columns(last)[0], maps)
+        ]
+        assert list(columns[0].getdata()) != list(columns[1].getdata())
+
+
+def test_callback__another_training_with_the_same_path_starts_new_sheets(tmp_path):
+    run(tmp_path, AttentionPicture(tmp_path / "attention.png", every=1, count=2), epochs=1)
+    run(tmp_path, AttentionPicture(tmp_path / "attention.png", every=2, count=2), epochs=2)
+    assert Image.open(tmp_path / "attention_over_epochs.png").info["epochs"] == "[2]"
 
 
 def test_callback__all_kinds_of_a_network_that_drops_tokens(tmp_path):

@@ -7,39 +7,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wandb_workspaces.reports.v2 as reports
-import wandb_workspaces.workspaces as workspaces
 
 from programs import metrics, run, run_directories
 from vitrail.reporting import wandb_panels
-from vitrail.reporting.wandb_dashboard import WandbDashboard, create_workspace
+from vitrail.reporting.wandb_dashboard import WandbDashboard, show_evaluation
 from vitrail.reporting.wandb_panels import panel_groups, system_panels
-from wandb_server import ENTITY, shown_metrics, wandb_standin
+from wandb_server import ENTITY, read_back, shown_metrics, wandb_standin
 
 LOGGED = ("val/top1", "val/loss", "train/loss", "train/lr", "speed/images_per_second")
 PROJECT = SimpleNamespace(entity=ENTITY, project="vitrail")
 
 
-def read_back(standin):
-    """Return the stand-in's only saved workspace, as wandb-workspaces loads it."""
-    (view,) = standin.views_named("vitrail")
-    address = f"{standin.address}/{ENTITY}/vitrail?nw={view['name'].removeprefix('nw-').removesuffix('-v')}"
-    return workspaces.Workspace.from_url(address)
-
-
 def test_panels__only_of_what_has_been_logged():
     groups = panel_groups(LOGGED, ["first_batch"])
     names, patterns = shown_metrics(panel for title, panels in groups.items() if title != "System" for panel in panels)
-    assert names == {*LOGGED, "first_batch"} - {"train/loss"}
-    assert patterns == {"train/.*loss"}
+    assert names == {"train/lr", "speed/images_per_second", "first_batch"}
+    assert patterns == {"^val/top1(_ema)?$", "^val/loss(_ema)?$", "train/.*loss"}
     assert list(groups) == ["Accuracy", "Losses", "Optimiser", "Throughput", "Pictures", "System"]
     assert list(panel_groups(["val/top1_ema"], [])) == ["Accuracy", "System"]
 
 
 def test_panels__of_evaluations_and_of_the_gpus_peak():
     logged = ("eval/imagenet_v2/top1", "eval/imagenet_v2/top1_ema", "eval/imagenet_v2/top5", "speed/share_of_peak")
+    logged += ("eval/val/mIoU",)
     groups = panel_groups(logged, [])
     assert list(groups) == ["Accuracy", "Throughput", "System"]
-    assert shown_metrics(groups["Accuracy"])[0] == {*logged[:2]}
+    assert [shown_metrics([panel])[0] for panel in groups["Accuracy"]] == [{*logged[:2]}, {"eval/val/mIoU"}]
     assert shown_metrics(groups["Throughput"])[0] == {"speed/share_of_peak"}
 
 
@@ -47,8 +40,8 @@ def test_panels__of_a_segmentation_run():
     logged = ("val/mIoU", "val/mAcc", "val/aAcc", "train/loss", "train/decoder_loss", "train/auxiliary_loss")
     groups = panel_groups(logged, ["predictions"])
     names, patterns = shown_metrics(panel for title, panels in groups.items() if title != "System" for panel in panels)
-    assert names == {"val/mIoU", "val/mAcc", "val/aAcc", "predictions"}
-    assert {name for name in logged if re.fullmatch(*patterns, name)} == {*logged[3:]}
+    assert names == {"predictions"}
+    assert {name for name in logged if any(re.fullmatch(pattern, name) for pattern in patterns)} == {*logged}
     assert list(groups) == ["Accuracy", "Losses", "Pictures", "System"]
 
 
@@ -56,23 +49,6 @@ def test_panels__one_line_for_each_gpu():
     names, _ = shown_metrics(system_panels(reports, 2))
     assert {"system/gpu.0.gpu", "system/gpu.1.gpu", "system/gpu.1.powerWatts"} < names
     assert not any("gpu" in name for name in shown_metrics(system_panels(reports, 0))[0])
-
-
-def test_workspace__is_created_once(standin):
-    create_workspace(PROJECT, LOGGED, [])
-    before = standin.views_named("vitrail")
-    create_workspace(PROJECT, ["val/top1"], [])
-    assert standin.views_named("vitrail") == before
-    workspace = read_back(standin)
-    assert workspace.settings.x_axis == "epoch"
-    assert workspace.auto_generate_panels is False
-
-
-def test_workspace__a_view_of_another_name_is_kept(standin):
-    create_workspace(PROJECT, LOGGED, [])
-    standin.views[0]["displayName"] = "mine"
-    create_workspace(PROJECT, LOGGED, [])
-    assert [view["displayName"] for view in standin.views] == ["mine", "vitrail"]
 
 
 def trainer_with(logger, **options):
@@ -93,6 +69,16 @@ def logger_with(offline=False, **options):
     return SimpleNamespace(**{"failed": False, "workspace": True, "artifacts": (), "experiment": experiment, **options})
 
 
+@pytest.fixture
+def updates(monkeypatch):
+    """The metrics and pictures of each update of the workspace, which is not made."""
+    made = []
+    monkeypatch.setattr(
+        "vitrail.reporting.wandb_dashboard.update_workspace", lambda _, *shown: made.append({*shown[0], *shown[1]})
+    )
+    return made
+
+
 def end(logger, patience=60.0):
     dashboard, trainer = WandbDashboard(patience), trainer_with(logger)
     dashboard.on_train_start(trainer, None)
@@ -101,16 +87,28 @@ def end(logger, patience=60.0):
 
 
 @pytest.mark.parametrize("options", [{"workspace": False}, {"offline": True}, {"failed": True}])
-def test_dashboard__nothing_to_create(options, monkeypatch):
-    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.create_workspace", lambda *_: pytest.fail("called"))
+def test_dashboard__nothing_to_update(options, updates):
     end(logger_with(**options))
+    show_evaluation([logger_with(**options), SimpleNamespace()], ["eval/val/top1"])
+    assert updates == []
+
+
+def test_dashboard__updates_once_for_each_new_name(updates):
+    """A picture that is drawn every ten epochs is new after the tenth."""
+    logger, dashboard = logger_with(pictures=["first_batch"]), WandbDashboard()
+    trainer = trainer_with(logger)
+    for pictures in (["first_batch"], ["first_batch"], ["first_batch", "attention"]):
+        logger.pictures = pictures
+        dashboard.on_train_epoch_end(trainer, None)
+    dashboard.on_fit_end(trainer, None)
+    assert updates == [{"val/top1", "first_batch"}, {"val/top1", "first_batch", "attention"}]
 
 
 def test_dashboard__a_refusal_is_one_warning(monkeypatch, caplog):
     def refuse(*_):
         raise ValueError("permission denied\nand a long story")
 
-    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.create_workspace", refuse)
+    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.update_workspace", refuse)
     end(logger_with())
     assert [record.getMessage() for record in caplog.records] == [
         "logger.wandb.workspace: permission denied; metrics are logged all the same"
@@ -121,7 +119,7 @@ def test_dashboard__does_not_wait_for_a_silent_server(monkeypatch, caplog):
     import threading
 
     answered = threading.Event()
-    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.create_workspace", lambda *_: answered.wait(30))
+    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.update_workspace", lambda *_: answered.wait(30))
     end(logger_with(), patience=0.05)
     answered.set()
     assert "the server has not answered within 0.05 s" in caplog.text
@@ -161,9 +159,10 @@ def test_train__workspace_artifacts_and_the_same_names_everywhere(image_tree, la
 
     names, patterns = shown_metrics(panel for section in workspace.sections for panel in section.panels)
     assert names <= logged.logged_metrics()
-    assert {*pictures, "optimizer_groups", "val/top1_ema", "speed/data_wait", "system/cpu"} <= names
-    parts = {name for name in logged.logged_metrics() if any(re.fullmatch(pattern, name) for pattern in patterns)}
-    assert parts == {"train/loss", "train/cls_loss", "train/token_loss"}
+    assert {*pictures, "optimizer_groups", "speed/data_wait", "system/cpu"} <= names
+    matched = {name for name in logged.logged_metrics() if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert {"train/loss", "train/cls_loss", "train/token_loss", "val/top1_ema"} <= matched
+    assert all(any(re.fullmatch(pattern, name) for name in matched) for pattern in patterns)
     assert logged.summary["val/top1"] == {"max": pytest.approx(row["val/top1"], rel=1e-4)}
     assert logged.summary["val/loss_ema"] == {"min": pytest.approx(row["val/loss_ema"], rel=1e-4)}
 

@@ -18,6 +18,7 @@ from vitrail.objectives import SegmentationLoss
 from vitrail.reporting import Evaluation, confused_pairs, evaluation_figure, evaluation_report
 from vitrail.reporting.segmentation import MaskWriter, segmentation_report, write_class_scores
 from vitrail.reporting.tables import near
+from vitrail.reporting.wandb_dashboard import show_evaluation
 from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import instantiate, named_keys, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory, is_rank_zero
@@ -83,7 +84,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     results = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     if trainer.is_global_zero:
         run.write_results(results)
-        log_results(config.logger, _logged_run(trained, run), _data_name(), results)
+        _log(config, _logged_run(trained, run), results)
         get_console().print(evaluation_report(evaluations, classes, title))
         log.info("CSV files of classes, confusions and images, and a figure, are in %s", run.path)
     return results
@@ -104,6 +105,11 @@ def _logged_run(trained: TrainedModel, run: RunDirectory) -> Path:
     """Return the directory of the run that loggers continue: the training's, or the evaluation's own."""
     folder = None if trained.path is None else trained.path.parents[1]
     return folder if trained.is_run and folder is not None and (folder / "config.yaml").is_file() else run.path
+
+
+def _log(config: DictConfig, folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Log results with the loggers of the config; W&B's workspace gets panels of them."""
+    show_evaluation(*log_results(config.logger, folder, _data_name(), results))
 
 
 def _data_name() -> str:
@@ -143,7 +149,7 @@ def _evaluate_segmentation(
             write_class_scores(scores[name], classes, run.path / f"classes_{name}.csv")
     if trainer.is_global_zero:
         run.write_results(results)
-        log_results(config.logger, _logged_run(trained, run), _data_name(), results)
+        _log(config, _logged_run(trained, run), results)
         get_console().print(segmentation_report(results, scores, classes, _title(trained)))
         log.info("a CSV file of the classes is in %s", run.path)
     return results

@@ -25,7 +25,7 @@ from vitrail.reporting.class_grids import (
 from vitrail.reporting.colours import class_colours
 from vitrail.reporting.panels import PANEL, PanelSheet
 
-_TITLES = {"attention": "class token, last block", "rollout": "attention rollout", "gradient": "gradient"}
+TITLES = {"attention": "class token, last block", "rollout": "attention rollout", "gradient": "gradient"}
 
 
 class Annotation(NamedTuple):
@@ -52,7 +52,7 @@ def explanation_sheet(
     """
     grids = [] if found.tokens is None else [class_grid(probabilities) for probabilities in found.tokens]
     annotated = [*annotations] if grids and any(annotations) else [None] * len(images)
-    titles = ["image", *(_TITLES[kind] for kind in found.heats)]
+    titles = ["image", *(TITLES[kind] for kind in found.heats)]
     titles += ["classes of the tokens"] if grids else []
     titles += ["label map"] if any(annotated) else []
     stages = () if found.kept is None else found.kept.mean((0, 2, 3)).tolist()

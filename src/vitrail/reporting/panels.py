@@ -8,7 +8,7 @@ from vitrail.reporting.colours import RGB
 
 PANEL, GAP = 168, 6  # pixels
 LEGEND, LEGEND_LINE = 236, 22  # width of a legend, and height of its lines
-_TITLE, _CAPTION = 22, 18
+_TITLE, _HEADING, _CAPTION = 22, 18, 18
 
 
 class PanelSheet:
@@ -25,7 +25,7 @@ class PanelSheet:
     def __init__(
         self, titles: Sequence[str], rows: int, heading: str = "", captions: bool = False, legends: bool = False
     ) -> None:
-        self._top = _TITLE + (18 if heading else 0)
+        self._top = _TITLE + (_HEADING if heading else 0)
         self._step = PANEL + (_CAPTION if captions else GAP)
         width = GAP + len(titles) * (PANEL + GAP) + (LEGEND if legends else 0)
         self.image = Image.new("RGB", (width, self._top + rows * self._step), "white")
@@ -44,9 +44,20 @@ class PanelSheet:
         if caption:
             self.draw.text((GAP, top + PANEL + 1), caption, "black", self.font)
 
+    def paste_column(self, number: int, panels: Image.Image) -> None:
+        """Paste a column that `cut_columns` has returned."""
+        self.image.paste(panels, (GAP + number * (PANEL + GAP), self._top))
+
     def legend(self, row: int, entries: Sequence[tuple[RGB, str]]) -> None:
         """Draw the legend of a row on the right: a colour and a text per line."""
         draw_legend_lines(self.draw, (self.image.width - LEGEND, self._top + row * self._step), entries)
+
+
+def cut_columns(sheet: Image.Image, heading: bool = False) -> list[Image.Image]:
+    """Return the columns of a sheet without captions: each a picture of its panels, one below the other."""
+    top = _TITLE + (_HEADING if heading else 0)
+    lefts = range(GAP, sheet.width - PANEL, PANEL + GAP)
+    return [sheet.crop((left, top, left + PANEL, sheet.height)) for left in lefts]
 
 
 def draw_legend_lines(draw: ImageDraw.ImageDraw, corner: tuple[int, int], entries: Sequence[tuple[RGB, str]]) -> None:

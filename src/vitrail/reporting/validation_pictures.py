@@ -1,5 +1,7 @@
 """Pictures of the first validation images every few epochs: predictions, and where the network looks.
 
+What a network looks at is also drawn over the epochs of a training, with one sheet per kind of map.
+
 Shapes: B images of H x W pixels, C classes.
 """
 
@@ -13,7 +15,9 @@ from PIL import Image
 
 from vitrail.errors import ConfigError
 from vitrail.models.explanations import Kind, explain
-from vitrail.reporting.explanations import explanation_sheet
+from vitrail.reporting.epoch_sheets import add_epoch
+from vitrail.reporting.explanations import TITLES, explanation_sheet
+from vitrail.reporting.panels import cut_columns
 from vitrail.reporting.pictures import denormalise, image_grid, log_picture
 from vitrail.reporting.tables import describe, shortened
 from vitrail.training import ImageClassifier
@@ -108,6 +112,10 @@ class PredictionPicture(ValidationPicture):
 class AttentionPicture(ValidationPicture):
     """Callback that draws what explains the predictions of validation images: where a ViT looks, and more.
 
+    Maps of the kinds `attention`, `rollout` and `gradient` are also collected over the epochs: `<kind>_over_epochs.png`
+    next to `path` has a row per image and a column per epoch, also of a resumed training. Loggers get these sheets
+    after the last epoch.
+
     Args:
         path: file of the last picture.
         every: epochs between two pictures; None for none.
@@ -136,6 +144,28 @@ class AttentionPicture(ValidationPicture):
         images = batch.image[: self.count]
         found = explain(module.model, images, self.kinds)
         return explanation_sheet(denormalise(images, data.input.mean, data.input.std), found, data.classes)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+        """Remove the sheets of another training with the same path."""
+        if trainer.is_global_zero and trainer.global_step == 0:
+            for path in self._sheets().values():
+                path.unlink(missing_ok=True)
+
+    def save(self, trainer: L.Trainer, picture: Image.Image) -> None:
+        """Save the picture of this epoch, log it, and add its columns to the sheets over the epochs."""
+        super().save(trainer, picture)
+        if not trainer.is_global_zero:
+            return
+        epoch = trainer.current_epoch + 1
+        images, *maps = cut_columns(picture)  # these kinds are the first, as explanation_sheet draws them
+        for (kind, path), column in zip(self._sheets().items(), maps, strict=False):
+            sheet = add_epoch(path, epoch, images, column, TITLES[kind])
+            for logger in trainer.loggers if epoch == trainer.max_epochs else ():
+                log_picture(logger, sheet, path.stem, epoch - 1)
+
+    def _sheets(self) -> dict[str, Path]:
+        """Return the file of the sheet over the epochs of each kind that has one."""
+        return {kind: self.path.with_name(f"{kind}_over_epochs.png") for kind in self.kinds if kind in TITLES}
 
 
 def _caption(probability: float, predicted: str, label: str | None) -> str:

@@ -23,16 +23,20 @@ class Curves(NamedTuple):
     """Regular expression that also matches what other runs of the project may log; shown instead of `metrics`."""
 
 
+def _raw_and_ema(title: str, name: str) -> Curves:
+    return Curves(f"{title}, raw and EMA weights", (name, f"{name}_ema"), f"^{name}(_ema)?$")
+
+
 SECTIONS: dict[str, tuple[Curves, ...]] = {
     "Accuracy": (
-        Curves("Top-1 in %, raw and EMA weights", ("val/top1", "val/top1_ema")),
-        Curves("Top-5 in %, raw and EMA weights", ("val/top5", "val/top5_ema")),
-        Curves("mIoU in %, raw and EMA weights", ("val/mIoU", "val/mIoU_ema")),
-        Curves("mAcc in %, raw and EMA weights", ("val/mAcc", "val/mAcc_ema")),
-        Curves("aAcc in %, raw and EMA weights", ("val/aAcc", "val/aAcc_ema")),
+        _raw_and_ema("Top-1 in %", "val/top1"),
+        _raw_and_ema("Top-5 in %", "val/top5"),
+        _raw_and_ema("mIoU in %", "val/mIoU"),
+        _raw_and_ema("mAcc in %", "val/mAcc"),
+        _raw_and_ema("aAcc in %", "val/aAcc"),
     ),
     "Losses": (
-        Curves("Validation loss, raw and EMA weights", ("val/loss", "val/loss_ema")),
+        _raw_and_ema("Validation loss", "val/loss"),
         Curves("Training loss and its parts", ("train/loss",), "train/.*loss"),
     ),
     "Optimiser": (
@@ -46,6 +50,7 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
         Curves("Share of the GPU's peak, %", ("speed/share_of_peak",)),
     ),
 }
+PATTERNS = frozenset(curves.pattern for section in SECTIONS.values() for curves in section if curves.pattern)
 
 _SYSTEM = (
     Curves("Processor in %", ("system/cpu",)),
@@ -85,8 +90,7 @@ def panel_groups(logged: Collection[str], pictures: Collection[str], num_gpus: i
         title: [panel for curves in section if (panel := _line_plot(wr, curves, logged))]
         for title, section in SECTIONS.items()
     }
-    if evaluated := sorted(name for name in logged if re.fullmatch(r"eval/.+/(top1|mIoU)(_ema)?", name)):
-        groups["Accuracy"].append(wr.BarPlot(title="Evaluations by eval.py, %", metrics=evaluated))
+    groups["Accuracy"] += _evaluations(wr, logged)
     if GROUPS_TABLE in pictures:
         groups["Optimiser"].append(wr.WeavePanelSummaryTable(table_name=GROUPS_TABLE))
     names = [name for name in pictures if name != GROUPS_TABLE]
@@ -114,6 +118,15 @@ def _line_plot(wr: ModuleType, curves: Curves, logged: Collection[str]) -> Any:
         return None
     lines = {"y": shown} if curves.pattern is None else {"metric_regex": curves.pattern}
     return wr.LinePlot(title=curves.title, x=EPOCH, **lines)
+
+
+def _evaluations(wr: ModuleType, logged: Collection[str]) -> list[Any]:
+    """Return a panel for each data that `eval.py` has logged results of."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(logged):
+        if match := re.fullmatch(r"eval/(.+)/(top1|mIoU)(_ema)?", name):
+            found.setdefault(match[1], []).append(name)
+    return [wr.BarPlot(title=f"Evaluation on {data}, %", metrics=names) for data, names in found.items()]
 
 
 def _browser(wr: ModuleType, name: str) -> Any:

@@ -105,7 +105,7 @@ class MetricsCSV(Logger):
 
 def log_results(
     loggers: Mapping[str, Any] | None, run_dir: Path, name: str, results: Mapping[str, Mapping[str, Any]]
-) -> None:
+) -> tuple[list[Any], list[str]]:
     """Log the results of an evaluation as `eval/<name>/top1`, `eval/<name>/top1_ema` and so on.
 
     Args:
@@ -113,6 +113,9 @@ def log_results(
         run_dir: run directory.
         name: name of the data.
         results: numbers by name, for `raw` and `ema` weights.
+
+    Returns:
+        The loggers, and the names of the metrics.
     """
     metrics = {
         f"eval/{name}/{metric}{'_ema' if weights == 'ema' else ''}": float(value)
@@ -120,10 +123,11 @@ def log_results(
         for metric, value in summary.items()
         if isinstance(value, (int, float))
     }
-    for key, node in (loggers or {}).items():
-        logger = instantiate(node, f"logger.{key}", run_dir=str(run_dir))
+    built = [instantiate(node, f"logger.{key}", run_dir=str(run_dir)) for key, node in (loggers or {}).items()]
+    for logger in built:
         logger.log_metrics(metrics)
         logger.finalize("success")
+    return built, list(metrics)
 
 
 @checked

@@ -44,7 +44,7 @@ def wandb(
         project: W&B project.
         entity: W&B user or team.
         finish_timeout: seconds to wait at the end for the upload to finish; metrics.csv has the metrics in any case.
-        workspace: create the saved workspace "vitrail" if the project has none.
+        workspace: create the saved workspace "vitrail" if the project has none, or add panels that it does not have.
         artifacts: what to upload as W&B artifacts: the best checkpoint, the label maps.
         kwargs: further arguments of `wandb.init` (`tags`, `notes`, `group`, ...).
 

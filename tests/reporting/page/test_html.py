@@ -23,6 +23,12 @@ def data_of(page):
     return json.loads(found)
 
 
+def test_differing__a_run_with_a_damaged_config_does_not_make_every_key_differ(tmp_path):
+    paths = [make_run(tmp_path / "a" / "b" / name) for name in ("first", "second", "damaged")]
+    (paths[2] / "config.yaml").write_text("a: [")
+    assert differing([read(path) for path in paths]) == []
+
+
 def test_differing__keys_of_the_command_line_first(tmp_path):
     options = ({"seed": 1, "mixing": None}, {"seed": 2, "mixing": {"mixup": 0.2}}, {"seed": 2, "mixing": None})
     overrides = (["mixing=none"], ["optimizer.lr=0.001", "mixing=mixup_02"], ["optimizer.lr=0.001"])
@@ -79,6 +85,15 @@ def test_page__pictures_of_the_best_runs_as_long_as_they_fit(tmp_path, monkeypat
     monkeypatch.setattr(html, "_PICTURE_BYTES", 10**6)
     pictures = [run["pictures"]["first_batch"] for run in data_of(render_page(runs, "val/top1", ""))["runs"]]
     assert [picture["data"] is not None for picture in pictures] == [True, False, True]
+
+
+def test_page__pictures_of_explanations_and_the_sheets_over_epochs(tmp_path):
+    path = make_run(tmp_path / "a" / "b" / "run")
+    for name in ("rollout_over_epochs.png", "attention.png", ".attention_over_epochs.png", "other.png"):
+        Image.new("RGB", (8, 8)).save(path / name)
+    (entry,) = data_of(render_page([read(path)], "val/top1", ""))["runs"]
+    assert list(entry["pictures"]) == ["attention", "rollout_over_epochs"]
+    assert all(picture["data"] for picture in entry["pictures"].values())
 
 
 def test_page__long_curves_are_thinned_from_the_end(tmp_path, monkeypatch):

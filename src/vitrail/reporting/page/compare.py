@@ -34,7 +34,8 @@ def differing(runs: Sequence[RunRecord]) -> list[Column]:
     ]
     known = [bool(run.config or run.overrides) for run in runs]  # not those that failed before they wrote it
     first = [_column(key, [values.get(key) for values in both], known) for key in named]
-    rest = [_column(key, [leaf.get(key) for leaf in leaves], known) for key in configured if key not in named]
+    readable = [bool(run.config) for run in runs]
+    rest = [_column(key, [leaf.get(key) for leaf in leaves], readable) for key in configured if key not in named]
     chosen = [column for column in first if column] or [column for column in rest if column]
     shown = {column.key for column in chosen[:_MOST_SHOWN]}
     return [column._replace(shown=column.key in shown) for column in (*first, *rest) if column]

@@ -26,7 +26,8 @@ from vitrail_runtime.invocation import shown_command
 from vitrail_runtime.main_metrics import MAIN_METRICS
 
 _SCRIPTS = ("base.js", "table.js", "axes.js", "curves.js", "sweep.js", "run.js", "main.js")
-_PICTURES = ("first_batch.png", "label_maps.png", "predictions.png")
+_PICTURES = ("first_batch.png", "label_maps.png", "predictions.png", "attention.png")
+_PICTURE_SERIES = "[!.]*_over_epochs.png"
 _PICTURE_BYTES = 6 << 20  # all pictures of a page, as base64
 _MOST_NUMBERS = 1_500_000  # of all curves; longer ones are thinned, so that the page stays below 20 MB
 _SIDE = 1200  # pixels of the longer side of a picture
@@ -110,6 +111,12 @@ def _entries(runs: Sequence[RunRecord], metric: str, evaluations: Mapping[Path, 
     return entries
 
 
+def _pictures(run: Path) -> dict[str, Path]:
+    """Return the pictures that a training has written, by name."""
+    files = [path for name in _PICTURES if (path := run / name).is_file()]
+    return {path.stem: path for path in (*files, *sorted(run.glob(_PICTURE_SERIES)))}
+
+
 def other_metrics(runs: Sequence[RunRecord], metric: str) -> list[str]:
     """Return the main metrics that some runs have, without the one that ranks them."""
     return [name for name in MAIN_METRICS if name != metric and any(name in run.metrics for run in runs)]
@@ -143,7 +150,7 @@ def _entry(run: RunRecord, metric: str, others: Sequence[str], step: int, evalua
         "skipped_count": len(run.skipped),
         "events": [list(event) for event in run.history.events],
         "stretches": [list(stretch) for stretch in run.history.stretches],
-        "pictures": {name.partition(".")[0]: run.path / name for name in _PICTURES if (run.path / name).is_file()},
+        "pictures": _pictures(run.path),
         "evaluations": results,
     }
 

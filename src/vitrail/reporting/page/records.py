@@ -17,10 +17,7 @@ from vitrail.reporting.page.history import History, read_history
 from vitrail_runtime.names import readable
 
 _NOT_RUNS = {"checkpoints", "wandb", "export", "tensorboard", "mlruns"}  # folders within a run
-_FILES = (
-    *("config.yaml", "metrics.csv", "results.json", "overrides.txt", "skipped.txt"),
-    *("first_batch.png", "predictions.png"),
-)
+_FILES = ("config.yaml", "metrics.csv", "results.json", "overrides.txt", "skipped.txt")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the compiled one is ten times as fast
 
 
@@ -144,7 +141,8 @@ def _jobs(sweep: Path) -> dict[int, dict[str, Any]]:
 
 def signature(path: Path) -> tuple[Any, ...]:
     """Return a value that changes whenever a file of a run changes."""
-    files = [*(path / name for name in _FILES), *path.glob("*.log"), path.parent / "jobs.json"]
+    files = [*(path / name for name in _FILES), *sorted(path.glob("[!.]*.png"))]
+    files += [*path.glob("*.log"), path.parent / "jobs.json"]
     return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
 
 
