@@ -143,7 +143,7 @@ def test_train__workspace_artifacts_and_the_same_names_everywhere(image_tree, la
     maps = (f"data.root={image_tree}", f"data.label_maps={label_maps}", "objective=token_labeling", "augment=lvvit")
     size = ("+model.embed_dim=32", "+model.depth=2", "+model.num_heads=2", "model.patch_size=8")
     model = ("model=lvvit", "model.name=lvvit_t", *size, "trainer=cpu", "callbacks.model_summary=null")
-    pictures = {"attention", "first_batch", "label_maps", "predictions"}
+    pictures = {"attention", "attention_over_epochs", "rollout_over_epochs", "first_batch", "label_maps", "predictions"}
     loggers = ("logger=[wandb,tensorboard,mlflow]", "logger.wandb.artifacts=[best,label_maps]")
     with wandb_standin() as (standin, variables):
         sampling = {"WANDB_X_STATS_SAMPLING_INTERVAL": "1"}
