@@ -4,9 +4,10 @@ Each picture is made by the program that it shows: a training (`run.svg`), a swe
 compares its trials (`report.png`), an evaluation (`evaluation.png`), label maps of photographs (`label_maps.jpg`), and
 explanations of predictions (`explanations.jpg`) by networks of `make demo`, which are trained if they are not there, as
 are those that show accuracy against operations (`token_pruning.png`) and accuracy over epochs with a teacher's features
-(`feature_distillation.png`). With these networks it takes about 15 minutes on two cores.
-`overview.jpg` shows three of them together. Trainings are kept in `--out` and `--demo`, so that an interrupted command
-resumes; remove these folders to repeat them. The page needs chromium (apt-get install chromium).
+(`feature_distillation.png`). `demo.png` shows the experiment of `make demo`, from results/demo.json. `overview.jpg`
+shows three of them together. With the networks of `make demo` it takes about 15 minutes on two cores. Trainings are
+kept in `--out` and `--demo`, so that an interrupted command resumes; remove these folders to repeat them. The page needs
+chromium (apt-get install chromium).
 
 `--only sweep,overview` makes some of them.
 """
@@ -21,7 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo import Demo
+from comparisons import draw_curves
+from demo import Demo, stated
 from digits_on_photographs import PROJECT, annotate_photographs, console, run, train, write_photographs
 from faithfulness import labelled_nano
 from PIL import Image
@@ -129,6 +131,12 @@ def explanations(out: Path, demo: Path) -> None:
     save(beside(left, right.crop((TILE, 0, right.width, right.height))), "explanations.jpg")
 
 
+def demo_curves(out: Path) -> None:
+    """Draw accuracy over epochs of the demo's experiment, from results/demo.json."""
+    draw_curves(stated()["curves"], out / "demo.png")
+    save(Image.open(out / "demo.png"), "demo.png")
+
+
 def token_pruning(demo: Path) -> None:
     """Draw accuracy against operations of DynamicViT; its benchmark trains what is not there."""
     benchmark = [sys.executable, "benchmarks/pruned_accuracy.py", "--out", str(demo)]
@@ -218,6 +226,7 @@ def main() -> None:
         "evaluation": evaluation,
         "label_maps": label_maps,
         "explanations": lambda out: explanations(out, options.demo),
+        "demo": demo_curves,
         "token_pruning": lambda _: token_pruning(options.demo),
         "feature_distillation": lambda _: feature_distillation(options.demo),
         "overview": overview,
