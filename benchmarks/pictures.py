@@ -6,8 +6,8 @@ explanations of predictions (`explanations.jpg`) by networks of `make demo`, whi
 are those that show accuracy against operations (`token_pruning.png`) and accuracy over epochs with a teacher's features
 (`feature_distillation.png`). `demo.png` shows the experiment of `make demo`, from results/demo.json. `overview.jpg`
 shows three of them together. With the networks of `make demo` it takes about 15 minutes on two cores. Trainings are
-kept in `--out` and `--demo`, so that an interrupted command resumes; remove these folders to repeat them. The page needs
-chromium (apt-get install chromium).
+kept in `--out` and `--demo`, so that an interrupted command resumes; remove these folders to repeat them. The page
+needs chromium (apt-get install chromium).
 
 `--only sweep,overview` makes some of them.
 """
