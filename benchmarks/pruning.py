@@ -1,13 +1,15 @@
 """Measure what dropping tokens saves in evaluation: `python benchmarks/pruning.py`, in a minute on two cores.
 
 Images per second of DeiT-S, of DynamicViT-DeiT-S at a keep ratio of 0.7, and of Evo-ViT-S (stage-wise), on a GPU if
-there is one, otherwise with two threads. The networks take turns, so that drift affects all alike, and the fastest
-round of each counts, because other programs only make a round slower. Weights are random, which does not change the
-speed: every image keeps the same number of tokens.
+there is one, otherwise with two threads; and of a DeiT-S that merely drops half of the tokens where Evo-ViT first
+selects (`dropping`), which tells what the selection costs. The networks take turns, so that drift affects all alike,
+and the fastest round of each counts, because other programs only make a round slower. Weights are random, which does
+not change the speed: every image keeps the same number of tokens.
 """
 
 import argparse
 import time
+from typing import Any
 
 import timm
 import torch
@@ -21,6 +23,21 @@ NETWORKS = {
     "dynamicvit": ("dynamicvit_deit_small", {"keep_ratio": 0.7}),
     "evovit": ("evo_deit_small_patch16_224", {}),
 }
+
+
+class Dropping(nn.Module):
+    """DeiT that drops half of the patch tokens, the last ones, before its fifth block, as many as Evo-ViT."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (B, 3, H, W) to the logits (B, C) of the class token."""
+        x = self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(images)))
+        x = self.model.blocks[:4](x)
+        x = self.model.blocks[4:](x[:, : 1 + x.shape[1] // 2].contiguous())
+        return self.model.forward_head(self.model.norm(x))
 
 
 def build(name: str, arguments: dict[str, float], device: str) -> nn.Module:
@@ -56,6 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, 224, 224, device=options.device)
     models = {kind: build(*network, options.device) for kind, network in NETWORKS.items()}
+    models["dropping"] = Dropping(models["dense"])
     times: dict[str, list[float]] = {kind: [] for kind in models}
     for number in range(options.rounds + 1):
         for kind, model in models.items():
