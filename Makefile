@@ -61,7 +61,7 @@ format: $(VENV)/.dev  ## Format the code and sort its imports
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offline (14 minutes on 2 cores)
+demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offline (15 minutes on 2 cores)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 demo-segmentation: $(VENV)/.dev  ## Measure whether they help segmentation too, with the runs of `make demo`

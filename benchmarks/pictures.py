@@ -137,17 +137,20 @@ def demo_curves(out: Path) -> None:
     save(Image.open(out / "demo.png"), "demo.png")
 
 
+def benchmark(demo: Path, name: str, *options: str) -> None:
+    """Run a benchmark on the runs of the demo."""
+    subprocess.run([sys.executable, f"benchmarks/{name}", f"--out={demo}", *options], cwd=PROJECT, check=True)
+
+
 def token_pruning(demo: Path) -> None:
     """Draw accuracy against operations of DynamicViT; its benchmark trains what is not there."""
-    benchmark = [sys.executable, "benchmarks/pruned_accuracy.py", "--out", str(demo)]
-    subprocess.run(benchmark, cwd=PROJECT, check=True)
+    benchmark(demo, "pruned_accuracy.py", "--json=results/pruned_accuracy.json")
     save(Image.open(demo / "pruned" / "accuracy.png"), "token_pruning.png")
 
 
 def feature_distillation(demo: Path) -> None:
     """Draw accuracy over epochs with a teacher's features, token labels and neither; train what is missing."""
-    comparison = [sys.executable, "benchmarks/demo.py", "--compare", "features", "--out", str(demo)]
-    subprocess.run(comparison, cwd=PROJECT, check=True)
+    benchmark(demo, "demo.py", "--compare=features", "--json=results/demo_features.json")
     save(Image.open(demo / "features.png"), "feature_distillation.png")
 
 
