@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,7 @@ def _execute(command: list[str], variables: dict[str, str], folder: str, files: 
     """Run a program in this process, with its arguments, environment, working directory and output files."""
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
     multiprocessing.set_start_method("fork", force=True)  # Python's default, for data loader workers
     os.environ.clear()
     os.environ.update(variables)
