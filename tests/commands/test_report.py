@@ -24,7 +24,7 @@ def test_report__of_a_trained_and_evaluated_run(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run("report.py", f"runs={directory}", "out=pages/one.html", logs=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "pages/one.html: 1 runs" in result.stdout
+    assert "pages/one.html: 1 run," in result.stdout
     assert "WARNING" not in result.stdout
     (entry,) = data_of(tmp_path / "pages" / "one.html")["runs"]
     results = json.loads((directory / "results.json").read_text())

@@ -8,12 +8,14 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from small_training import build, trainer
+from vitrail.data import Augmentation, ImageDataModule
+from vitrail.data.sources import Digits
 from vitrail.models import create_model
 from vitrail.models.explanations import Explanation
 from vitrail.reporting import AttentionPicture, PredictionPicture
 from vitrail.reporting.class_grids import class_grid
 from vitrail.reporting.explanations import Annotation, explanation_sheet, heat_overlay
-from vitrail.reporting.panels import cut_columns
+from vitrail.reporting.panels import cut_panels
 from vitrail.reporting.tables import shortened
 from vitrail.training import CosineSchedule, OptimizerFactory
 from vitrail_runtime.errors import ArgumentError
@@ -61,15 +63,21 @@ class Kept(Logger):
 Kept.__name__ = "TensorBoardLogger"
 
 
-def run(tmp_path, callback, epochs=3, model=None):
+def run(tmp_path, callback, epochs=3, model=None, image_size=8):
     """Train, and return the names and epochs (from 0) of the logged pictures."""
-    module, data = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
+    module, _ = build(optimizer=OptimizerFactory(lr_scaling="none"), schedule=CosineSchedule())
     module.model = model or module.model
+    data = ImageDataModule(Digits(), augment=Augmentation(), image_size=image_size, batch_size=16, num_workers=0)
     fit = trainer(tmp_path, [callback], max_epochs=epochs, limit_train_batches=1, limit_val_batches=2)
     fit.loggers = [Kept()]
     fit.fit(module, datamodule=data)
     assert callback.path.is_file() == bool(fit.logger.epochs)
     return fit.logger.epochs
+
+
+def pixels_of(sheet, heading=False):
+    """Return the pixels of each panel, column by column."""
+    return [[panel.tobytes() for panel in column] for column in cut_panels(sheet, heading)]
 
 
 def test_callback__every_second_epoch_and_the_last(tmp_path):
@@ -78,14 +86,13 @@ def test_callback__every_second_epoch_and_the_last(tmp_path):
     assert run(tmp_path, callback) == [*series, ("attention_over_epochs", 2), ("rollout_over_epochs", 2)]
     last = Image.open(tmp_path / "attention.png")
     assert last.height == 22 + 3 * 174
-    for kind, maps in zip(("attention", "rollout"), cut_columns(last)[1:], strict=True):
+    shown, *newest = pixels_of(last)
+    for kind, maps in zip(("attention", "rollout"), newest, strict=True):
         sheet = Image.open(tmp_path / f"{kind}_over_epochs.png")
         assert sheet.info["epochs"] == "[2, 3]"
-        images, *columns = cut_columns(sheet, heading=True)
-        assert [list(part.getdata()) for part in (images, columns[1])] == [
-            list(part.getdata()) for part in (cut_columns(last)[0], maps)
-        ]
-        assert list(columns[0].getdata()) != list(columns[1].getdata())
+        images, first, second = pixels_of(sheet, heading=True)
+        assert (images, second) == (shown, maps)
+        assert first != maps
 
 
 def test_callback__another_training_with_the_same_path_starts_new_sheets(tmp_path):
@@ -109,6 +116,23 @@ def test_callback__all_kinds_of_a_network_that_drops_tokens(tmp_path):
     pixels = np.asarray(picture).astype(int)
     last = pixels[22 : 22 + 168, 6 + 7 * 174 : 6 + 7 * 174 + 168]
     assert (last > 200).all(-1).mean() == pytest.approx(1 - 0.34, abs=0.1), "dropped tokens are almost white"
+
+
+def test_callback__classes_and_kept_tokens_over_the_epochs(tmp_path):
+    """The last columns are the panels of the newest picture; all selections of tokens are one panel."""
+    model = create_model("dynamicvit_lvvit_nano", 10, 64)
+    callback = AttentionPicture(tmp_path / "a.png", every=1, count=2, kinds=["tokens", "kept"])
+    logged = run(tmp_path, callback, epochs=2, model=model, image_size=64)
+    assert logged[2:] == [("tokens_over_epochs", 1), ("kept_over_epochs", 1)]
+    newest = Image.open(callback.path)
+    images, tokens, *kept, _ = pixels_of(newest)
+    sheets = {kind: Image.open(tmp_path / f"{kind}_over_epochs.png") for kind in ("tokens", "kept")}
+    assert {sheet.info["epochs"] for sheet in sheets.values()} == {"[1, 2]"}
+    columns = {kind: pixels_of(sheet, heading=True) for kind, sheet in sheets.items()}
+    assert columns["tokens"][0] == columns["kept"][0] == images
+    assert columns["tokens"][2] == tokens
+    brightness = [np.frombuffer(b"".join(column), np.uint8).mean() for column in (*kept, columns["kept"][2])]
+    assert min(brightness[:-1]) < brightness[-1] < max(brightness[:-1])
 
 
 def test_callback__an_unknown_kind(tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import Logger
 
-from programs import QUICK, metrics, run, run_directories, train
+from programs import QUICK, error_of, metrics, run, run_directories, train
 from resuming import child_processes, end_with, start_endless, wait_until
 from vitrail.errors import ConfigError
 from vitrail.runs import wandb_logger
@@ -215,6 +215,9 @@ def test_evaluation__joins_the_trainings_run(tmp_path):
     assert float(row["eval/digits/top5_ema"]) == pytest.approx(expected["ema"]["top5"])
     events = EventAccumulator(str(directory / "tensorboard")).Reload()
     assert events.Scalars("eval/digits/top1")[0].value == pytest.approx(expected["raw"]["top1"])
+    wrong = run("eval.py", f"ckpt={directory}", "logger=wandb", "logger.wandb.workspace=perhaps", **offline)
+    assert "logger.wandb" in error_of(wrong)
+    assert "top1" not in wrong.stdout, "an option is wrong before the evaluation, not after it"
 
 
 @pytest.mark.slow

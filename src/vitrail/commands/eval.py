@@ -1,7 +1,6 @@
 """Evaluate a trained network on its validation images or on other images."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,7 +22,7 @@ from vitrail.runs.assembly import check_devices
 from vitrail.runs.config import instantiate, named_keys, output_directory, plain, rebase
 from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.keys import check_choices, check_keys
-from vitrail.runs.loggers import log_results
+from vitrail.runs.loggers import continue_loggers, log_results
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.segmentation import SEGMENTERS, build_inference, check_task, predicts_masks
 from vitrail.runs.trained import load_run
@@ -68,6 +67,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     evaluations: dict[str, Evaluation] = {}
     run = RunDirectory(output_directory())
     _record(run, config, trained)
+    loggers = _continued_loggers(config, trained, run)
     title = _title(trained)
     for name in chosen_sets:
         if trained.path is not None:
@@ -84,7 +84,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     results = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     if trainer.is_global_zero:
         run.write_results(results)
-        _log(config, _logged_run(trained, run), results)
+        _log(loggers, results)
         get_console().print(evaluation_report(evaluations, classes, title))
         log.info("CSV files of classes, confusions and images, and a figure, are in %s", run.path)
     return results
@@ -101,15 +101,18 @@ def _record(run: RunDirectory, config: DictConfig, trained: TrainedModel) -> Non
         run.record(redacted({**plain(config), "ckpt": found}), redacted(list(HydraConfig.get().overrides.task)))
 
 
-def _logged_run(trained: TrainedModel, run: RunDirectory) -> Path:
-    """Return the directory of the run that loggers continue: the training's, or the evaluation's own."""
+def _continued_loggers(config: DictConfig, trained: TrainedModel, run: RunDirectory) -> list[Any]:
+    """Build the first process's loggers, before the evaluation: they continue the training's run, or are its own."""
+    if not is_rank_zero():
+        return []
     folder = None if trained.path is None else trained.path.parents[1]
-    return folder if trained.is_run and folder is not None and (folder / "config.yaml").is_file() else run.path
+    is_known = trained.is_run and folder is not None and (folder / "config.yaml").is_file()
+    return continue_loggers(config.logger, folder if is_known and folder is not None else run.path)
 
 
-def _log(config: DictConfig, folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Log results with the loggers of the config; W&B's workspace gets panels of them."""
-    show_evaluation(*log_results(config.logger, folder, _data_name(), results))
+def _log(loggers: list[Any], results: dict[str, dict[str, Any]]) -> None:
+    """Log results; W&B's workspace gets panels of them."""
+    show_evaluation(loggers, log_results(loggers, _data_name(), results))
 
 
 def _data_name() -> str:
@@ -134,6 +137,7 @@ def _evaluate_segmentation(
     inference = build_inference(data, trained.model)
     trainer, run = _build_trainer(config), RunDirectory(output_directory())
     _record(run, config, trained)
+    loggers = _continued_loggers(config, trained, run)
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, SegmentationScores] = {}
     for name in chosen_sets:
@@ -149,7 +153,7 @@ def _evaluate_segmentation(
             write_class_scores(scores[name], classes, run.path / f"classes_{name}.csv")
     if trainer.is_global_zero:
         run.write_results(results)
-        _log(config, _logged_run(trained, run), results)
+        _log(loggers, results)
         get_console().print(segmentation_report(results, scores, classes, _title(trained)))
         log.info("a CSV file of the classes is in %s", run.path)
     return results

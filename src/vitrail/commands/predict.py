@@ -21,7 +21,7 @@ from vitrail.reporting.explanations import Annotation, explanation_sheet
 from vitrail.reporting.pictures import denormalise
 from vitrail.reporting.predictions import above, check_format, picture_names, prediction_picture, prediction_writer
 from vitrail.reporting.segmentation import mask_image, mask_picture, share_writer
-from vitrail.reporting.tables import near
+from vitrail.reporting.tables import counted, near
 from vitrail.runs.config import named_keys, plain
 from vitrail.runs.images import find_images, open_image
 from vitrail.runs.keys import check_choices, check_keys
@@ -58,7 +58,7 @@ def predict(config: DictConfig) -> bool:
     overlay = _folder(config, "overlay", images)
     model = None if config.model is None else plain(config.model)
     trained = load_run(config.ckpt, config.weights, model, image_size=config.image_size)
-    log.info("%s, %s weights: %d images", trained.name, trained.weights, len(images))
+    log.info("%s, %s weights: %s", trained.name, trained.weights, counted(len(images), "image"))
     if predicts_masks(trained.model):
         check_options(named_keys())
         log.info("%s", trained.inference.describe())

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from vitrail.errors import ConfigError
 from vitrail.reporting.page import RunRecord, find_evaluations, find_runs, read_run, render_page, signature
-from vitrail.reporting.tables import near, size_words
+from vitrail.reporting.tables import counted, near, size_words
 from vitrail.runs.directory import is_claimed
 from vitrail.runs.keys import check_keys
 from vitrail.runs.logs import set_up_logging
@@ -30,7 +30,7 @@ def report(config: DictConfig) -> Path:
     out = Path(config.out).expanduser()
     reader = _Reader(config)
     _write(out, reader, config.interval if config.live else None, first=True)
-    log.info("%s: %d runs, %s", near(out), len(reader.runs), size_words(out.stat().st_size))
+    log.info("%s: %s, %s", near(out), counted(len(reader.runs), "run"), size_words(out.stat().st_size))
     if config.live:
         log.info("open file://%s; it reloads itself every %g s. Ctrl-C ends this.", out.absolute(), config.interval)
         try:

@@ -3,7 +3,8 @@
 Shapes: B images of H x W pixels, S selections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,16 @@ from vitrail.reporting.class_grids import (
     main_classes,
 )
 from vitrail.reporting.colours import class_colours
+from vitrail.reporting.epoch_sheets import add_class_epoch, add_epoch
 from vitrail.reporting.panels import PANEL, PanelSheet
 
-TITLES = {"attention": "class token, last block", "rollout": "attention rollout", "gradient": "gradient"}
+TITLES = {
+    "attention": "class token, last block",
+    "rollout": "attention rollout",
+    "gradient": "gradient",
+    "tokens": "classes of the tokens",
+    "kept": "kept tokens",
+}
 
 
 class Annotation(NamedTuple):
@@ -53,7 +61,7 @@ def explanation_sheet(
     grids = [] if found.tokens is None else [class_grid(probabilities) for probabilities in found.tokens]
     annotated = [*annotations] if grids and any(annotations) else [None] * len(images)
     titles = ["image", *(TITLES[kind] for kind in found.heats)]
-    titles += ["classes of the tokens"] if grids else []
+    titles += [TITLES["tokens"]] if grids else []
     titles += ["label map"] if any(annotated) else []
     stages = () if found.kept is None else found.kept.mean((0, 2, 3)).tolist()
     titles += [f"kept, {number}: {share:.0%}" for number, share in enumerate(stages, start=1)]
@@ -61,8 +69,7 @@ def explanation_sheet(
     listed = [main_classes(*shown) for shown in both]
     colours = class_colours((index for row in listed for index in row), len(names))
     sheet = PanelSheet(titles, len(images), legends=bool(grids))
-    for row, pixels in enumerate(images):
-        image = Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
+    for row, image in enumerate(_panels(images)):
         panels = [image, *(heat_overlay(image, maps[row]) for maps in found.heats.values())]
         if grids:
             panels.append(class_overlay(image, grids[row], colours))
@@ -74,6 +81,42 @@ def explanation_sheet(
         panels += [] if found.kept is None else [_kept_overlay(image, mask) for mask in found.kept[row]]
         sheet.paste(row, panels)
     return sheet.image
+
+
+def add_to_sheets(
+    sheets: Mapping[str, Path], epoch: int, images: NDArray[np.uint8], found: Explanation, names: Sequence[str]
+) -> dict[str, Image.Image]:
+    """Add the maps of an epoch to the sheet of each kind, see `epoch_sheets`; return the sheets by kind.
+
+    The selections of tokens are one panel: the earlier a token is left out, the whiter it is.
+
+    Args:
+        sheets: PNG file of each kind.
+        epoch: epoch, from 1.
+        images: pixels (B, H, W, 3) of the network's input.
+        found: maps of these images.
+        names: class names.
+    """
+    panels, added = _panels(images), {}
+    for kind, path in sheets.items():
+        if kind == "tokens":
+            assert found.tokens is not None
+            grids = [class_grid(probabilities) for probabilities in found.tokens]
+            added[kind] = add_class_epoch(path, epoch, panels, grids, names, TITLES[kind])
+            continue
+        if kind == "kept":
+            assert found.kept is not None
+            maps = [_kept_overlay(*pair) for pair in zip(panels, found.kept.mean(1), strict=True)]
+            heading = f"{TITLES[kind]}: the earlier one is left out, the whiter"
+        else:
+            maps = [heat_overlay(*pair) for pair in zip(panels, found.heats[kind], strict=True)]
+            heading = TITLES[kind]
+        added[kind] = add_epoch(path, epoch, panels, maps, heading)
+    return added
+
+
+def _panels(images: NDArray[np.uint8]) -> list[Image.Image]:
+    return [Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.BICUBIC) for pixels in images]
 
 
 def heat_overlay(image: Image.Image, heat: Tensor) -> Image.Image:
@@ -88,6 +131,6 @@ def heat_overlay(image: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def _kept_overlay(image: Image.Image, kept: Tensor) -> Image.Image:
-    """Return an image that is almost white where a patch token is left out; `kept` is (rows, columns), 0 or 1."""
+    """Return an image that is almost white where a patch token is left out; `kept` is (rows, columns), 0 to 1."""
     left_out = Image.fromarray((215 * (1 - kept)).byte().cpu().numpy()).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", image.size, "white"), image, left_out)

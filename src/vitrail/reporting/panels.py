@@ -44,20 +44,16 @@ class PanelSheet:
         if caption:
             self.draw.text((GAP, top + PANEL + 1), caption, "black", self.font)
 
-    def paste_column(self, number: int, panels: Image.Image) -> None:
-        """Paste a column that `cut_columns` has returned."""
-        self.image.paste(panels, (GAP + number * (PANEL + GAP), self._top))
-
     def legend(self, row: int, entries: Sequence[tuple[RGB, str]]) -> None:
         """Draw the legend of a row on the right: a colour and a text per line."""
         draw_legend_lines(self.draw, (self.image.width - LEGEND, self._top + row * self._step), entries)
 
 
-def cut_columns(sheet: Image.Image, heading: bool = False) -> list[Image.Image]:
-    """Return the columns of a sheet without captions: each a picture of its panels, one below the other."""
+def cut_panels(sheet: Image.Image, heading: bool = False) -> list[list[Image.Image]]:
+    """Return the panels of a sheet without captions, column by column; room for legends is one more column."""
     top = _TITLE + (_HEADING if heading else 0)
-    lefts = range(GAP, sheet.width - PANEL, PANEL + GAP)
-    return [sheet.crop((left, top, left + PANEL, sheet.height)) for left in lefts]
+    lefts, tops = range(GAP, sheet.width - PANEL, PANEL + GAP), range(top, sheet.height - PANEL, PANEL + GAP)
+    return [[sheet.crop((left, upper, left + PANEL, upper + PANEL)) for upper in tops] for left in lefts]
 
 
 def draw_legend_lines(draw: ImageDraw.ImageDraw, corner: tuple[int, int], entries: Sequence[tuple[RGB, str]]) -> None:

@@ -71,6 +71,11 @@ def pack_report(out: Path, manifest: Mapping[str, Any], stored: str) -> Group:
     return Group(table, *(Text(f"{name:<13} {value}", no_wrap=True, overflow="ignore") for name, value in lines))
 
 
+def counted(number: int, name: str) -> str:
+    """Return a number with a noun: `1 image`, `2 images`."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def size_words(size: float) -> str:
     """Return a size in bytes in words: GiB, MiB or KiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from vitrail.errors import ConfigError
-from vitrail.models.explanations import Kind, explain
-from vitrail.reporting.epoch_sheets import add_epoch
-from vitrail.reporting.explanations import TITLES, explanation_sheet
-from vitrail.reporting.panels import cut_columns
+from vitrail.models.explanations import Explanation, Kind, explain
+from vitrail.reporting.explanations import add_to_sheets, explanation_sheet
 from vitrail.reporting.pictures import denormalise, image_grid, log_picture
 from vitrail.reporting.tables import describe, shortened
 from vitrail.training import ImageClassifier
@@ -112,9 +112,8 @@ class PredictionPicture(ValidationPicture):
 class AttentionPicture(ValidationPicture):
     """Callback that draws what explains the predictions of validation images: where a ViT looks, and more.
 
-    Maps of the kinds `attention`, `rollout` and `gradient` are also collected over the epochs: `<kind>_over_epochs.png`
-    next to `path` has a row per image and a column per epoch, also of a resumed training. Loggers get these sheets
-    after the last epoch.
+    Each kind of map is also collected over the epochs: `<kind>_over_epochs.png` next to `path` has a row per image and
+    a column per epoch, also of a resumed training. Loggers get these sheets after the last epoch.
 
     Args:
         path: file of the last picture.
@@ -134,16 +133,18 @@ class AttentionPicture(ValidationPicture):
     ) -> None:
         super().__init__(path, every, count)
         self.kinds = tuple(kinds)
+        self._newest: tuple[NDArray[np.uint8], Explanation, Sequence[str]] | None = None
 
     def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
-        """Return the picture of a batch.
+        """Return the picture of a batch, and remember its maps for the sheets over the epochs.
 
         Raises:
             ConfigError: the network cannot give one of the kinds.
         """
         images = batch.image[: self.count]
         found = explain(module.model, images, self.kinds)
-        return explanation_sheet(denormalise(images, data.input.mean, data.input.std), found, data.classes)
+        self._newest = denormalise(images, data.input.mean, data.input.std), found, data.classes
+        return explanation_sheet(*self._newest)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
         """Remove the sheets of another training with the same path."""
@@ -152,20 +153,18 @@ class AttentionPicture(ValidationPicture):
                 path.unlink(missing_ok=True)
 
     def save(self, trainer: L.Trainer, picture: Image.Image) -> None:
-        """Save the picture of this epoch, log it, and add its columns to the sheets over the epochs."""
+        """Save the picture of this epoch, log it, and add its maps to the sheets over the epochs."""
         super().save(trainer, picture)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._newest is None:
             return
-        epoch = trainer.current_epoch + 1
-        images, *maps = cut_columns(picture)  # these kinds are the first, as explanation_sheet draws them
-        for (kind, path), column in zip(self._sheets().items(), maps, strict=False):
-            sheet = add_epoch(path, epoch, images, column, TITLES[kind])
+        epoch, paths = trainer.current_epoch + 1, self._sheets()
+        for kind, sheet in add_to_sheets(paths, epoch, *self._newest).items():
             for logger in trainer.loggers if epoch == trainer.max_epochs else ():
-                log_picture(logger, sheet, path.stem, epoch - 1)
+                log_picture(logger, sheet, paths[kind].stem, epoch - 1)
 
     def _sheets(self) -> dict[str, Path]:
-        """Return the file of the sheet over the epochs of each kind that has one."""
-        return {kind: self.path.with_name(f"{kind}_over_epochs.png") for kind in self.kinds if kind in TITLES}
+        """Return the file of the sheet over the epochs of each kind."""
+        return {kind: self.path.with_name(f"{kind}_over_epochs.png") for kind in self.kinds}
 
 
 def _caption(probability: float, predicted: str, label: str | None) -> str:

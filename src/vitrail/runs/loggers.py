@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +103,22 @@ class MetricsCSV(Logger):
         return None if best is None else best[metric]
 
 
-def log_results(
-    loggers: Mapping[str, Any] | None, run_dir: Path, name: str, results: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[Any], list[str]]:
-    """Log the results of an evaluation as `eval/<name>/top1`, `eval/<name>/top1_ema` and so on.
+def continue_loggers(nodes: Mapping[str, Any] | None, run_dir: Path) -> list[Any]:
+    """Build the loggers of the config's `logger`, which continue the run that is recorded in `run_dir`.
+
+    Raises:
+        ConfigError: an option is invalid, or a package is missing.
+    """
+    return [instantiate(node, f"logger.{key}", run_dir=str(run_dir)) for key, node in (nodes or {}).items()]
+
+
+def log_results(loggers: Iterable[Any], name: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Log the results of an evaluation as `eval/<name>/top1`, `eval/<name>/top1_ema` and so on; return these names.
 
     Args:
-        loggers: the config's `logger`, which continues the run that is recorded in `run_dir`.
-        run_dir: run directory.
+        loggers: loggers, which are finished by this.
         name: name of the data.
         results: numbers by name, for `raw` and `ema` weights.
-
-    Returns:
-        The loggers, and the names of the metrics.
     """
     metrics = {
         f"eval/{name}/{metric}{'_ema' if weights == 'ema' else ''}": float(value)
@@ -123,11 +126,10 @@ def log_results(
         for metric, value in summary.items()
         if isinstance(value, (int, float))
     }
-    built = [instantiate(node, f"logger.{key}", run_dir=str(run_dir)) for key, node in (loggers or {}).items()]
-    for logger in built:
+    for logger in loggers:
         logger.log_metrics(metrics)
         logger.finalize("success")
-    return built, list(metrics)
+    return list(metrics)
 
 
 @checked
