@@ -1,7 +1,7 @@
 """Tables and curves of comparisons whose trainings are paired by seed."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -59,21 +59,23 @@ def report(curves: Curves, title: str) -> dict[str, float]:
     return figures
 
 
-def draw_curves(curves: Curves, path: Path) -> None:
-    """Plot top-1 against epochs: a thin line per seed, a thick one for the mean."""
+def draw_curves(panels: Mapping[str, Curves], path: Path) -> None:
+    """Plot top-1 against epochs, one panel for each title: a thin line per seed, a thick one for the mean."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for kind, runs in curves.items():
-        epochs = range(1, len(next(iter(runs.values()))) + 1)
-        for accuracies in runs.values():
-            axes.plot(epochs, accuracies, color=COLOURS[kind], alpha=0.35, linewidth=0.8)
-        mean = [statistics.mean(values) for values in zip(*runs.values(), strict=True)]
-        axes.plot(epochs, mean, color=COLOURS[kind], linewidth=2.5, label=f"{kind}, mean of {len(runs)}")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("top-1 of the held-out digits, %")
-    axes.grid(color="0.9")
-    axes.legend(loc="lower right")
+    size = (7, 4) if len(panels) == 1 else (5 * len(panels), 4)
+    figure, row = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, (title, curves) in zip(row[0], panels.items(), strict=True):
+        for kind, runs in curves.items():
+            epochs = range(1, len(next(iter(runs.values()))) + 1)
+            for accuracies in runs.values():
+                axes.plot(epochs, accuracies, color=COLOURS[kind], alpha=0.35, linewidth=0.8)
+            mean = [statistics.mean(values) for values in zip(*runs.values(), strict=True)]
+            axes.plot(epochs, mean, color=COLOURS[kind], linewidth=2.5, label=f"{kind}, mean of {len(runs)}")
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(color="0.9")
+        axes.legend(loc="lower right")
+    row[0][0].set_ylabel("top-1 of the held-out digits, %")
     figure.savefig(path, dpi=120)
     show("curves", path)
 

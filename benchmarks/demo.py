@@ -7,9 +7,10 @@
    (neither).
 4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
 
-`make demo ARGS=full` is the whole experiment, for hours or on a GPU: it chooses the learning rate and then the warm-up
-of `labels` and of `neither` on seeds of their own, trains all four ways with five other seeds, and writes
-`results/demo.json`. `make demo` prints that file, and trains `labels` and `neither` with the first three seeds.
+`make demo ARGS=full` is the whole experiment, for hours or on a GPU. It chooses learning rate and warm-up of `labels`
+and of `neither` with seeds of their own, in trainings of 12 epochs. It trains both with five other seeds for 24 epochs,
+and `class` and `patches` with three of them, and writes `results/demo.json`. `make demo` prints that file, and trains
+`labels` and `neither` for 12 epochs with three seeds.
 
 `--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
 teacher or with the labels only, on crops of 60 to 100 %. `--compare features` compares three: LV-ViT-nano with the
@@ -47,8 +48,13 @@ STATED = PROJECT / "results" / "demo.json"
 SEEDS = (1, 2, 3, 4, 5)
 FEW = SEEDS[:3]  # of `make demo` and of what else is compared
 SEARCH_SEEDS = (11, 12)
-EPOCHS = 12
-RATES, WARMUPS = (5e-4, 1e-3, 2e-3), (1, 3)  # learning rates and epochs of warm-up to choose from
+SHORT, LONG = 12, 24  # epochs of `make demo`, the search and other comparisons; epochs of the whole experiment
+FIRST_RATES = {1: 5e-4, 3: 1e-3}  # learning rate from which the search rises, for each number of epochs of warm-up
+_PARTS = {
+    "short": f"{SHORT} epochs",
+    "long": f"{LONG} epochs",
+    "parts": f"{LONG} epochs, class token and patch tokens apart",
+}
 _ON_GPU = ("trainer=gpu", "trainer.precision=32-true", "kernels.tf32=false", "compile=null", "data.render=loader")
 
 
@@ -93,7 +99,7 @@ class Demo:
             "neither": ("model=lvvit_nano", "objective=cross_entropy"),
         }
 
-    def recipe(self, settings: Settings, epochs: int = EPOCHS, smallest: float = 0.3) -> tuple[str, ...]:
+    def recipe(self, settings: Settings, epochs: int = SHORT, smallest: float = 0.3) -> tuple[str, ...]:
         """Return the overrides of a training on crops of at least `smallest` of the image.
 
         A crop of 0.3 may miss the digit, as published crops miss the object: the image's label is then wrong, the label
@@ -113,15 +119,19 @@ class Demo:
             return dict(zip(jobs, pool.map(one, jobs), strict=True))
 
     def compare(
-        self, settings: Mapping[str, Settings], kinds: Mapping[str, Sequence[str]], seeds: Sequence[int]
+        self,
+        settings: Mapping[str, Settings],
+        kinds: Mapping[str, Sequence[str]],
+        seeds: Sequence[int],
+        epochs: int = SHORT,
     ) -> Curves:
         """Train all kinds (overrides by name) with the same seeds."""
         jobs = {
-            f"{kind}_{seed}": (*self.recipe(settings[kind]), *kinds[kind], f"seed={seed}")
+            f"{kind}_{seed}": (*self.recipe(settings[kind], epochs), *kinds[kind], f"seed={seed}")
             for seed in seeds
             for kind in kinds
         }
-        curves = self.train("trained", jobs)
+        curves = self.train("trained" if epochs == SHORT else f"trained_{epochs}", jobs)
         return {kind: {seed: curves[f"{kind}_{seed}"] for seed in seeds} for kind in kinds}
 
     def known(self, seeds: Sequence[int], names: Sequence[str] = ("labels", "neither")) -> Curves:
@@ -129,14 +139,11 @@ class Demo:
         ways = self.ways()
         return self.compare(chosen_settings(), {name: ways[name] for name in names}, seeds)
 
-    def try_out(self, candidates: Mapping[str, Sequence[Settings]]) -> list[dict[str, Any]]:
-        """Train with candidates for each way; return kind, settings, seed and final top-1 of each training."""
+    def try_out(self, candidates: Sequence[tuple[str, Settings]]) -> list[dict[str, Any]]:
+        """Train ways with settings; return kind, settings, seed and final top-1 of each training."""
         ways = self.ways()
         rows = [
-            {"kind": kind, **settings._asdict(), "seed": seed}
-            for seed in SEARCH_SEEDS
-            for kind, several in candidates.items()
-            for settings in several
+            {"kind": kind, **settings._asdict(), "seed": seed} for seed in SEARCH_SEEDS for kind, settings in candidates
         ]
         jobs = {
             "{kind}_{lr:g}_{warmup}_{seed}".format(**row): (
@@ -148,11 +155,16 @@ class Demo:
         return [{**row, "top1": values[-1]} for row, values in zip(rows, curves.values(), strict=True)]
 
     def search(self, kinds: Sequence[str]) -> list[dict[str, Any]]:
-        """Try all learning rates with the first warm-up, then the other warm-ups with the best rate of each kind."""
-        first, *others = WARMUPS
-        rows = self.try_out({kind: [Settings(lr, first) for lr in RATES] for kind in kinds})
-        best = choose(rows)
-        return rows + self.try_out({kind: [Settings(best[kind].lr, warmup) for warmup in others] for kind in kinds})
+        """With each warm-up, double the learning rate of each kind until its mean top-1 falls."""
+        rows: list[dict[str, Any]] = []
+        for warmup, rate in FIRST_RATES.items():
+            rising, best = list(kinds), dict.fromkeys(kinds, 0.0)
+            while rising:
+                rows += (tried := self.try_out([(kind, Settings(rate, warmup)) for kind in rising]))
+                means = {kind: statistics.mean(row["top1"] for row in tried if row["kind"] == kind) for kind in rising}
+                rising = [kind for kind in rising if means[kind] > best[kind]]
+                best, rate = best | means, 2 * rate
+        return rows
 
     def experiment(self) -> dict[str, Any]:
         """Run the whole experiment, and return what `results/demo.json` holds."""
@@ -160,14 +172,17 @@ class Demo:
         chosen = choose(search)
         ways = self.ways()
         settings = {kind: chosen.get(kind, chosen["labels"]) for kind in ways}
-        curves: Curves = {}
-        for kinds in (("labels", "neither"), ("class", "patches")):  # the main question first
-            curves |= self.compare(settings, {kind: ways[kind] for kind in kinds}, SEEDS)
+        main = {kind: ways[kind] for kind in ("labels", "neither")}
+        short = self.compare(settings, main, FEW)
+        both = self.compare(settings, main, SEEDS, LONG)
+        parts = self.compare(settings, {kind: ways[kind] for kind in ("class", "patches")}, FEW, LONG)
         return {
             "annotator_top1": curve(self.annotator)[-1],
             "search": search,
             "chosen": {kind: value._asdict() for kind, value in settings.items()},
-            "curves": {kind: curves[kind] for kind in ways},
+            "short": short,
+            "long": both,
+            "parts": {kind: {seed: (both | parts)[kind][seed] for seed in FEW} for kind in ways},
         }
 
 
@@ -200,8 +215,15 @@ def report_search(search: Sequence[Mapping[str, Any]], chosen: Mapping[str, Sett
 def stated() -> dict[str, Any]:
     """Return the contents of `results/demo.json`, with seeds as numbers."""
     contents: dict[str, Any] = json.loads(STATED.read_text())
-    curves = {kind: {int(seed): run for seed, run in runs.items()} for kind, runs in contents["curves"].items()}
-    return {**contents, "curves": curves}
+    for name in ("short", "long", "parts"):
+        curves = contents[name].items()
+        contents[name] = {kind: {int(seed): run for seed, run in runs.items()} for kind, runs in curves}
+    return contents
+
+
+def panels(contents: Mapping[str, Any]) -> dict[str, Curves]:
+    """Return the curves of the whole experiment, by title."""
+    return {title: contents[name] for name, title in _PARTS.items()}
 
 
 def chosen_settings() -> dict[str, Settings]:
@@ -213,7 +235,11 @@ def report_whole(contents: Mapping[str, Any]) -> dict[str, float]:
     """Print the whole experiment, and return its figures."""
     console.print(f"annotator: {contents['annotator_top1']:.2f} % top-1 of the held-out digits")
     report_search(contents["search"], {kind: Settings(**one) for kind, one in contents["chosen"].items()})
-    return report(contents["curves"], "The whole experiment: top-1 of the held-out digits after the last epoch, %")
+    figures: dict[str, float] = {}
+    for part, title in _PARTS.items():
+        measured = report(contents[part], f"{title}: top-1 of the held-out digits, %")
+        figures |= {f"{part}_{name}": value for name, value in measured.items()}
+    return figures
 
 
 def compare_others(demo: Demo, which: str) -> Curves:
@@ -259,7 +285,7 @@ def main() -> None:
         if options.scale == 1:
             STATED.write_text(json.dumps(contents, indent=1) + "\n")
         write_figures(options.json, report_whole(contents))
-        draw_curves(contents["curves"], demo.out / "curves.png")
+        draw_curves(panels(contents), demo.out / "curves.png")
         return
     if options.compare == "labels":
         report_whole(stated())
@@ -268,7 +294,7 @@ def main() -> None:
         curves, picture = compare_others(demo, options.compare), demo.out / f"{options.compare}.png"
     epochs = len(next(iter(curves["neither"].values())))
     write_figures(options.json, report(curves, f"Top-1 of the held-out digits after {epochs} epochs, %"))
-    draw_curves(curves, picture)
+    draw_curves({f"{epochs} epochs": curves}, picture)
     if options.compare == "labels":
         pictures = demo.out / "photographs"
         if not pictures.is_dir():

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from comparisons import draw_curves
-from demo import Demo, stated
+from demo import Demo, panels, stated
 from digits_on_photographs import PROJECT, annotate_photographs, console, run, train, write_photographs
 from faithfulness import labelled_nano
 from PIL import Image
@@ -133,7 +133,7 @@ def explanations(out: Path, demo: Path) -> None:
 
 def demo_curves(out: Path) -> None:
     """Draw accuracy over epochs of the demo's experiment, from results/demo.json."""
-    draw_curves(stated()["curves"], out / "demo.png")
+    draw_curves(panels(stated()), out / "demo.png")
     save(Image.open(out / "demo.png"), "demo.png")
 
 

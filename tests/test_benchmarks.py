@@ -43,6 +43,35 @@ def test_demo__chooses_settings_and_states_what_differs(monkeypatch):
 
 
 @pytest.mark.thorough
+def test_demo__the_search_doubles_the_learning_rate_until_it_is_worse(monkeypatch):
+    """The best rates are 2e-3 and 1e-3 without regard to warm-up; three epochs of it add one point."""
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    import demo
+
+    def try_out(candidates):
+        best = {"labels": 2e-3, "neither": 1e-3}
+        return [
+            {"kind": kind, "lr": lr, "warmup": warmup, "seed": seed, "top1": 90 - abs(lr / best[kind] - 1) + warmup}
+            for seed in demo.SEARCH_SEEDS
+            for kind, (lr, warmup) in candidates
+        ]
+
+    without_data = object.__new__(demo.Demo)
+    without_data.try_out = try_out
+    rows = without_data.search(("labels", "neither"))
+    rates = {
+        (kind, warmup): [row["lr"] for row in rows if (row["kind"], row["warmup"], row["seed"]) == (kind, warmup, 11)]
+        for kind in ("labels", "neither")
+        for warmup in (1, 3)
+    }
+    assert rates == {
+        ("labels", 1): [5e-4, 1e-3, 2e-3, 4e-3], ("labels", 3): [1e-3, 2e-3, 4e-3],
+        ("neither", 1): [5e-4, 1e-3, 2e-3], ("neither", 3): [1e-3, 2e-3],
+    }  # fmt: skip
+    assert demo.choose(rows) == {"labels": demo.Settings(2e-3, 3), "neither": demo.Settings(1e-3, 3)}
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark__starts_and_writes_json_if_asked(name, tmp_path):
     result = benchmark(name, "--help", folder=tmp_path)
