@@ -105,9 +105,10 @@ def _continued_loggers(config: DictConfig, trained: TrainedModel, run: RunDirect
     """Build the first process's loggers, before the evaluation: they continue the training's run, or are its own."""
     if not is_rank_zero():
         return []
-    folder = None if trained.path is None else trained.path.parents[1]
-    is_known = trained.is_run and folder is not None and (folder / "config.yaml").is_file()
-    return continue_loggers(config.logger, folder if is_known and folder is not None else run.path)
+    folder = run.path
+    if trained.is_run and trained.path is not None and (trained.path.parents[1] / "config.yaml").is_file():
+        folder = trained.path.parents[1]
+    return continue_loggers(config.logger, folder)
 
 
 def _log(loggers: list[Any], results: dict[str, dict[str, Any]]) -> None:

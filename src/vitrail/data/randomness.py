@@ -34,9 +34,11 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def reseed(*key: int) -> None:
-    """Seed PyTorch's generators with `key`, on every device."""
+    """Seed PyTorch's generators of the CPU and of this process's device with `key`.
+
+    `torch.manual_seed` would also record the stack for each kind of device that is not initialised, at every step.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    torch.default_generator.manual_seed(seed)
     if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    else:  # `manual_seed` would record the stack for each kind of device, for when one is initialised
-        torch.default_generator.manual_seed(seed)
+        torch.get_device_module().manual_seed(seed)

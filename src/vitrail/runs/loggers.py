@@ -116,7 +116,7 @@ def log_results(loggers: Iterable[Any], name: str, results: Mapping[str, Mapping
     """Log the results of an evaluation as `eval/<name>/top1`, `eval/<name>/top1_ema` and so on; return these names.
 
     Args:
-        loggers: loggers, which are finished by this.
+        loggers: loggers; their `finalize` is called afterwards.
         name: name of the data.
         results: numbers by name, for `raw` and `ema` weights.
     """
