@@ -8,9 +8,9 @@
 4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
 
 `make demo ARGS=full` is the whole experiment, for hours or on a GPU. It chooses learning rate and warm-up of `labels`
-and of `neither` with seeds of their own, in trainings of 12 epochs. It trains both with five other seeds for 24 epochs,
-and `class` and `patches` with three of them, and writes `results/demo.json`. `make demo` prints that file, and trains
-`labels` and `neither` for 12 epochs with three seeds.
+and of `neither` with seeds of their own, in trainings of 12 epochs. With other seeds it trains all four ways for 12
+epochs (three seeds), and `labels` and `neither` for 24 epochs (five seeds), and writes `results/demo.json`. `make demo`
+prints that file, and trains `labels` and `neither` for 12 epochs with three seeds.
 
 `--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
 teacher or with the labels only, on crops of 60 to 100 %. `--compare features` compares three: LV-ViT-nano with the
@@ -50,11 +50,7 @@ FEW = SEEDS[:3]  # of `make demo` and of what else is compared
 SEARCH_SEEDS = (11, 12)
 SHORT, LONG = 12, 24  # epochs of `make demo`, the search and other comparisons; epochs of the whole experiment
 FIRST_RATES = {1: 5e-4, 3: 1e-3}  # learning rate from which the search rises, for each number of epochs of warm-up
-_PARTS = {
-    "short": f"{SHORT} epochs",
-    "long": f"{LONG} epochs",
-    "parts": f"{LONG} epochs, class token and patch tokens apart",
-}
+_BUDGETS = {"short": f"{SHORT} epochs", "long": f"{LONG} epochs"}
 _ON_GPU = ("trainer=gpu", "trainer.precision=32-true", "kernels.tf32=false", "compile=null", "data.render=loader")
 
 
@@ -172,29 +168,25 @@ class Demo:
         chosen = choose(search)
         ways = self.ways()
         settings = {kind: chosen.get(kind, chosen["labels"]) for kind in ways}
-        main = {kind: ways[kind] for kind in ("labels", "neither")}
-        short = self.compare(settings, main, FEW)
-        both = self.compare(settings, main, SEEDS, LONG)
-        parts = self.compare(settings, {kind: ways[kind] for kind in ("class", "patches")}, FEW, LONG)
         return {
             "annotator_top1": curve(self.annotator)[-1],
             "search": search,
             "chosen": {kind: value._asdict() for kind, value in settings.items()},
-            "short": short,
-            "long": both,
-            "parts": {kind: {seed: (both | parts)[kind][seed] for seed in FEW} for kind in ways},
+            "short": self.compare(settings, ways, FEW),
+            "long": self.compare(settings, {kind: ways[kind] for kind in ("labels", "neither")}, SEEDS, LONG),
         }
 
 
 def choose(search: Sequence[Mapping[str, Any]]) -> dict[str, Settings]:
-    """Return the settings of each kind with the best mean top-1 over the search's seeds."""
+    """Return the settings of each kind with the best mean top-1 over the search's seeds, then the best worst one."""
     found: dict[str, dict[Settings, list[float]]] = {}
     for row in search:
         found.setdefault(row["kind"], {}).setdefault(Settings(row["lr"], row["warmup"]), []).append(row["top1"])
-    means = {
-        kind: {settings: statistics.mean(values) for settings, values in rows.items()} for kind, rows in found.items()
+    ranks = {
+        kind: {settings: (round(statistics.mean(values), 2), min(values)) for settings, values in rows.items()}
+        for kind, rows in found.items()
     }
-    return {kind: max(rows, key=rows.__getitem__) for kind, rows in means.items()}
+    return {kind: max(rows, key=rows.__getitem__) for kind, rows in ranks.items()}
 
 
 def report_search(search: Sequence[Mapping[str, Any]], chosen: Mapping[str, Settings]) -> None:
@@ -215,15 +207,15 @@ def report_search(search: Sequence[Mapping[str, Any]], chosen: Mapping[str, Sett
 def stated() -> dict[str, Any]:
     """Return the contents of `results/demo.json`, with seeds as numbers."""
     contents: dict[str, Any] = json.loads(STATED.read_text())
-    for name in ("short", "long", "parts"):
-        curves = contents[name].items()
-        contents[name] = {kind: {int(seed): run for seed, run in runs.items()} for kind, runs in curves}
+    for budget in _BUDGETS:
+        curves = contents[budget].items()
+        contents[budget] = {kind: {int(seed): run for seed, run in runs.items()} for kind, runs in curves}
     return contents
 
 
 def panels(contents: Mapping[str, Any]) -> dict[str, Curves]:
     """Return the curves of the whole experiment, by title."""
-    return {title: contents[name] for name, title in _PARTS.items()}
+    return {title: contents[budget] for budget, title in _BUDGETS.items()}
 
 
 def chosen_settings() -> dict[str, Settings]:
@@ -236,9 +228,9 @@ def report_whole(contents: Mapping[str, Any]) -> dict[str, float]:
     console.print(f"annotator: {contents['annotator_top1']:.2f} % top-1 of the held-out digits")
     report_search(contents["search"], {kind: Settings(**one) for kind, one in contents["chosen"].items()})
     figures: dict[str, float] = {}
-    for part, title in _PARTS.items():
-        measured = report(contents[part], f"{title}: top-1 of the held-out digits, %")
-        figures |= {f"{part}_{name}": value for name, value in measured.items()}
+    for budget, title in _BUDGETS.items():
+        measured = report(contents[budget], f"The whole experiment, {title}: top-1 of the held-out digits, %")
+        figures |= {f"{budget}_{name}": value for name, value in measured.items()}
     return figures
 
 

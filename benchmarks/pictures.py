@@ -119,12 +119,9 @@ def explanations(out: Path, demo: Path) -> None:
     pruned = demo / "pruned" / "0.5_1"
     if not (pruned / "results.json").is_file():
         train_pruned(Demo(demo), 4, (1,))
-    chosen = out / "chosen" / "train"
-    shutil.rmtree(chosen.parent, ignore_errors=True)
-    for label in (2, 6, 8):
-        source = sorted((data / "train" / str(label)).glob("*.jpg"))[3]
-        (chosen / str(label)).mkdir(parents=True)
-        shutil.copy(source, chosen / str(label))
+    chosen = out / "chosen.txt"
+    images = (sorted((data / "train" / str(label)).glob("*.jpg"))[3] for label in (2, 6, 8))
+    chosen.write_text("".join(f"{path}\n" for path in images))
     kinds = {dense: "attention,rollout,gradient,tokens", pruned: "kept"}
     left, right = (explained(out / f"explained_{path.name}", path, chosen, names) for path, names in kinds.items())
     left = left.crop((0, 0, left.width - 120, left.height))  # the names of digits are short

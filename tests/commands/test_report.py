@@ -77,7 +77,7 @@ def test_report__one_broken_run_does_not_spoil_the_page(tmp_path):
     ("arguments", "message"),
     [
         (("runs=/nowhere",), "runs=/nowhere: no such folder"),
-        (("runs=empty",), "runs=empty: contains no runs of train.py"),
+        (("runs=empty",), "runs=empty: contains no run of train.py"),
         (("runs=train", "metric=val/top9"), "metric=val/top9: no run has this column; choose from speed/images_per_"),
         (("runs=train", "evaluations=/nowhere"), "evaluations=/nowhere: no such folder."),
         (("runs=train", "out=/proc/x/report.html"), "out=/proc/x/report.html: cannot be written"),

@@ -116,8 +116,10 @@ class Explainer:
     def __init__(self, trained: TrainedModel, kinds: Sequence[str]) -> None:
         check_kinds(trained.model, kinds, trained.input.size)
         self.trained, self.kinds = trained, kinds
-        where = (trained.config.get("data") or {}).get("label_maps") if "tokens" in kinds else None
+        data = trained.config.get("data") or {}
+        where = data.get("label_maps") if "tokens" in kinds else None
         self.label_maps = LabelMapStore.open(where) if where and Path(where).is_dir() else None
+        self.root = Path(str(data.get("root"))).expanduser().resolve()
         if where and self.label_maps is None:
             log.warning("data.label_maps=%s: no such folder; the pictures show no label maps", where)
 
@@ -128,19 +130,26 @@ class Explainer:
         return [Explained(pixels[index : index + 1], found.of(index)) for index in range(len(images))]
 
     def picture(self, path: str, whole: Image.Image, found: Explained) -> Image.Image:
-        """Draw the maps of an image, whose file is at `path`; with its label map if the training had one."""
+        """Draw the maps of an image, whose file is at `path`; with its label map if the training had one of it."""
         annotation = None
-        if self.label_maps is not None and (key := _key_in(self.label_maps, path)) is not None:
+        if self.label_maps is not None and (key := _key_in(self.label_maps, self.root, path)) is not None:
             grid = annotation_grid(self.label_maps, key)
             annotation = Annotation(whole, grid, covered_box(self.label_maps, whole))
         return explanation_sheet(found.pixels, found.maps, self.trained.class_names, [annotation])
 
 
-def _key_in(store: LabelMapStore, path: str) -> str | None:
-    """Return the key of an image in a store of label maps: the end of its path without extension; None if absent."""
-    parts = PurePath(readable(path)).with_suffix("").parts
-    keys = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((key for key in keys if key in store), None)
+def _key_in(store: LabelMapStore, root: Path, path: str) -> str | None:
+    """Return the key of an image in a store of label maps; None if the image is not of the annotated split in `root`.
+
+    Images of other splits may have the same names.
+    """
+    file = Path(path).resolve()
+    if not file.is_relative_to(root):
+        return None
+    parts = PurePath(readable(str(file.relative_to(root)))).with_suffix("").parts
+    split = store.about.get("split", "train")
+    key = "/".join(parts[parts.index(split) + 1 :]) if split in parts else ""
+    return key if key in store else None
 
 
 def _write_classes(

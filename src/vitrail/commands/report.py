@@ -8,7 +8,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vitrail.errors import ConfigError
-from vitrail.reporting.page import RunRecord, find_evaluations, find_runs, read_run, render_page, signature
+from vitrail.reporting.page import (
+    RunRecord,
+    common_folder,
+    find_evaluations,
+    find_runs,
+    read_run,
+    render_page,
+    signature,
+)
 from vitrail.reporting.tables import counted, near, size_words
 from vitrail.runs.directory import is_claimed
 from vitrail.runs.keys import check_keys
@@ -49,7 +57,8 @@ class _Reader:
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
-        self.root = Path(config.runs).expanduser().absolute()
+        self.where = [config.runs] if isinstance(config.runs, str) else [*config.runs]
+        self.root = common_folder(self.where)
         self.runs: list[RunRecord] = []
         self.evaluations: dict[Path, Path] = {}
         self._known: dict[Path, tuple[Any, RunRecord]] = {}
@@ -62,7 +71,7 @@ class _Reader:
             ConfigError: there are no runs.
         """
         known: dict[Path, tuple[Any, RunRecord]] = {}
-        for path in find_runs(self.config.runs):
+        for path in find_runs(self.where):
             state = (signature(path), is_claimed(path))
             before = self._known.get(path)
             if before is not None and before[0] == state:
@@ -97,8 +106,9 @@ def _write(out: Path, reader: _Reader, reload_seconds: float | None, first: bool
     """Write the page atomically; the first time, also log what is wrong with runs."""
     columns = sorted({name for run in reader.runs for name in run.metrics} - {"epoch", "step"})
     metric = reader.config.metric or default_metric(columns)
-    if columns and metric not in columns:
-        raise ConfigError(f"metric={metric}: no run has this column; choose from {', '.join(columns)}.")
+    if metric not in columns and (columns or reader.config.metric):
+        advice = f"choose from {', '.join(columns)}" if columns else "no run has finished an epoch"
+        raise ConfigError(f"metric={metric}: no run has this column; {advice}.")
     if first:
         for run in reader.runs:
             for problem in run.problems:

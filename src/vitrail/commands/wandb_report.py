@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def wandb_report(config: DictConfig) -> str:
     """Write the report that `config` describes, print its address and return it.
 
-    `wandb` is a project or a sweep; `runs` are ids or names of runs, or run directories, separated by commas; `sweep`
+    `wandb` is a project or a sweep; `runs` are ids or names of runs, or run directories; `sweep`
     is the id of a sweep of W&B's.
 
     Raises:

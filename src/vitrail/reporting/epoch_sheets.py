@@ -25,10 +25,8 @@ _DAMAGED = (OSError, KeyError, ValueError, SyntaxError)  # Pillow raises SyntaxE
 _Column = TypeVar("_Column")
 
 
-def add_epoch(
-    path: Path, epoch: int, images: Sequence[Image.Image], maps: Sequence[Image.Image], heading: str
-) -> Image.Image:
-    """Add the maps of an epoch to a sheet, and return it.
+def add_epoch(path: Path, epoch: int, images: Sequence[Image.Image], maps: Sequence[Image.Image], heading: str) -> None:
+    """Add the maps of an epoch to a sheet.
 
     Args:
         path: PNG file of the sheet; its metadata names the epochs.
@@ -41,7 +39,7 @@ def add_epoch(
     sheet = PanelSheet(_titles(columns), len(images), heading)
     for row, panels in enumerate(zip(images, *columns.values(), strict=True)):
         sheet.paste(row, panels)
-    return _saved(sheet, path, {"epochs": json.dumps(list(columns))})
+    _save(sheet, path, {"epochs": json.dumps(list(columns))})
 
 
 def add_class_epoch(
@@ -51,8 +49,8 @@ def add_class_epoch(
     grids: Sequence[ClassGrid],
     names: Sequence[str],
     heading: str,
-) -> Image.Image:
-    """Add the grids of classes of an epoch to a sheet, and return it.
+) -> None:
+    """Add the grids of classes of an epoch to a sheet.
 
     A class has one colour in the whole sheet. The legend of a row gives shares and probabilities of the newest epoch.
 
@@ -73,7 +71,7 @@ def add_class_epoch(
         sheet.paste(number, [image, *(class_overlay(image, grid, colours) for grid in row)])
         draw_legend(sheet, number, row[-1], {index: colours[index] for index in listed[number]}, names)
     stored = {f"epoch {known}": json.dumps([_packed(grid) for grid in column]) for known, column in columns.items()}
-    return _saved(sheet, path, {"epochs": json.dumps(list(columns)), **stored})
+    _save(sheet, path, {"epochs": json.dumps(list(columns)), **stored})
 
 
 def _with_epoch(columns: Mapping[int, _Column], epoch: int, column: _Column) -> dict[int, _Column]:
@@ -90,14 +88,13 @@ def _titles(columns: Mapping[int, object]) -> list[str]:
     return ["image", *(f"epoch {epoch}" for epoch in columns)]
 
 
-def _saved(sheet: PanelSheet, path: Path, texts: Mapping[str, str]) -> Image.Image:
+def _save(sheet: PanelSheet, path: Path, texts: Mapping[str, str]) -> None:
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text, zip=True)
     unfinished = path.with_name(f".{path.name}")
     sheet.image.save(unfinished, format="PNG", pnginfo=info)
     unfinished.replace(path)
-    return sheet.image
 
 
 def _panels(path: Path, rows: int) -> dict[int, list[Image.Image]]:

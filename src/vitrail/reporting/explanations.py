@@ -85,8 +85,8 @@ def explanation_sheet(
 
 def add_to_sheets(
     sheets: Mapping[str, Path], epoch: int, images: NDArray[np.uint8], found: Explanation, names: Sequence[str]
-) -> dict[str, Image.Image]:
-    """Add the maps of an epoch to the sheet of each kind, see `epoch_sheets`; return the sheets by kind.
+) -> None:
+    """Add the maps of an epoch to the sheet of each kind, see `epoch_sheets`.
 
     The selections of tokens are one panel: the earlier a token is left out, the whiter it is.
 
@@ -97,12 +97,12 @@ def add_to_sheets(
         found: maps of these images.
         names: class names.
     """
-    panels, added = _panels(images), {}
+    panels = _panels(images)
     for kind, path in sheets.items():
         if kind == "tokens":
             assert found.tokens is not None
             grids = [class_grid(probabilities) for probabilities in found.tokens]
-            added[kind] = add_class_epoch(path, epoch, panels, grids, names, TITLES[kind])
+            add_class_epoch(path, epoch, panels, grids, names, f"{TITLES[kind]}; legend: epoch {epoch}")
             continue
         if kind == "kept":
             assert found.kept is not None
@@ -111,8 +111,7 @@ def add_to_sheets(
         else:
             maps = [heat_overlay(*pair) for pair in zip(panels, found.heats[kind], strict=True)]
             heading = TITLES[kind]
-        added[kind] = add_epoch(path, epoch, panels, maps, heading)
-    return added
+        add_epoch(path, epoch, panels, maps, heading)
 
 
 def _panels(images: NDArray[np.uint8]) -> list[Image.Image]:

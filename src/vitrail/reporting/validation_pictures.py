@@ -1,4 +1,4 @@
-"""Pictures of the first validation images every few epochs: predictions, and where the network looks.
+"""Pictures of some validation images every few epochs: predictions, and where the network looks.
 
 What a network looks at is also drawn over the epochs of a training, with one sheet per kind of map.
 
@@ -12,16 +12,18 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitrail.data.sampling import sample_of
 from vitrail.errors import ConfigError
 from vitrail.models.explanations import Explanation, Kind, explain
 from vitrail.reporting.explanations import add_to_sheets, explanation_sheet
 from vitrail.reporting.pictures import denormalise, image_grid, log_picture
 from vitrail.reporting.tables import describe, shortened
 from vitrail.training import ImageClassifier
-from vitrail.types import IGNORE, Batch
+from vitrail.types import IGNORE, Batch, Item
 from vitrail_runtime.checking import PositiveInt, checked
 
 log = logging.getLogger(__name__)
@@ -29,9 +31,10 @@ log = logging.getLogger(__name__)
 
 @checked
 class ValidationPicture(L.Callback):
-    """Base of callbacks that draw the first validation images every few epochs and after the last one.
+    """Base of callbacks that draw some validation images every few epochs and after the last one.
 
-    The pictures are of the raw weights. Loggers keep all of them, the file the last one.
+    The images are evenly spread over the validation set, which is sorted by class. The pictures are of the raw weights.
+    Loggers keep all of them, the file the last one.
 
     Args:
         path: file of the last picture.
@@ -46,7 +49,10 @@ class ValidationPicture(L.Callback):
         self.path, self.every, self.count = Path(path), every, count
 
     def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
-        """Return the picture of a batch; all processes call this, because a sharded model needs them."""
+        """Return the picture of the first `count` images of a batch.
+
+        All processes call this, because a sharded model needs them.
+        """
         raise NotImplementedError
 
     def on_validation_batch_end(  # type: ignore[override]
@@ -58,14 +64,15 @@ class ValidationPicture(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the first batch if it is this epoch's turn."""
+        """Draw the images at the first batch, if it is this epoch's turn."""
         if batch_idx > 0 or dataloader_idx > 0 or not self.is_due(trainer):
             return
         if batch.image.ndim < 4:  # features that a linear probe keeps in memory
             return
         try:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
             with trainer.precision_plugin.val_step_context():
-                picture = self.draw(pl_module, batch, trainer.datamodule)  # type: ignore[attr-defined]
+                picture = self.draw(pl_module, _with_spread_images(batch, data.val, self.count), data)
         except ConfigError as error:
             log.warning("callbacks.%s: %s", self.name, error)
             self.every = None
@@ -87,6 +94,18 @@ class ValidationPicture(L.Callback):
             picture.save(self.path)
             for logger in trainer.loggers:
                 log_picture(logger, picture, self.name, trainer.current_epoch)
+
+
+def _with_spread_images(batch: Batch, dataset: Sequence[Item], count: int) -> Batch:
+    """Return a batch whose first images are `count` ones that are evenly spread over the data set.
+
+    It keeps its size, so that nothing is compiled for another one.
+    """
+    items = [dataset[int(index)] for index in sample_of(len(dataset), min(count, len(batch.image)))]
+    images, labels = batch.image.clone(), batch.label.clone()
+    images[: len(items)] = torch.stack([item.image for item in items]).to(images)
+    labels[: len(items)] = torch.tensor([item.label for item in items]).to(labels)
+    return batch._replace(image=images, label=labels)
 
 
 class PredictionPicture(ValidationPicture):
@@ -113,7 +132,7 @@ class AttentionPicture(ValidationPicture):
     """Callback that draws what explains the predictions of validation images: where a ViT looks, and more.
 
     Each kind of map is also collected over the epochs: `<kind>_over_epochs.png` next to `path` has a row per image and
-    a column per epoch, also of a resumed training. Loggers get these sheets after the last epoch.
+    a column per epoch, also of a resumed training. Loggers get these sheets at the end of the training.
 
     Args:
         path: file of the last picture.
@@ -134,6 +153,7 @@ class AttentionPicture(ValidationPicture):
         super().__init__(path, every, count)
         self.kinds = tuple(kinds)
         self._newest: tuple[NDArray[np.uint8], Explanation, Sequence[str]] | None = None
+        self._drawn: int | None = None  # epoch of the newest columns of the sheets, from 0
 
     def draw(self, module: ImageClassifier, batch: Batch, data: Any) -> Image.Image:
         """Return the picture of a batch, and remember its maps for the sheets over the epochs.
@@ -155,12 +175,18 @@ class AttentionPicture(ValidationPicture):
     def save(self, trainer: L.Trainer, picture: Image.Image) -> None:
         """Save the picture of this epoch, log it, and add its maps to the sheets over the epochs."""
         super().save(trainer, picture)
-        if not trainer.is_global_zero or self._newest is None:
+        if trainer.is_global_zero and self._newest is not None:
+            self._drawn = trainer.current_epoch
+            add_to_sheets(self._sheets(), self._drawn + 1, *self._newest)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the sheets that this training has drawn on."""
+        if self._drawn is None:
             return
-        epoch, paths = trainer.current_epoch + 1, self._sheets()
-        for kind, sheet in add_to_sheets(paths, epoch, *self._newest).items():
-            for logger in trainer.loggers if epoch == trainer.max_epochs else ():
-                log_picture(logger, sheet, paths[kind].stem, epoch - 1)
+        for path in self._sheets().values():
+            with Image.open(path) as sheet:
+                for logger in trainer.loggers:
+                    log_picture(logger, sheet.convert("RGB"), path.stem, self._drawn)
 
     def _sheets(self) -> dict[str, Path]:
         """Return the file of the sheet over the epochs of each kind."""

@@ -112,7 +112,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "device": str,
     },
     "report": {
-        "runs": str,
+        "runs": str | list[str],
         "out": str,
         "metric": _OPTIONAL,
         "evaluations": _OPTIONAL,

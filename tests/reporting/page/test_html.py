@@ -29,6 +29,14 @@ def test_differing__a_run_with_a_damaged_config_does_not_make_every_key_differ(t
     assert differing([read(path) for path in paths]) == []
 
 
+def test_differing__values_of_a_command_line_equal_those_of_a_config(tmp_path):
+    values = {"size": 64, "flip": True, "rate": 1e-3, "scale": [0.3, 1.0], "name": "a", "share": 0.5}
+    overrides = ["size=64", "flip=true", "rate=1e-3", "scale=[0.3,1.0]", "name='a'", "share=0.5"]
+    paths = [make_run(tmp_path / "a" / "b" / name, overrides=overrides, **values) for name in ("whole", "damaged")]
+    (paths[1] / "config.yaml").write_text("a: [")
+    assert differing([read(path) for path in paths]) == []
+
+
 def test_differing__keys_of_the_command_line_first(tmp_path):
     options = ({"seed": 1, "mixing": None}, {"seed": 2, "mixing": {"mixup": 0.2}}, {"seed": 2, "mixing": None})
     overrides = (["mixing=none"], ["optimizer.lr=0.001", "mixing=mixup_02"], ["optimizer.lr=0.001"])
@@ -131,7 +139,11 @@ def test_page__command_of_a_resumed_run(tmp_path):
     overrides = ["model=vit", "epochs=3", "# resumed 2026-01-02 03:04:05", "resume=y", "epochs=9", "seed=1"]
     resumed = make_run(tmp_path / "a" / "b" / "resumed", overrides=overrides)
     runs = [read(path) for path in (single, sweep / "0", resumed)]
-    first, second, third = data_of(render_page(runs, "val/top1", ""))["runs"]
+    unknown = make_run(tmp_path / "a" / "b" / "unknown")
+    (unknown / "overrides.txt").unlink()
+    runs.append(read(unknown))
+    first, second, third, fourth = data_of(render_page(runs, "val/top1", ""))["runs"]
+    assert fourth["command"] is None
     assert first["command"] is None
     assert first["reproduce"].endswith(f"reproduce={single}")
     assert second["command"].endswith("optimizer.lr=1 optimizer.weight_decay=1")

@@ -10,7 +10,7 @@ import pytest
 
 from report_runs import epoch_lines, make_run, make_sweep
 from vitrail.errors import ConfigError
-from vitrail.reporting.page import find_evaluations, find_runs, read_run, signature
+from vitrail.reporting.page import common_folder, find_evaluations, find_runs, read_run, signature
 from vitrail.runs.directory import is_claimed
 
 
@@ -25,18 +25,21 @@ def test_find_runs__at_any_depth_without_evaluations(tmp_path):
     (tmp_path / "eval" / "runs" / "b" / "eval.log").touch()
     (single / "checkpoints").mkdir()
     jobs = [sweep / str(number) for number in range(11)]
-    assert find_runs(str(tmp_path)) == [*jobs, single]
-    assert find_runs(str(single)) == [single]
+    assert find_runs([str(tmp_path)]) == [*jobs, single]
+    assert find_runs([str(single)]) == [single]
+    assert find_runs([str(tmp_path / "train" / "runs" / "*"), str(sweep)]) == [*jobs, single]
+    assert common_folder([str(tmp_path / "train" / "runs" / "*"), str(sweep)]) == tmp_path / "train"
+    assert common_folder([str(sweep)]) == sweep
     shutil.rmtree(sweep / "3")
     (sweep / "3").mkdir()  # a job that failed before it wrote anything
-    assert find_runs(str(sweep)) == jobs
+    assert find_runs([str(sweep)]) == jobs
 
 
 def test_find_runs__none(tmp_path):
-    with pytest.raises(ConfigError, match=r"runs=.*: contains no runs of train.py"):
-        find_runs(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"runs=.*: contains no run of train.py"):
+        find_runs([str(tmp_path)])
     with pytest.raises(ConfigError, match=r"runs=/nowhere: no such folder"):
-        find_runs("/nowhere")
+        find_runs(["/nowhere"])
 
 
 def test_read_run__finished(tmp_path):
@@ -120,6 +123,10 @@ def test_read_run__history_of_a_resumed_run(tmp_path):
         ("config.yaml", b"text", "config.yaml: cannot be read (not a mapping)"),
         ("config.yaml", b"\xff\xfe", "config.yaml: cannot be read ('utf-8' codec"),
         ("results.json", b"{", "results.json: cannot be read (Expecting"),
+        ("results.json", b'{"epochs": null}', "results.json: cannot be read (epochs is not a number)"),
+        ("results.json", b'{"epochs": 3, "seconds": "long"}', "results.json: cannot be read (seconds is not a number)"),
+        ("config.yaml", b"a: &a [*a]", "config.yaml: cannot be read (maximum recursion depth"),
+        ("config.yaml", b"epochs: '12'", None),
         ("overrides.txt", None, "overrides.txt: missing"),
     ],
 )
@@ -132,6 +139,16 @@ def test_read_run__damaged_file(tmp_path, name, content, problem):
     problems = read(path).problems
     assert len(problems) == (problem is not None)
     assert problem is None or problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize("overrides", [5, [5], None])
+def test_read_run__damaged_overrides_of_a_job(tmp_path, overrides):
+    sweep = make_sweep(tmp_path / "a" / "s", [(1, 1, 50)])
+    jobs = json.loads((sweep / "jobs.json").read_text())
+    (sweep / "jobs.json").write_text(json.dumps([{**job, "overrides": overrides} for job in jobs]))
+    run = read(sweep / "0")
+    assert run.status == "finished"
+    assert all(isinstance(item, str) for item in run.overrides)
 
 
 def test_read_run__numbers_that_are_not_finite(tmp_path):

@@ -1,10 +1,13 @@
 """What differs between the configs of runs, and which values of a sweep matter."""
 
+import re
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
-from vitrail.reporting.page.records import RunRecord, is_larger_better
+from yaml import YAMLError
+
+from vitrail.reporting.page.records import RunRecord, is_larger_better, parse_yaml
 from vitrail_runtime.sweep_study import importances, sweep_study, varied
 
 _NOT_COMPARED = ("paths.", "resume", "reproduce", "hydra.")
@@ -49,9 +52,19 @@ def _column(key: str, values: list[Any], known: Sequence[bool]) -> Column | None
     return Column(key, values, False)
 
 
-def _overrides(run: RunRecord) -> dict[str, str]:
-    pairs = (item.lstrip("+").partition("=") for item in run.overrides if not item.startswith(("~", "hydra")))
-    return {key: value.strip("'\"") for key, _, value in pairs}
+def _overrides(run: RunRecord) -> dict[str, Any]:
+    """Return the values of a command line by key, as the config would have them."""
+    items = [item for item in run.overrides or () if not item.startswith(("~", "hydra"))]
+    return {key: _parsed(value) for key, _, value in (item.lstrip("+").partition("=") for item in items)}
+
+
+def _parsed(text: str) -> Any:
+    if re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text, re.IGNORECASE):  # 1e-3 is text for YAML
+        return float(text)
+    try:
+        return _leaf(parse_yaml(text))
+    except YAMLError:
+        return text
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -62,7 +75,11 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
             for name, branch in tree.items()
             for key, value in _leaves(branch, f"{prefix}.{name}" if prefix else name).items()
         }
-    return {prefix: tree if isinstance(tree, (int, float, str, bool)) or tree is None else str(tree)}
+    return {prefix: _leaf(tree)}
+
+
+def _leaf(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
 
 
 def groups(runs: Sequence[RunRecord], metric: str) -> list[dict[str, Any]]:
@@ -83,7 +100,7 @@ def groups(runs: Sequence[RunRecord], metric: str) -> list[dict[str, Any]]:
 def _job(run: RunRecord, metric: str) -> dict[str, Any]:
     best = run.best(metric)
     finished = run.status in ("finished", "pruned") and best is not None
-    overrides = [item for item in run.overrides if "=" in item and not item.startswith("resume=")]
+    overrides = [item for item in run.overrides or () if "=" in item and not item.startswith("resume=")]
     return {"overrides": overrides, "results": {metric: best} if finished else None, "status": run.status}
 
 

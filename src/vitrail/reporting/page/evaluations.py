@@ -59,7 +59,7 @@ def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             try:
                 with file.open(newline="", encoding="utf-8") as lines:
                     entry |= read(list(csv.DictReader(lines)))
-            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            except Exception as error:  # a damaged file can hold anything
                 problems.append(f"{folder.name}/{file.name}: cannot be read ({error})")
         if summary.get("loss") is None:  # several right classes per image, of which the file has the first
             entry.pop("calibration", None)
@@ -81,6 +81,8 @@ def _calibration(rows: list[dict[str, str]]) -> dict[str, Any]:
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for row in rows:
         confidence = float(row["probability"])
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"{confidence} is not a probability")
         bins[min(int(confidence * BINS), BINS - 1)].append((confidence, row["label"] == row["called"]))
     points = [
         [sum(share for share, _ in some) / len(some), sum(right for _, right in some) / len(some), len(some)]

@@ -21,6 +21,15 @@ _FILES = ("config.yaml", "metrics.csv", "results.json", "overrides.txt", "skippe
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the compiled one is ten times as fast
 
 
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text contains.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, _LOADER)
+
+
 def load_yaml(file: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -29,7 +38,7 @@ def load_yaml(file: Path) -> dict[str, Any]:
         ValueError: it contains something else.
         yaml.YAMLError: it is not YAML.
     """
-    saved = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
+    saved = parse_yaml(file.read_text(encoding="utf-8"))
     if not isinstance(saved, dict):
         raise ValueError("not a mapping")
     return saved
@@ -48,7 +57,7 @@ class RunRecord:
         sentence: why it failed.
         problems: files that are missing or damaged, one sentence each.
         config: config with the run directory written as `<run>`.
-        overrides: overrides of its command line, with those that a resume changed or added.
+        overrides: overrides of its command line, with those that a resume changed or added; None if they are not known.
         metrics: columns of metrics.csv, one value per epoch; None where there is no finite number.
         results: contents of results.json.
     """
@@ -60,7 +69,7 @@ class RunRecord:
     sentence: str = ""
     problems: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
+    overrides: list[str] | None = None
     versions: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +79,13 @@ class RunRecord:
     @property
     def is_command_known(self) -> bool:
         """Whether `overrides` are all that the run was started with."""
-        return bool(self.config) and not any(item.startswith("resume=") for item in self.overrides)
+        return self.overrides is not None and not any(item.startswith("resume=") for item in self.overrides)
+
+    @property
+    def planned_epochs(self) -> float | None:
+        """Number of epochs of the config; None if it is not known."""
+        planned = self.config.get("epochs")
+        return planned if _is_number(planned) else None
 
     @property
     def epochs(self) -> int:
@@ -94,20 +109,51 @@ class RunRecord:
         return (max if is_larger_better(metric) else min)(values, default=None)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def is_larger_better(metric: str) -> bool:
     """Return whether a metric is better if it is larger."""
     return "loss" not in metric and "error" not in metric
 
 
-def find_runs(where: str) -> list[Path]:
-    """Return the run directories in a folder, at any depth, sorted by path; the folder may be a run itself.
+def find_runs(where: Sequence[str]) -> list[Path]:
+    """Return the run directories in folders, at any depth, sorted by path; a folder may be a run itself.
+
+    Args:
+        where: folders, or patterns of folders such as `logs/train/runs/2026-11-*`.
 
     Raises:
         ConfigError: there is no such folder, or no run in it.
     """
-    root = Path(where).expanduser().absolute()
-    if not root.is_dir():
-        raise ConfigError(f"runs={where}: no such folder; set it to a run, a sweep, or a folder that contains some.")
+    found: set[Path] = set()
+    for name in where:
+        folders = _folders(name)
+        if not folders:
+            raise ConfigError(f"runs={name}: no such folder; set it to a run, a sweep, or a folder that contains some.")
+        inside = {path for folder in folders for path in _runs_below(folder)}
+        if not inside:
+            raise ConfigError(
+                f"runs={name}: contains no run of train.py (a folder with a config.yaml and a train.log)."
+            )
+        found |= inside
+    return sorted(found, key=_by_number)
+
+
+def common_folder(where: Sequence[str]) -> Path:
+    """Return the folder that contains the folders of `find_runs`, to which names of runs are relative."""
+    folders = [folder for name in where for folder in _folders(name)]
+    return folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders or [Path.cwd()]))
+
+
+def _folders(name: str) -> list[Path]:
+    path = Path(name).expanduser().absolute()
+    matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    return [path] if path.is_dir() else sorted(found for found in matching if found.is_dir())
+
+
+def _runs_below(root: Path) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root):
         jobs = _jobs(Path(folder)) if "jobs.json" in files else {}
@@ -116,10 +162,7 @@ def find_runs(where: str) -> list[Path]:
             found.append(Path(folder))
             folders.clear()
         folders[:] = [name for name in folders if name not in _NOT_RUNS and not name.startswith(".")]
-    runs = sorted({path for path in found if path.is_dir()}, key=_by_number)
-    if not runs:
-        raise ConfigError(f"runs={where}: contains no runs of train.py (folders with a config.yaml and a train.log).")
-    return runs
+    return [path for path in found if path.is_dir()]
 
 
 def _is_run(files: set[str]) -> bool:
@@ -134,9 +177,11 @@ def _by_number(path: Path) -> tuple[Any, ...]:
 def _jobs(sweep: Path) -> dict[int, dict[str, Any]]:
     """Return the jobs of a sweep by number; none if its record is damaged."""
     try:
-        return {int(job["number"]): job for job in json.loads((sweep / "jobs.json").read_text(encoding="utf-8"))}
+        jobs = {int(job["number"]): job for job in json.loads((sweep / "jobs.json").read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    good = all(isinstance(job.get("overrides", []), list) for job in jobs.values())
+    return {number: {**job, "overrides": [*map(str, job.get("overrides", []))]} for number, job in jobs.items() if good}
 
 
 def signature(path: Path) -> tuple[Any, ...]:
@@ -173,7 +218,7 @@ def read_run(
                 run.config = upgrade(run.config)
         except FileNotFoundError:
             missing.append(part)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error, yaml.YAMLError) as error:
+        except Exception as error:  # a damaged file can hold anything
             run.problems.append(f"{part}: cannot be read ({_first_line(error)})")
     if missing:
         run.problems.append(f"{', '.join(missing)}: missing")
@@ -184,8 +229,8 @@ def read_run(
         run.problems.append(f"{logs[0].name}: cannot be read ({_first_line(error)})")
     if not run.metrics and not any("metrics.csv" in problem for problem in run.problems):
         run.problems.append("metrics.csv: has no finished epoch")
-    if job is not None and job.get("overrides"):
-        run.overrides = list(job["overrides"])
+    if job is not None and job["overrides"]:
+        run.overrides = job["overrides"]
     run.status, run.sentence = _status(run, job, is_claimed(path))
     return run
 
@@ -202,7 +247,7 @@ def _status(run: RunRecord, job: dict[str, Any] | None, claimed: bool | None) ->
         return "pruned", ""
     if (failure := run.history.failure) is not None:
         return "failed", failure
-    planned = run.config.get("epochs")
+    planned = run.planned_epochs
     if run.results and (planned is None or run.results.get("epochs", planned) >= planned):
         return "finished", ""
     if code not in (0, 143):  # 128 + SIGTERM: stopped, to be resumed
@@ -266,6 +311,9 @@ def _read_results(run: RunRecord, file: Path) -> None:
         results = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(results, dict):
             raise ValueError("not a mapping")
+        for name in ("epochs", "seconds", "images_per_second"):
+            if not _is_number(results.get(name, 0)):
+                raise ValueError(f"{name} is not a number")
         run.results = results
 
 
