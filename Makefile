@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
-# One test loads an export in transformers; beside the environment, because torchmetrics imports it wherever it is found.
+# One test loads an export in transformers. It is installed outside the environment, because torchmetrics imports it
+# wherever it is found.
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --upgrade --target $(VENV)/transformers transformers tokenizers regex
 	@touch $@
 
@@ -67,7 +68,7 @@ demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offlin
 demo-segmentation: $(VENV)/.dev  ## Measure whether they help segmentation too, with the runs of `make demo`
 	$(BIN)/python benchmarks/demo_segmentation.py $(ARGS)
 
-pictures: $(VENV)/.dev  ## Make every picture of README and docs (15 minutes on 2 cores after `make demo`; needs chromium)
+pictures: $(VENV)/.dev  ## Make every picture for README and docs (15 minutes on 2 cores after `make demo`; needs chromium)
 	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 recipes: $(VENV)/.dev  ## Generate docs/recipes.md from conf/experiment/ and results/results.csv
@@ -79,7 +80,7 @@ reproduce: $(VENV)/.installed  ## Repeat a finished run and compare its metrics:
 benchmark: $(VENV)/.dev  ## Measure the overhead of the framework over a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
-benchmark-gpu:  ## Measure trainings on a GPU in the current Python environment, into results/gpu.csv (8 minutes)
+benchmark-gpu:  ## Measure training on a GPU in the current Python environment; adds rows to results/gpu.csv (8 minutes)
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:  ## Remove environments and caches (logs/ and data/ are kept)

@@ -94,7 +94,7 @@ def test_torchrun__restart_resumes_with_fewer_processes(tmp_path):
     rates = [group["lr"] for group in after["optimizer_states"][0]["param_groups"]]
     assert rates == pytest.approx([1e-5, 1e-5], rel=0.1)  # the end of the cosine, although there were fewer steps
     changed = run_ranks("train.py", *options, "optimizer.lr=1", logs=tmp_path, ranks=1, **id_)
-    assert "contains another training; choose another hydra.run.dir (or --rdzv-id)" in error_of(changed[0])
+    assert "contains another run; choose another hydra.run.dir (or --rdzv-id)" in error_of(changed[0])
     nameless = run_ranks("train.py", logs=tmp_path, ranks=1, TORCHELASTIC_USE_AGENT_STORE="False")
     assert "--rdzv-id: torchrun needs this option" in error_of(nameless[0])
 

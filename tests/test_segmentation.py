@@ -135,7 +135,7 @@ def test_predict__of_python_equals_the_program(finished, root, tmp_path):
         for result in (of_file, of_array):
             np.testing.assert_array_equal(result.mask, Image.open(tmp_path / "masks" / name))
             assert [round(share, 6) for share in result.shares] == [shares.get(name, 0) for name in masked.CLASSES]
-    with pytest.raises(ConfigError, match="top_k: this network segments images, to which it does not apply; omit it"):
+    with pytest.raises(ConfigError, match="top_k: does not apply to a network that segments images; omit it"):
         trained.predict(images, top_k=3)
     with pytest.raises(ImageError, match=r"nowhere\.png: not a readable image"):
         trained.predict(["nowhere.png"])
@@ -156,7 +156,7 @@ def test_predict__unreadable_images_and_options_without_meaning(finished, root, 
     result = run(*arguments, "masks=null", "out=without.jsonl", logs=tmp_path)
     assert [name for _, name, _ in table_of(tmp_path / "without.jsonl")] == ["", ""]
     for option, message in (
-        ("top_k=3", "top_k: this network segments images, to which it does not apply; omit it."),
+        ("top_k=3", "top_k: does not apply to a network that segments images; omit it."),
         ("batch_size=2", "batch_size: this network segments images"),
         ("masks=images", "masks=images: contains some of the images; choose another folder."),
     ):

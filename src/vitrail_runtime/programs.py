@@ -73,7 +73,7 @@ PROGRAMS = {
     "benchmark": Program(
         "benchmark",
         _measured,
-        "measure speed and memory of a backbone or a training",
+        "measure speed and memory of a backbone or a training step",
         {"train=true": "benchmark_train", "tune=true": "benchmark_train"},
     ),
     "list_models": Program("list_models", lambda _: "list_models:show", "list the backbones and what they cost"),

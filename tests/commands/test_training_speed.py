@@ -113,8 +113,11 @@ def test_compared__replaces_overrides_of_the_same_keys(against, expected):
         (("steps=0",), "steps=0: "),
         (("peak=-1",), "peak=-1"),
         (("synthetic=maybe",), "synthetic=maybe: "),
-        (("phases=efficienttrain",), "phases: only plain trainings of one image size can be measured; set phases=null"),
-        (("experiment=segmentation", "data.root=/none"), "objective: only trainings of classifiers can be measured"),
+        (
+            ("phases=efficienttrain",),
+            "phases: only plain training with one image size can be measured; set phases=null",
+        ),
+        (("experiment=segmentation", "data.root=/none"), "objective: only the training of classifiers can be measured"),
         (("against=no_such_model",), "no_such_model"),
         (("steeps=3",), "steeps"),
     ],

@@ -72,4 +72,4 @@ def test_choices__those_that_apply_and_that_the_command_line_leaves_open(overrid
 def test_tune__nothing_fits(tmp_path):
     options = ("model=deit_nano", "data.batch_size=2", "memory=0.0001", "grad_checkpointing=true")
     error = error_of(run("benchmark.py", *TINY, *options, logs=tmp_path))
-    assert error == "error: data.batch_size=2: no batch size fits into the memory with any setting."
+    assert error == "error: data.batch_size=2: no batch size fits into memory with any setting."

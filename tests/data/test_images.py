@@ -168,7 +168,7 @@ def test_value_range__value_outside_is_refused(values, problem, tmp_path):
 
 def test_value_range__small_negative_values_are_no_rounding(tmp_path):
     Image.fromarray((GREY / 255 - 0.5).astype(np.float32)).save(tmp_path / "centred.tif")
-    with pytest.raises(ConfigError, match="do not say what is black and white"):
+    with pytest.raises(ConfigError, match="do not show which are black and white"):
         find_value_range([tmp_path / "centred.tif"])
     with pytest.raises(ImageError, match=r"centred.tif: values from .* set data.value_range=\[low, high\]"):
         load_image(tmp_path / "centred.tif")
@@ -177,7 +177,7 @@ def test_value_range__small_negative_values_are_no_rounding(tmp_path):
 def test_value_range__integers_and_floats_together(tmp_path):
     Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "a.tif")
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "b.tif")
-    with pytest.raises(ConfigError, match=r"data.value_range: there are images of integers and of floats"):
+    with pytest.raises(ConfigError, match=r"data.value_range: some images contain integers and some floats"):
         find_value_range([tmp_path / "a.tif", tmp_path / "b.tif"])
 
 
@@ -272,7 +272,7 @@ def test_signed_integers__of_real_files(dtype, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", (GREY * 128).astype(dtype))
     assert np.abs(np.asarray(load_image(tmp_path / "a.tif"))[..., 0] - GREY * 128 / 32767 * 255).max() <= 0.5
     tifffile.imwrite(tmp_path / "b.tif", (GREY * 128 - 1000).astype(dtype))
-    with pytest.raises(ImageError, match=r"values from -\d+ to \d+ do not say what is black and white"):
+    with pytest.raises(ImageError, match=r"values from -\d+ to \d+ do not show which are black and white"):
         load_image(tmp_path / "b.tif")
 
 

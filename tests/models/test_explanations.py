@@ -123,7 +123,7 @@ def test_kept__of_evo_levit_on_the_first_grid():
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("deit_nano", "tokens", "explain=tokens: .* does not classify its patch tokens; model.token_head=true does."),
+        ("deit_nano", "tokens", "explain=tokens: .* does not classify its patch tokens; use model.token_head=true."),
         ("deit_nano", "kept", "explain=kept: .* keeps all its tokens; choose a DynamicViT or Evo-ViT."),
         ("deit_nano", "colours", f"explain=colours: cannot be drawn; choose from {', '.join(KINDS)}."),
         ("test_resnet", "rollout", "explain=rollout: ResNet has no attention over all its patch tokens."),

@@ -104,7 +104,7 @@ def test_official_checkpoint__another_rotation_is_refused(tmp_path):
     assert list(kept) == ["head.bias"]
     weights = {**model.state_dict(), "blocks.0.attn.rope_reg.freqs": bands}
     torch.save({"model": weights}, tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match=r"blocks.0.attn.rope_reg.freqs is not the rotation of ViT-5, base 100;"):
+    with pytest.raises(ConfigError, match=r"rope_reg.freqs does not match the rotary embedding of ViT-5 \(base 100\);"):
         load_checkpoint(model, tmp_path / "x.pth")
 
 

@@ -154,7 +154,7 @@ def test_report__names_with_html_are_shown(standin):
     [
         ({}, f"wandb={ENTITY}/vitrail: has no runs."),
         ({"wandb": "vitrail"}, "wandb=vitrail: must be <entity>/<project> or <entity>/<project>/sweeps/<id>."),
-        ({"runs": "nobody"}, f"runs: nobody is no run of {ENTITY}/vitrail."),
+        ({"runs": "nobody"}, f"runs: nobody is not a run of {ENTITY}/vitrail."),
     ],
 )
 def test_report__bad_input_is_one_sentence(standin, config, message):
@@ -173,7 +173,7 @@ def test_report__no_such_metric_or_no_metrics_at_all(standin):
 
 
 def test_report__a_folder_that_is_no_wandb_run(standin, tmp_path):
-    with pytest.raises(ConfigError, match=r"no run with logger=wandb, it has no wandb_id\.txt"):
+    with pytest.raises(ConfigError, match=r"not a run directory with logger=wandb \(no wandb_id\.txt\)"):
         report_of(standin, runs=str(tmp_path))
 
 

@@ -184,7 +184,7 @@ def test_muon__the_first_step_is_that_of_timm():
 def test_muon__other_optimisers_have_no_routing():
     model = create_model("vit_nano", 10, 32)
     assert describe_routing(OptimizerFactory("adamw").build(model, 512), {"": model}) is None
-    with pytest.raises(ConfigError, match=r"optimizer.adamw_first_last=true: adamw is no variant of Muon; omit it"):
+    with pytest.raises(ConfigError, match=r"optimizer.adamw_first_last=true: adamw is not a variant of Muon; omit it"):
         OptimizerFactory("adamw", adamw_first_last=True).build(model, 512)
 
 

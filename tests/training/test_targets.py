@@ -100,7 +100,7 @@ class Learned(Objective):
     ("objective", "message"),
     [
         (TokenTargets(), "objective: TokenTargets needs token logits, which VisionTransformer does not have"),
-        (Silent(), "objective: Silent contains TokenLabelingLoss, whose need outputs.tokens it must declare"),
+        (Silent(), "objective: Silent contains TokenLabelingLoss, so it must also declare the need outputs.tokens"),
         (
             Learned(),
             "objective: Learned has parameters that nothing trains; name their modules in its attribute",

@@ -169,7 +169,7 @@ def _class_names(trained: TrainedModel, data: ImageDataModule) -> list[str]:
         raise ConfigError(
             f"ckpt={trained.path}: has {trained.num_classes} classes, but the data has {data.num_classes}."
         )
-    log.info("%s records no class names: they are taken to be the data's, in the same order", trained.path)
+    log.info("%s contains no class names; assuming the data's classes in the data's order", trained.path)
     return data.classes
 
 

@@ -40,7 +40,7 @@ def report(config: DictConfig) -> Path:
     _write(out, reader, config.interval if config.live else None, first=True)
     log.info("%s: %s, %s", near(out), counted(len(reader.runs), "run"), size_words(out.stat().st_size))
     if config.live:
-        log.info("open file://%s; it reloads itself every %g s. Ctrl-C ends this.", out.absolute(), config.interval)
+        log.info("open file://%s; it reloads itself every %g s. Press Ctrl-C to stop.", out.absolute(), config.interval)
         try:
             while True:
                 time.sleep(config.interval)

@@ -196,7 +196,7 @@ def tune(config: DictConfig) -> list[Trial]:
     trials = tuner.tune()
     best = trials[0]
     if best.figures is None:
-        raise ConfigError(f"data.batch_size={tuner.batch_size}: no batch size fits into the memory with any setting.")
+        raise ConfigError(f"data.batch_size={tuner.batch_size}: no batch size fits into memory with any setting.")
     get_console().print(_table(trials))
     arguments = shlex.join([*options(), *compared(tuner.overrides, best.overrides)])
     get_console().print(f"{shown_command('train')} {arguments}", soft_wrap=True, markup=False, highlight=False)

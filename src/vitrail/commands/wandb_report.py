@@ -62,6 +62,6 @@ def _runs(given: str | Sequence[str] | None) -> list[str]:
         folder = Path(name).expanduser()
         identity = folder / "wandb_id.txt"
         if folder.is_dir() and not identity.is_file():
-            raise ConfigError(f"runs={name}: this folder is no run with logger=wandb, it has no wandb_id.txt.")
+            raise ConfigError(f"runs={name}: not a run directory with logger=wandb (no wandb_id.txt).")
         names.append(identity.read_text().strip() if folder.is_dir() else name.strip())
     return names

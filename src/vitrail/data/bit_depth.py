@@ -34,7 +34,7 @@ def scaled(
         value_range = TYPE_RANGES.get(values.dtype.kind)
         if value_range is None:
             raise OutsideRangeError(
-                "its integers do not say what is black and white; set data.value_range=[low, high]."
+                "its integers do not show which are black and white; set data.value_range=[low, high]."
             )
     if value_range is None:
         value_range = _own_range(colours)
@@ -62,7 +62,7 @@ def _own_range(values: NDArray[Any]) -> ValueRange:
     white = white_of(low, high, values.dtype.kind)
     if white is None:
         raise OutsideRangeError(
-            f"values from {low:g} to {high:g} do not say what is black and white; set data.value_range=[low, high]."
+            f"values from {low:g} to {high:g} do not show which are black and white; set data.value_range=[low, high]."
         )
     return 0.0, white
 

@@ -93,7 +93,7 @@ def check_kinds(model: nn.Module, kinds: Sequence[str], image_size: tuple[int, i
 def _check_outputs(model: nn.Module, kinds: Sequence[str]) -> None:
     declared = declared_outputs(model)
     if "tokens" in kinds and "tokens" not in declared:
-        raise ConfigError(f"{type(model).__name__} does not classify its patch tokens; model.token_head=true does.")
+        raise ConfigError(f"{type(model).__name__} does not classify its patch tokens; use model.token_head=true.")
     if "kept" in kinds and "decisions" not in declared:
         raise ConfigError(f"{type(model).__name__} keeps all its tokens; choose a DynamicViT or Evo-ViT.")
 

@@ -39,7 +39,9 @@ def gradient_map(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     if not isinstance(info, list) or not info or "module" not in info[-1]:
         raise ConfigError(f"{type(model).__name__} declares no feature_info, which names its last layer.")
     if "decisions" in declared_outputs(model) and not hasattr(model, "selection_blocks"):
-        raise ConfigError(f"{type(model).__name__} selects tokens within its stages; its tokens cannot be placed.")
+        raise ConfigError(
+            f"{type(model).__name__} selects tokens within its stages, so their positions in the image are unknown."
+        )
     with torch.inference_mode(False), torch.enable_grad():
         images, classes = images.clone(), classes.clone()  # validation makes tensors that autograd cannot use
         attribution = LayerGradientXActivation(model, model.get_submodule(info[-1]["module"]))

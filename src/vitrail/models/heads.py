@@ -301,7 +301,7 @@ def add_token_head(model: nn.Module) -> nn.Module:
         return model
     if isinstance(model, VOLO):
         raise ConfigError(
-            "model.token_head=true: this VOLO lacks its class token or its own classifier of tokens; omit"
+            "model.token_head=true: this VOLO lacks its class token or its own token classifier; omit"
             " model.global_pool, model.post_layers and model.use_aux_head."
         )
     if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features")):

@@ -127,7 +127,9 @@ def drop_rotary_bands(weights: dict[str, Tensor], source: str = "ckpt") -> dict[
             continue
         expected = base ** -(torch.arange(len(value), dtype=torch.float64) / len(value))
         if not torch.allclose(value.double().cpu(), expected, rtol=1e-4):
-            raise ConfigError(f"{source}: {key} is not the rotation of ViT-5, base {base:g}; use weights of ViT-5.")
+            raise ConfigError(
+                f"{source}: {key} does not match the rotary embedding of ViT-5 (base {base:g}); use weights of ViT-5."
+            )
     return kept
 
 

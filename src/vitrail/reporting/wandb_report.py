@@ -101,7 +101,7 @@ def fetch_runs(where: ProjectPath, runs: Sequence[str] = ()) -> list[RunFigures]
         raise ConfigError(f"wandb={path}: the server refused or did not answer ({reason[0]}).") from error
     if missing := [name for name in runs if name not in {part for run in found for part in (run.id, run.name)}]:
         raise ConfigError(
-            f"runs: {missing[0]} is no run of {path}" + (f", sweep {where.sweep}." if where.sweep else ".")
+            f"runs: {missing[0]} is not a run of {path}" + (f", sweep {where.sweep}." if where.sweep else ".")
         )
     if not found:
         raise ConfigError(f"wandb={path}: has no runs" + (f" in sweep {where.sweep}." if where.sweep else "."))

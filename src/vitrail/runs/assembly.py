@@ -83,7 +83,7 @@ def check_name(node: Any) -> None:
     """
     if OmegaConf.is_config(node) and OmegaConf.is_missing(node, "name"):
         raise ConfigError(
-            "model.name: not set; list_models.py lists the names, and the file in conf/model its family's."
+            "model.name: not set; list_models.py lists the names, and each file in conf/model those of its family."
         )
 
 
@@ -109,7 +109,9 @@ def build_model(node: Any, num_classes: int, image_size: tuple[int, int], **kwar
     if asked is not None and asked != num_classes:
         raise ConfigError(f"model.num_classes={asked} does not fit the data, which has {num_classes} classes.")
     if node.get("in_chans") not in (None, 3):
-        raise ConfigError(f"model.in_chans={node['in_chans']}: all images have three channels, grey ones too; omit it.")
+        raise ConfigError(
+            f"model.in_chans={node['in_chans']}: all images have three channels, also grey ones; omit it."
+        )
     wanted = {"num_classes": num_classes, "img_size": image_size, **kwargs}
     target = str(node["_target_"])
     accepted = inspect.signature(resolve_target(target)).parameters

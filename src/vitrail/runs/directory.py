@@ -187,7 +187,7 @@ def find_weights_file(path: str | Path, key: str = "ckpt") -> tuple[Path, dict[s
         return found[0], described
     if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
         raise ConfigError(
-            f"{key}={path}: its config.json is not one that timm or export.py writes, with an architecture."
+            f"{key}={path}: its config.json is damaged or has no architecture; use a folder from timm or export.py."
         )
     file = find_checkpoint(str(path), key)
     is_export = file.name in EXPORTED_NAMES or file.suffix == ".pth"

@@ -47,7 +47,7 @@ def check_options(named: Iterable[str]) -> None:
         ConfigError: one of them does not apply.
     """
     if wrong := sorted(set(named) & set(_OF_CLASSIFIERS)):
-        raise ConfigError(f"{wrong[0]}: this network segments images, to which it does not apply; omit it.")
+        raise ConfigError(f"{wrong[0]}: does not apply to a network that segments images; omit it.")
 
 
 @checked

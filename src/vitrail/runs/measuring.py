@@ -227,9 +227,9 @@ def _restrict(config: DictConfig, folder: Path, batches: int) -> None:
     """
     for key in ("phases", "probe"):
         if config.get(key) is not None:
-            raise ConfigError(f"{key}: only plain trainings of one image size can be measured; set {key}=null.")
+            raise ConfigError(f"{key}: only plain training with one image size can be measured; set {key}=null.")
     if "masks" in needs_of(instantiate(config.objective, "objective")):
-        raise ConfigError("objective: only trainings of classifiers can be measured, not of segmentation networks.")
+        raise ConfigError("objective: only the training of classifiers can be measured, not of segmentation networks.")
     OmegaConf.set_struct(config, False)
     config.paths.run = str(folder)
     config.trainer.devices = config.trainer.num_nodes = 1

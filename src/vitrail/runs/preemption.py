@@ -162,7 +162,7 @@ def lost_process(error: RuntimeError, run: Path) -> TrainingError | None:
             f" data.batch_size; {advice}."
         )
     if re.search(r"gloo|nccl|DistBackendError|connection (reset|closed)|timed out", text + repr(error), re.IGNORECASE):
-        return TrainingError(f"another process of this training died ({text.splitlines()[0][:160]}); {advice}.")
+        return TrainingError(f"another process of this run died ({text.splitlines()[0][:160]}); {advice}.")
     return None
 
 
@@ -174,7 +174,7 @@ def explain_dead_children(run: Path) -> None:
         if found:
             record.levelno, record.levelname, record.args = logging.ERROR, "ERROR", ()
             record.msg = (
-                f"process {found[1]} of this training exited with status {found[2]}, so all processes stop;"
+                f"process {found[1]} of this run exited with status {found[2]}, so all processes stop;"
                 f" resume={run} continues from the last checkpoint"
             )
         return found is not None or record.levelno >= logging.WARNING

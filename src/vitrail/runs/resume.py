@@ -32,7 +32,7 @@ def continue_restarted(config: DictConfig, run: RunDirectory) -> DictConfig:
     """Return `config` with `resume` set to the run directory, for a training that torchrun or SLURM restarted.
 
     Raises:
-        ConfigError: the run directory contains another training.
+        ConfigError: the run directory contains another run.
     """
     before, now = (redacted(upgraded(plain(tree))) for tree in (OmegaConf.load(run.path / "config.yaml"), config))
     for tree in (before, now):
@@ -41,7 +41,7 @@ def continue_restarted(config: DictConfig, run: RunDirectory) -> DictConfig:
             tree["trainer"].pop(key)
     if before != now:
         raise ConfigError(
-            f"hydra.run.dir={run.path}: contains another training; choose another hydra.run.dir (or --rdzv-id)."
+            f"hydra.run.dir={run.path}: contains another run; choose another hydra.run.dir (or --rdzv-id)."
         )
     log.info("restarted in %s: resuming", run.path)
     with open_dict(config):
@@ -108,7 +108,7 @@ class ResumePosition(L.Callback):
             return
         if self.training_images not in (None, images := _training_images(trainer)):
             log.warning(
-                "resume: there are %d training images, and there were %d; the training continues with other batches",
+                "resume: the data has %d training images instead of %d; training continues with different batches",
                 images,
                 self.training_images,
             )

@@ -27,7 +27,7 @@ SEGMENTERS = ("vitrail.models.upernet", "vitrail.models.linear_segmenter")
 INFERENCE_KEYS = ("short_side", "long_side", "eval_mode", "eval_stride", "eval_scales", "eval_flip")
 """Keys of a segmentation data config that say how whole images are predicted."""
 
-_ADVICE = "experiment=segmentation selects model, objective and augmentation of segmentation"
+_ADVICE = "experiment=segmentation selects model, objective and augmentation for segmentation"
 
 
 def predicts_masks(model: nn.Module) -> bool:
@@ -48,7 +48,9 @@ def check_task(model: nn.Module, has_masks: bool) -> None:
     if predicts_masks(model) == has_masks:
         return
     if not has_masks:
-        raise ConfigError(f"data: has no masks, which {type(model).__name__} learns; {_ADVICE}, data=ade20k its data.")
+        raise ConfigError(
+            f"data: has no masks, which {type(model).__name__} needs; {_ADVICE}, and data=ade20k data with masks."
+        )
     raise ConfigError(f"model: {type(model).__name__} is a classifier, but the data has masks; {_ADVICE}.")
 
 

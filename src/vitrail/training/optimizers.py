@@ -117,7 +117,7 @@ class OptimizerFactory:
         if self.fused:
             _fuse(optimizer)
         if not allow_shards(optimizer) and self.adamw_first_last:
-            raise ConfigError(f"optimizer.adamw_first_last=true: {self.name} is no variant of Muon; omit it.")
+            raise ConfigError(f"optimizer.adamw_first_last=true: {self.name} is not a variant of Muon; omit it.")
         self._keep_settings(optimizer)
         return optimizer
 

@@ -175,7 +175,7 @@ def check_contracts(model: nn.Module, objective: nn.Module, mixing: Any, provide
     if (rate := patch_drop_rate(model)) and uses & {"token_targets", "outputs.tokens", "outputs.features"}:
         raise ConfigError(
             f"model.patch_drop_rate={rate:g}: drops patch tokens, and {name} compares every patch token with its own"
-            " target; set model.patch_drop_rate=0, or an objective of the class token such as objective=cross_entropy."
+            " target; set model.patch_drop_rate=0, or an objective on the class token such as objective=cross_entropy."
         )
     if has_maps and not uses & {"token_targets", "teacher_logits"}:
         raise ConfigError(f"data.label_maps: {name} does not use label maps; set objective=token_labeling.")
@@ -202,7 +202,9 @@ def _check_objective(objective: nn.Module) -> None:
     name, uses = type(objective).__name__, uses_of(objective)
     for part in objective.modules():
         for need in sorted(needs_of(part) - uses):
-            raise ConfigError(f"objective: {name} contains {type(part).__name__}, whose need {need} it must declare.")
+            raise ConfigError(
+                f"objective: {name} contains {type(part).__name__}, so it must also declare the need {need}."
+            )
     declared = {id(parameter) for part in trained_parts(objective).values() for parameter in part.parameters()}
     if any(parameter.requires_grad and id(parameter) not in declared for parameter in objective.parameters()):
         raise ConfigError(

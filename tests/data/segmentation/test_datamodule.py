@@ -130,6 +130,6 @@ def test_class_pixels__counts_and_collects_errors(root):
 def test_wrong_options__name_their_key(root):
     with pytest.raises(ConfigError, match=r"data\.batch_size=8 on 1 devices is more than the 5 training images"):
         opened(root, batch_size=8).train_dataloader()
-    with pytest.raises(ConfigError, match="augment: does not know masks; set augment=segmentation"):
+    with pytest.raises(ConfigError, match="augment: does not support masks; set augment=segmentation"):
         build(root, augment=Augmentation())
     assert build(root, augment=JointAugmentation(hflip=0)).joint.hflip == 0

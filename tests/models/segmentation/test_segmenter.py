@@ -178,7 +178,7 @@ def test_linear__of_several_blocks():
     ("lvvit_nano", {"depth": 2}, "has 2 blocks, segmentation needs at least 4"),
     ("lvvit_nano", {"taps": [0, 1, 2]}, "must be 4 different blocks"),
     ("lvvit_nano", {"taps": [3, 2, 1, 0]}, "in ascending order"),
-    ("lvvit_nano", {"taps": [0, 1, 2, 4]}, "model.taps: 4 is no block"),
+    ("lvvit_nano", {"taps": [0, 1, 2, 4]}, "model.taps: 4 is not a block"),
     ("lvvit_nano", {"auxiliary_map": 4}, "model.auxiliary_map=4"),
     ("resnet18", {"mlp_dropout": 0.1}, "model.mlp_dropout: resnet18 has no"),
     ("swin_huge", {}, "no such backbone"),

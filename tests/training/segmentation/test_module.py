@@ -131,7 +131,7 @@ def test_init_from__another_network_is_refused(root, tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     (("objective=cross_entropy",), "objective: CrossEntropy does not use masks; set objective=segmentation"),
-    (("augment=none",), "augment: does not know masks"),
+    (("augment=none",), "augment: does not support masks"),
     (("mixing=mixup_cutmix",), "mixing: segmentation does not support it"),
     (("data.batch_size=1",), "data.batch_size=1: the decoder's BatchNorm needs at least 2 images per device"),
     (("data.source.classes=names.txt",), r"data\.source\.classes=.*names\.txt: cannot be read"),
@@ -149,7 +149,7 @@ def test_tasks__are_not_mixed(root, tmp_path):
     with pytest.raises(ConfigError, match="model: LVViT is a classifier, but the data has masks; experiment=segm"):
         assemble(new_folder(tmp_path / "classifier"), *small, "model=lvvit_nano")
     images = ("model=upernet", "backbone=lvvit_nano", "data.image_size=64", "trainer=cpu")
-    with pytest.raises(ConfigError, match="data: has no masks, which Segmenter learns; experiment=segmentation"):
+    with pytest.raises(ConfigError, match="data: has no masks, which Segmenter needs; experiment=segmentation"):
         assemble(new_folder(tmp_path / "images"), *images)
 
 

@@ -62,7 +62,7 @@ class LabelMapJoin:
         self.records: NDArray[np.int64] = store.indices(keys)
         missing = int((self.records < 0).sum())
         if missing < len(keys) and missing and on_missing == "ignore":
-            log.warning("%d of %d images have no label map; their tokens learn the image's label.", missing, len(keys))
+            log.warning("%d of %d images have no label map; their tokens use the image's label.", missing, len(keys))
         else:
             self._report(check_keys_match(store, keys, self.records))
 

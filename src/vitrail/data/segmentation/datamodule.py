@@ -182,7 +182,9 @@ class SegmentationDataModule(ImageDataModule):
             published_size=published_size,
         )
         if not hasattr(augment or JointAugmentation(), "max_class_share"):
-            raise ConfigError("augment: does not know masks; set augment=segmentation (experiment=segmentation does).")
+            raise ConfigError(
+                "augment: does not support masks; set augment=segmentation (experiment=segmentation does this)."
+            )
         self.joint = augment or JointAugmentation(short_side, long_side)
         self.batches_per_epoch, self.checked_images = batches_per_epoch, checked_images
         self.short_side, self.long_side = short_side, long_side

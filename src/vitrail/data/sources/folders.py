@@ -198,7 +198,7 @@ class ImageFolder:
             if names_by_form.setdefault(normal_form(name), name) != name:
                 raise ConfigError(
                     f"data.root: {folder} contains the class folder {normal_form(name)} twice, in two Unicode forms;"
-                    " join them."
+                    " merge them."
                 )
         return names
 

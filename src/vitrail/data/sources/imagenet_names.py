@@ -53,7 +53,7 @@ def check_wnid(file: str, name: str, wnid: str) -> bool:
     stated = named_wnid(name)
     if stated is not None and stated != wnid:
         raise ConfigError(
-            f"{file}: {name} is an image of {stated}, but its label is that of {wnid}: the labels have another order of"
-            " classes. Set data.source.classes to the list of classes in the order of the labels."
+            f"{file}: {name} is an image of {stated}, but its label is that of {wnid}: the labels use another class"
+            " order. Set data.source.classes to the list of classes in the order of the labels."
         )
     return stated is not None

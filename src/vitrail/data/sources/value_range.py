@@ -73,14 +73,14 @@ def find_value_range(paths: Iterable[Path]) -> tuple[ValueRange | None, int]:
     if len({"f" if kind == "f" else "i" for kind in found}) > 1:
         files = " and ".join(str(path) for *_, path in found.values())
         raise ConfigError(
-            f"data.value_range: there are images of integers and of floats ({files}); set it to [low, high]."
+            f"data.value_range: some images contain integers and some floats ({files}); set it to [low, high]."
         )
     low, high = min(item[0] for item in found.values()), max(item[1] for item in found.values())
     white = white_of(low, high, "i" if "i" in found else next(iter(found)))
     if white is None:
         path = max(found.values(), key=lambda item: item[1])[2]
         raise ConfigError(
-            f"data.value_range: values from {low:g} to {high:g} (in {path}, for example) do not say what is black and"
-            " white; set it to [low, high]."
+            f"data.value_range: values from {low:g} to {high:g} (in {path}, for example) do not show which are black"
+            " and white; set it to [low, high]."
         )
     return (0.0, white), count

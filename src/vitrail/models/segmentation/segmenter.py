@@ -161,7 +161,7 @@ def _tapped(
         raise ConfigError(f"model.name={name}: has {count} blocks, segmentation needs at least {levels}.")
     found = list(taps) if taps is not None else _default_taps(backbone, count, levels)
     if wrong := [tap for tap in found if not 0 <= tap < count]:
-        raise ConfigError(f"model.taps: {wrong[0]} is no block of {name}, which has 0 to {count - 1}.")
+        raise ConfigError(f"model.taps: {wrong[0]} is not a block of {name}, whose blocks are 0 to {count - 1}.")
     if len(found) != levels or sorted(set(found)) != found:
         raise ConfigError(f"model.taps={found}: must be {levels} different blocks in ascending order.")
     backbone.prune_intermediate_layers(found, prune_norm=not norm, prune_head=True)
@@ -259,7 +259,7 @@ def _set_mlp_dropout(backbone: Any, name: str, rate: float | None) -> None:
     for number, block in enumerate(blocks):
         drops = [getattr(getattr(block, "mlp", None), drop, None) for drop in ("drop1", "drop2")]
         if None in drops:
-            raise ConfigError(f"model.mlp_dropout: {name} has no MLPs of timm; omit it.")
+            raise ConfigError(f"model.mlp_dropout: {name} has no timm MLPs; omit it.")
         for drop in drops:
             drop.p = rate * number / max(1, len(blocks) - 1)  # type: ignore[union-attr]
     if not blocks:

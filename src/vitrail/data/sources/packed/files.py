@@ -20,7 +20,7 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"out={out}: cannot be written to ({error.strerror or error}). Choose a folder on a disk with space and"
-            " with permission to write; the same command resumes what is written."
+            " with permission to write; the same command resumes."
         ) from error
 
 
