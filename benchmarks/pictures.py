@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from comparisons import draw_curves
@@ -40,15 +41,12 @@ _STYLE = r"(?:\x1b\[[0-9;]*m)*"
 
 def terminal(out: Path) -> None:
     """Draw what the terminal shows of `make train`, without most of its epochs."""
-    folder, printed = out / "run", out / "run.txt"
-    if not printed.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        options = ("callbacks.model_summary.max_depth=1", f"hydra.run.dir={folder}")
-        environment = {**os.environ, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "COLUMNS": "120"}
-        command = [sys.executable, "src/train.py", *options]
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, check=True)
-        printed.write_bytes(done.stdout)
-    text = printed.read_text(encoding="utf-8")
+    folder = out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    options = ("callbacks.model_summary.max_depth=1", f"hydra.run.dir={folder}")
+    environment = {**os.environ, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "COLUMNS": "120"}
+    command = [sys.executable, "src/train.py", *options]
+    text = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, check=True).stdout.decode()
     for where, shown in ((str(folder), f"{HOME}/{RUN}"), (os.path.relpath(folder, PROJECT), RUN)):
         text = re.sub(_STYLE.join(map(re.escape, re.split("(?<=/)", where))), shown, text)
     lines = text.replace(sys.executable, "python").splitlines()
@@ -61,14 +59,16 @@ def terminal(out: Path) -> None:
 
 
 def sweep(out: Path) -> Path:
-    """Search learning rate and weight decay of two networks, unless that is done; return the sweep's folder."""
+    """Search learning rate and weight decay of two networks; return the sweep's folder.
+
+    A finished sweep only draws its figure again.
+    """
     folder = out / "sweep"
-    if not (folder / "sweep.png").is_file():
-        run(
-            "train.py", "-m", "sweep=lr_wd", "hydra.sweeper.trials=24", "hydra.sweeper.prune=median", "epochs=5",
-            "hydra.sweeper.prune_after=1", "+hydra.sweeper.space.model={choices: [vit_nano, deit_nano]}",
-            "hydra.launcher.parallel=2", f"hydra.sweep.dir={folder}", log=out / "sweep.log", threads=1,
-        )  # fmt: skip
+    run(
+        "train.py", "-m", "sweep=lr_wd", "hydra.sweeper.trials=24", "hydra.sweeper.prune=median", "epochs=5",
+        "hydra.sweeper.prune_after=1", "+hydra.sweeper.space.model={choices: [vit_nano, deit_nano]}",
+        "hydra.launcher.parallel=2", f"hydra.sweep.dir={folder}", log=out / "sweep.log", threads=1,
+    )  # fmt: skip
     return folder
 
 
@@ -106,10 +106,7 @@ def label_maps(out: Path) -> None:
     photographs = out / "photographs"
     if not photographs.is_dir():
         write_photographs(photographs)
-    preview = out / "photograph_maps" / "preview.png"
-    if not preview.is_file():
-        annotate_photographs(out, photographs)
-    save(rows_of(Image.open(preview), 40, 186, 4), "label_maps.jpg")
+    save(rows_of(Image.open(annotate_photographs(out, photographs)), 40, 186, 4), "label_maps.jpg")
 
 
 def explanations(out: Path, demo: Path) -> None:
@@ -212,6 +209,22 @@ def save(picture: Image.Image, name: str) -> None:
     console.print(f"{path.relative_to(PROJECT)}: {path.stat().st_size / 1000:.0f} kB", highlight=False)
 
 
+def makers_of(demo: Path) -> dict[str, Callable[[Path], None]]:
+    """Return what draws each picture of docs/ with files in an output folder; `demo` is the folder of `make demo`."""
+    return {
+        "run": terminal,
+        "sweep": draw_sweep,
+        "report": report,
+        "evaluation": evaluation,
+        "label_maps": label_maps,
+        "explanations": lambda out: explanations(out, demo),
+        "demo": demo_curves,
+        "token_pruning": lambda _: token_pruning(demo),
+        "feature_distillation": lambda _: feature_distillation(demo),
+        "overview": overview,
+    }
+
+
 def main() -> None:
     """Make the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,18 +232,7 @@ def main() -> None:
     parser.add_argument("--demo", type=lambda text: Path(text).absolute(), default=PROJECT / "logs" / "demo")
     parser.add_argument("--only", help="names of pictures, separated by commas; default: all")
     options = parser.parse_args()
-    makers = {
-        "run": terminal,
-        "sweep": draw_sweep,
-        "report": report,
-        "evaluation": evaluation,
-        "label_maps": label_maps,
-        "explanations": lambda out: explanations(out, options.demo),
-        "demo": demo_curves,
-        "token_pruning": lambda _: token_pruning(options.demo),
-        "feature_distillation": lambda _: feature_distillation(options.demo),
-        "overview": overview,
-    }
+    makers = makers_of(options.demo)
     names = options.only.split(",") if options.only else list(makers)
     if unknown := [name for name in names if name not in makers]:
         sys.exit(f"error: --only {','.join(unknown)}: choose from {', '.join(makers)}")

@@ -1,6 +1,8 @@
 """The benchmarks run and write their figures."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +89,16 @@ def test_overhead__writes_its_figures(tmp_path):
     figures = json.loads(file.read_text())
     assert set(figures) == {"overhead", "bare_step_ms"}
     assert all(value > 0 for value in figures.values())
+
+
+@pytest.mark.thorough
+def test_pictures__every_one_of_the_pages_is_made(monkeypatch):
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    import pictures
+
+    pages = (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))
+    shown = {Path(name).stem for page in pages for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())}
+    assert shown == set(pictures.makers_of(PROJECT))
 
 
 @pytest.mark.thorough
