@@ -50,7 +50,9 @@ def document() -> str:
     for path in sorted((PROJECT / "conf" / "experiment").glob("*.yaml")):
         recipe = head(path)
         parts.append(f"## {path.stem}\n\n{recipe['title']}\n\n```bash\n{recipe['Command']}\n```\n")
-        if "Official" in recipe:
+        if recipe.get("Official", "").startswith("no command"):
+            parts.append(f"- Official: {recipe['Official']}")
+        elif "Official" in recipe:
             parts.append(f"- Official command: `{recipe['Official']}`")
         parts.append(f"- Hardware: {recipe['Hardware']}")
         if "Different from the official run" in recipe:

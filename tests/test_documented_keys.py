@@ -109,6 +109,8 @@ def test_keys_of_networks_and_optimisers__reach_their_objects(tmp_path):
     assert (classifier.drop.p, classifier.representation.axes) == (0.25, (1,))
     _, module, _ = assemble(tmp_path, "model=deit_nano", "model.pool=second_order")
     assert module.model.second_order.drop.p == 0.5
+    _, module, _ = assemble(tmp_path, "model=volo", "+model.pos_drop_rate=0.25", "data.image_size=32")
+    assert (module.model.pos_drop.p, module.model.head_drop.p) == (0.25, 0.0)
     options = ("+model.proj_drop_rate=0.25", "mixing=mixup_cutmix", "mixing.mode=elem", "mixing.tokens=published")
     options += ("optimizer.decay_also=[cls_token]", "optimizer.lr_scaling=sqrt")
     _, module, _ = assemble(tmp_path, "model=deit_nano", *options)

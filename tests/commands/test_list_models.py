@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 import timm
 from omegaconf import OmegaConf
 
 from programs import error_of, run
 from vitrail.commands.list_models import known_backbones, measure
+from vitrail.reporting.backbones import weights_line
 
 
 def test_list_models__table_of_all_backbones(tmp_path):
@@ -39,6 +41,18 @@ def test_measure__published_size_without_memory():
     assert row.size == tuple(timm.get_pretrained_cfg("deit_nano").input_size[1:])
     assert all(parameter.is_meta for parameter in model.parameters())
     assert row.cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "top1"),
+    [({}, [79.3]), ({"keep_ratio": 0.7, "drop_path_rate": 0.1}, [79.3]), ({"keep_ratio": 0.5}, [])],
+)
+def test_measure__published_accuracy_of_the_published_network_only(arguments, top1):
+    """DynamicViT's accuracy is that of its published keep ratio."""
+    node = {"_target_": "vitrail.models.create_model", "name": "dynamicvit_deit_small", **arguments}
+    row, _ = measure(OmegaConf.create(node), None, 1000)
+    assert [entry.top1 for entry in row.published] == top1
+    assert weights_line(row).startswith("Paper: arXiv:2106.02034")
 
 
 def test_known_backbones__own_and_published_ones():

@@ -44,6 +44,15 @@ def test_left_out_tokens__are_carried_unchanged():
     assert not torch.isclose(features[:, 1:][~left_out], before[~left_out]).all(-1).any()
 
 
+def test_384_pixels__positions_and_decisions_follow_the_grid():
+    with torch.device("meta"):
+        model = create_model("evo_deit_base_patch16_224", 1000, 384)
+        outputs = forward_heads(model, torch.empty(1, 3, 384, 384))
+    assert model.pos_embed.shape == (1, 577, 768)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 87_630_032
+    assert (outputs.cls.shape, outputs.extras["decisions"].shape[-1]) == ((1, 1000), 576)
+
+
 def test_keep_ratio_of_one__is_a_plain_vit():
     model, images = small(keep_ratio=1.0).eval(), torch.randn(2, 3, 64, 64)
     plain = timm.create_model(

@@ -5,6 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import vitrail
+from assembly import assemble
 from programs import PROJECT
 from vitrail.commands.export import describe_export
 from vitrail.commands.list_models import measure
@@ -37,6 +38,18 @@ def test_licence_of__as_timm_records_it():
 def test_inherited_licence__of_what_the_training_started_from(name, start, licence):
     config = {"model": {"name": name, "pretrained": start.get("model.pretrained", False)}, **start}
     assert inherited_licence(config) == licence
+
+
+@pytest.mark.parametrize(("name", "stated"), [(DINOV3, True), ("deit_tiny_patch16_224", False)])
+def test_training_log__states_the_licence_of_weights_from_a_file(name, stated, tmp_path, caplog):
+    """The model config of a run that starts from a file; a permissive licence need not be stated."""
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    torch.save(create_model(name, 10, 32, **options).state_dict(), tmp_path / "weights.pth")
+    overrides = (*(f"+model.{key}={value}" for key, value in options.items()), "data.image_size=32")
+    with caplog.at_level("INFO", "vitrail.runs.assembly"):
+        assemble(tmp_path, "model=timm", f"model.name={name}", f"init_from={tmp_path / 'weights.pth'}", *overrides)
+    message = f"model.name={name}: licence of the weights: dinov3-license"
+    assert [message] * stated == [text for text in caplog.messages if "licence" in text]
 
 
 @pytest.mark.thorough

@@ -44,6 +44,18 @@ def test_token_grid__matches_the_token_logits(size, grid):
         torch.testing.assert_close(model(images), heads.cls + 0.5 * heads.tokens.amax(1))
 
 
+def test_create_model__sizes_are_multiples_of_the_patches():
+    """An odd number of patches is fine: the last row and column have no tokens."""
+    with torch.device("meta"):
+        model = create_model("volo_d1_224", 5, (72, 48))
+        assert model(torch.empty(1, 3, 72, 48)).shape == (1, 5)
+        assert token_grid(model, (72, 48)) == (4, 3)
+        with pytest.raises(ConfigError, match=r"data.image_size=223: volo_d1_224 needs a multiple of its patch size 8"):
+            create_model("volo_d1_224", 5, 223)
+        with pytest.raises(ConfigError, match=r"unexpected keyword argument 'qk_scale' \(model.qk_scale=0.1\)"):
+            create_model("volo_d1_224", 5, qk_scale=0.1)
+
+
 def test_mixtoken__swaps_patches_before_the_outlookers_and_restores_the_order_of_logits():
     model, images = small().eval(), torch.randn(4, 3, 64, 64)
     inputs = []

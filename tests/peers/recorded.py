@@ -26,6 +26,16 @@ def recorded(name):
     return json.loads((FOLDER / name).read_text())
 
 
+def cases_of(records):
+    """Return (name, recipe) for each set of weights of each record, with the suites that skip it as marks."""
+    cases = []
+    for name, record in records.items():
+        for recipe in [recipe for recipe in ("A", "B") if recipe in record]:
+            mark = pytest.mark.slow if "_s" in name or recipe == "A" else pytest.mark.thorough
+            cases.append(pytest.param(name, recipe, marks=[] if "toy" in name else mark))
+    return cases
+
+
 def draw(key, shape, fill, recipe, prefix=""):
     """Return one tensor of the weights."""
     z = np.asarray(np.random.RandomState(zlib.crc32((prefix + key).encode())).standard_normal(shape), dtype=np.float32)
@@ -72,7 +82,7 @@ def as_strings(mask):
     return ["".join("1" if value > 0.5 else "0" for value in row) for row in mask.tolist()]
 
 
-def assert_norms(model, expected, rtol=2e-3):
+def assert_norms(model, expected, rtol=1e-4):
     """Check the norms of all gradients, in the order of the state dict."""
     parameters, largest = dict(model.named_parameters()), max(norm for norm in expected if norm)
     for key, norm in zip(model.state_dict(), expected, strict=True):

@@ -29,6 +29,9 @@ LARGE = (
 )  # by default only with recipe B, which is the stronger test
 
 
+# Recorded in float32: vitrail's float32 and float64 gradients agree to 1e-5, and differ from the record by 1.3e-4.
+GRADIENT_RTOL = {("sot_small", "A"): 1.5e-4}
+
 QUICK = ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "lvvit_t", "so_vit_toy_112", "sot_toy_112")
 
 
@@ -117,21 +120,22 @@ def test_outputs_and_gradients__as_official(name, recipe):
             assert_tensor(model.train()(x), golden["train"])
     if "grad" in golden:
         fill(model, record["fill"], recipe, official)  # training changed BatchNorm's statistics
-        assert_gradients(model, x, golden["grad"])
+        assert_gradients(model, x, golden["grad"], GRADIENT_RTOL.get((name, recipe), 1e-4))
 
 
-def assert_gradients(model, x, expected):
+def assert_gradients(model, x, expected, rtol):
     model.train()
     losses = [head.logsumexp(-1).mean() for head in forward_heads(model, x)[:3] if head is not None]
     loss = sum(losses)
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
     parameters, largest = dict(model.named_parameters()), max(norm for norm in expected["norms"] if norm)
+    # PyTorch's own float32 norm of a gradient loses 1e-4 in large kernels.
     for key, norm in zip(model.state_dict(), expected["norms"], strict=True):
         if norm is None:
             assert key not in parameters
         else:
-            assert parameters[key].grad.norm().item() == pytest.approx(norm, rel=2e-3, abs=1e-6 * largest), key
+            assert parameters[key].grad.double().norm().item() == pytest.approx(norm, rel=rtol, abs=1e-6 * largest), key
 
 
 @pytest.mark.parametrize("case", PARTS["isolated_modules"], ids=lambda case: case["name"])

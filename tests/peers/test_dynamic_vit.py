@@ -14,6 +14,7 @@ from peers.recorded import (
     as_strings,
     assert_norms,
     assert_tensor,
+    cases_of,
     draw,
     fill,
     images,
@@ -33,14 +34,9 @@ pytestmark = pytest.mark.thorough
 
 RECORDS = {name: record for name, record in recorded("token_pruning.json").items() if record["kind"] == "dynamicvit"}
 PARTS = recorded("token_pruning_parts.json")
-CASES = [
-    pytest.param(
-        name, recipe, marks=[] if "toy" in name else pytest.mark.slow if "_s" in name else pytest.mark.thorough
-    )
-    for name, record in RECORDS.items()
-    for recipe in ("A", "B")
-    if recipe in record
-]
+CASES = cases_of(RECORDS)
+# On a CPU, float32 gradients of this stem's first BatchNorm are off by 3e-4; float64 is within 3e-5.
+IN_DOUBLE = [("dynamicvit_lvvit_s_r07", "B")]
 
 
 def build(record):
@@ -97,8 +93,9 @@ def test_keys_and_cost__as_official(name):
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_outputs_losses_and_gradients__as_official(name, recipe):
-    record, model, teacher = RECORDS[name], build(RECORDS[name]), build_teacher(RECORDS[name]).eval()
-    golden, x = record[recipe], images(record["img_size"])
+    record, dtype = RECORDS[name], torch.float64 if (name, recipe) in IN_DOUBLE else torch.float32
+    model, teacher = build(record).to(dtype), build_teacher(record).to(dtype).eval()
+    golden, x = record[recipe], images(record["img_size"]).to(dtype)
     fill(model, record["fill"], recipe)
     dense = [row for row, key in zip(record["fill"], model.state_dict(), strict=True) if "score_predictor" not in key]
     fill(teacher, dense, recipe, prefix="teacher.")

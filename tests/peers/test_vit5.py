@@ -10,6 +10,7 @@ from torch import nn
 
 import vitrail  # noqa: F401
 from peers.recorded import assert_tensor, check_initial_weights, draw, images, recorded
+from vitrail.data.sampling import EpochSampler
 from vitrail.models import load_checkpoint
 from vitrail.models.cost import measure_cost
 from vitrail.models.vit5 import ViT5
@@ -201,3 +202,17 @@ def test_loss__binarised_targets_as_official(case):
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     assert logits.grad.norm().item() == pytest.approx(case["grad_l2"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", RECORDS["repeated_augmentation"], ids=lambda case: f"{case['dataset']} images")
+def test_repeated_augmentation__draws_as_official(case):
+    """The official epoch is a multiple of 256 images over all ranks; its seed is the epoch."""
+    ranks = case["replicas"]
+    samplers = [EpochSampler(case["dataset"], 0, True, rank, ranks, 256 // ranks, repeats=3) for rank in range(ranks)]
+    assert {len(sampler) for sampler in samplers} == {case["selected_per_replica"]}
+    if "rank1_epoch3_first12" in case:
+        for sampler in samplers:
+            sampler.set_epoch(3)
+        drawn = [[draw.sample for draw in sampler] for sampler in samplers]
+        assert drawn[1][:12] == case["rank1_epoch3_first12"]
+        assert len(set().union(*drawn)) == case["distinct_over_all_ranks"]

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models.volo import VOLO
+from PIL import Image
+from timm.models.volo import VOLO, ClassBlock, Downsample, OutlookAttention, Outlooker, Transformer
 
 import vitrail  # noqa: F401
 from peers.recorded import assert_tensor, check_initial_weights, draw, images, recorded
 from peers.test_token_labels import check_loss
-from vitrail.data import MixToken
+from vitrail.data import Augmentation, MixToken
 from vitrail.models import forward_heads, load_checkpoint
 from vitrail.models.cost import measure_cost
 from vitrail.models.volo import TokenVOLO, declare_token_logits
+from vitrail.types import InputSpec
 
 pytestmark = pytest.mark.thorough
 
@@ -175,3 +177,34 @@ def test_stochastic_depth__none_in_outlookers_and_class_blocks(name):
 
 def test_initial_weights__distributed_as_official():
     check_initial_weights("volo_d1_224", RECORDS["init_stats"])
+
+
+LAYERS = {"outlooker": Outlooker, "transformer": Transformer, "class_block": ClassBlock, "downsample": Downsample}
+
+
+@pytest.mark.parametrize("case", RECORDS["isolated_modules"], ids=lambda case: case["name"])
+def test_layers__as_official(case):
+    """timm's layers, among them outlook attention of other strides and kernels than the published models'."""
+    layer = LAYERS.get(case["name"], OutlookAttention)(**case["config"]).eval()
+    layer.load_state_dict({key: draw(key, shape, fill, "B") for key, shape, _, _, fill in case["state_dict"]})
+    drawn = np.random.RandomState(case["input"]["seed"]).standard_normal(case["input"]["shape"]).astype(np.float32)
+    x = torch.from_numpy(drawn).requires_grad_()
+    out = layer(x)
+    assert list(out.shape) == case["output_shape"]
+    assert_tensor(out.reshape(len(x), -1, out.shape[-1]), case["output_flattened"])
+    out.square().mean().backward()
+    assert x.grad.double().norm().item() == pytest.approx(case["grad_input_l2"], rel=1e-4)
+    norms = {key: parameter.grad.double().norm().item() for key, parameter in layer.named_parameters()}
+    assert norms == pytest.approx(case["grad_norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", RECORDS["eval_crop"]["resize_shorter_side_to"].items(), ids=lambda case: case[0])
+def test_evaluation_crop__as_official(case):
+    """Above 1, the image is resized to less than the crop, which is padded with black."""
+    (side, share), resized = case[0].split(" at "), case[1]
+    transform = Augmentation(crop_pct=float(share)).evaluation(InputSpec((int(side),) * 2, (0.5,) * 3, (0.5,) * 3))
+    found = transform(Image.new("RGB", (600, 500), "white"))
+    assert found.shape == (3, int(side), int(side))
+    covered = int((found[0].amax(1) > 0).sum())
+    assert covered == min(resized, int(side))
+    assert transform.transforms[0].size == resized

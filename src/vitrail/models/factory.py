@@ -58,7 +58,7 @@ def create_model(
     """
     _check_name(name)
     fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
-    model = _create(
+    created = _create(
         name,
         kwargs,
         num_classes=num_classes,
@@ -69,14 +69,15 @@ def create_model(
         in_chans=in_chans,
         pretrained=pretrained,
     )
+    model = declare_token_logits(created)
     patch = getattr(model, "patch_embed", None)
     if fixed_size and img_size is not None and not isinstance(patch, TokensToToken):  # T2T pads: any size works
-        _check_patches(name, img_size, getattr(patch, "patch_size", None))
+        _check_patches(name, img_size, getattr(patch, "patch_size", None) or getattr(model, "patch_size", None))
     if constant_drop_path:
         _make_drop_path_constant(model, drop_path_rate or 0.0)
     if pool is not None:
         model = add_second_order_head(model)
-    return add_token_head(model) if token_head else declare_token_logits(model)
+    return add_token_head(model) if token_head else model
 
 
 def _check_name(name: str) -> None:

@@ -33,10 +33,14 @@ class TokenVOLO(VOLO):
         """Return both classifiers, the classifier of tokens last."""
         return self.head, self.aux_head
 
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the patches of the map; a token covers 2 x 2 of them."""
+        return int(self.patch_embed.conv[0].stride[0] * self.patch_embed.proj.stride[0])
+
     def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of tokens for images of (height, width) pixels."""
-        stem, patch = self.patch_embed.conv[0].stride[0], self.patch_embed.proj.stride[0]
-        rows, columns = ((side + stem - 1) // stem // patch // self.pooling_scale for side in image_size)
+        """Return rows and columns of tokens for images of (height, width) pixels, multiples of the patch size."""
+        rows, columns = (side // self.patch_size // self.pooling_scale for side in image_size)
         return rows, columns
 
     def forward_outputs(self: Any, images: Tensor, token_box: Tensor | None = None) -> Outputs:

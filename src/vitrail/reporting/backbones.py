@@ -124,7 +124,8 @@ def weights_line(row: BackboneRow) -> str:
     """Return the paper, and the names and licences of all released weights."""
     weights = zip(row.weights, row.licences, strict=True)
     names = ", ".join(f"{row.name}.{tag} (licence: {licence})" for tag, licence in weights)
-    paper = f"Paper: arXiv:{row.published[0].arxiv}\n" if row.published else ""
+    papers = published(row.name)
+    paper = f"Paper: arXiv:{papers[0].arxiv}\n" if papers else ""
     return f"{paper}Released weights (model.pretrained=true model.name=...): {names or 'none'}"
 
 

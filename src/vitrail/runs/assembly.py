@@ -145,6 +145,13 @@ def fit_pretrained_classes(model: nn.Module, classes: Sequence[str]) -> None:
         log.info("model.pretrained=true: %s", note)
 
 
+def log_licence(config: DictConfig) -> None:
+    """Log the licence of the published weights from which a training starts, if it starts from such weights."""
+    licence = inherited_licence(config)
+    if licence or config.model.get("pretrained"):
+        log.info("model.name=%s: licence of the weights: %s", model_name(config.model), licence or "not recorded")
+
+
 def build_teacher(config: DictConfig, spec: InputSpec, classes: list[str] | None) -> Teacher | None:
     """Build the distillation teacher; None if the config has none. `classes` is None if its logits are not used."""
     node = config.get("teacher")
@@ -163,6 +170,7 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be even, mixing pairs the images of a batch.")
     replaced = {} if config.init_from is None and not config.resume else {"pretrained": False}
     model = build_model(config.model, data.num_classes, data.input.size, **replaced)
+    log_licence(config)
     check_task(model, "masks" in data.provides)
     if "masks" in data.provides:
         return build_segmenter(config, data, model)  # type: ignore[arg-type]
@@ -181,8 +189,6 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
         file, _ = find_weights_file(config.init_from, "init_from")
         load_checkpoint(model, file, allow=allowed, key="init_from", classes=data.classes)
     elif config.model.get("pretrained"):
-        licence = inherited_licence(config) or "not recorded"
-        log.info("model.name=%s: licence of the weights: %s", model_name(config.model), licence)
         fit_pretrained_classes(model, data.classes)
     taught_classes = data.classes if "teacher_logits" in uses_of(objective) else None
     settings: dict[str, Any] = {
