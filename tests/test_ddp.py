@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from programs import (
     PROJECT,
@@ -18,6 +19,7 @@ from programs import (
     start_ranks,
     train,
 )
+from resuming import finish_ranks, new_folder
 from vitrail.checkpoints.reading import read_checkpoint
 
 
@@ -103,6 +105,28 @@ def test_torchrun__restart_resumes_with_fewer_processes(tmp_path):
 def finished_one(tmp_path):
     arguments = ("model=timm", "model.name=resnet10t", "trainer=cpu", "epochs=1", "trainer.limit_train_batches=10")
     return train(*arguments, logs=tmp_path), tmp_path
+
+
+def test_ddp__batchnorm_statistics_need_no_broadcast_within_a_step(tmp_path):
+    """Checkpoints within and after an epoch, and the validation, equal those with a broadcast at every step."""
+    each = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 3, save_top_k: -1}"
+    options = ("model=timm", "model.name=resnet10t", "trainer=ddp_cpu_2", "data.batch_size=16", "epochs=1")
+    options += ("trainer.limit_train_batches=5", "callbacks.model_summary=null", f"+callbacks.each={each}")
+    directories = []
+    for more in ((), ("strategy.broadcast_buffers=true",)):
+        logs = new_folder(tmp_path / str(len(more)))
+        finish_ranks(*options, *more, logs=logs)
+        directories += run_directories(logs)
+    files = [path.relative_to(directories[0]) for path in (directories[0] / "checkpoints").rglob("*.ckpt")]
+    assert len(files) == 3  # last.ckpt, best.ckpt and step 3
+    for file in files:
+        own, shared = (read_checkpoint(directory / file) for directory in directories)
+        for part in ("state_dict", "current_model_state"):
+            for name, value in own[part].items():
+                torch.testing.assert_close(value, shared[part][name], rtol=1e-5, atol=1e-6, msg=f"{file} {name}")
+    ((own,), (shared,)) = (metrics(directory) for directory in directories)
+    for name in ("val/loss", "val/loss_ema", "train/loss"):
+        assert own[name] == pytest.approx(shared[name], rel=1e-5)
 
 
 def test_ddp__corrupt_image_on_one_rank_ends_both(image_tree, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from poisoned_training import Poison, fit
+from untrained_teacher import untrained_teacher
 from vitrail.commands.train import train
 from vitrail.commands.tune import tune
 from vitrail.errors import TrainingError
@@ -40,10 +41,17 @@ class NoWait(L.Callback):
         ("model=deit_nano", "mixing=mixup_cutmix", "mixing.mode=elem"),
         ("model=vit_nano", "optimizer=lamb", "trainer.gradient_clip_val=1"),
         ("model=vit_nano", "callbacks.nonfinite_guard.on_bad=skip"),
+        ("model=deit_nano", "model.token_head=true", "objective=token_labeling", "mixing=mixtoken"),
+        ("model=deit_nano", "model.name=deit_nano_distilled", "objective=distillation"),
+        ("model=dynamicvit", "model.name=dynamicvit_deit_tiny", "objective=dynamicvit"),
     ],
     ids=lambda settings: " ".join(settings),
 )
-def test_step__does_not_wait_for_the_device(tmp_path, settings, compile_mode, render):
+def test_step__does_not_wait_for_the_device(tmp_path, maps, settings, compile_mode, render):
+    if "mixing=mixtoken" in settings:
+        settings = (*settings, f"+data.label_maps={maps}")
+    if {"objective=distillation", "objective=dynamicvit"} & set(settings):
+        settings = (*settings, "data.image_size=64", *untrained_teacher(tmp_path, "vit_tiny_patch16_224"))
     fit(tmp_path, NoWait(), *GPU, "epochs=1", f"compile={compile_mode}", f"data.render={render}", *settings)
 
 

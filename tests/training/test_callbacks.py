@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 
 from small_training import build, trainer
-from vitrail.training import CosineSchedule, EpochReport, OptimizerFactory, SpeedMonitor, callbacks
+from vitrail.training import CosineSchedule, EpochReport, IntervalProgressBar, OptimizerFactory, SpeedMonitor, callbacks
 from vitrail.types import Batch
 
 
@@ -130,6 +131,24 @@ METRICS = {
     "speed/images_per_second": torch.tensor(1234.5678),
     "val/top5": torch.tensor(99.0),
 }
+
+
+def test_progress__metrics_are_collected_once_per_interval_and_after_the_last_batch(monkeypatch):
+    """Ten batches of half a second, drawn every two seconds."""
+    now, drawn = [100.0], []
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(RichProgressBar, "on_train_batch_end", lambda *arguments: drawn.append(arguments[-1]))
+    monkeypatch.setattr(RichProgressBar, "on_validation_batch_end", lambda *arguments: drawn.append(arguments[-2]))
+    monkeypatch.setattr(IntervalProgressBar, "total_train_batches", 10)
+    monkeypatch.setattr(IntervalProgressBar, "total_val_batches_current_dataloader", 10)
+    bar = IntervalProgressBar(interval=2)
+    for end in (bar.on_train_batch_end, bar.on_validation_batch_end):
+        drawn.clear()
+        for batch in range(10):
+            end(None, None, None, None, batch)
+            now[0] += 0.5
+        assert drawn == [0, 4, 8, 9]
+        now[0] += 2
 
 
 def test_report__one_line_with_all_metrics(caplog):

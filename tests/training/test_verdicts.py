@@ -1,11 +1,13 @@
 """The device keeps bad numbers from the optimiser, and the host learns of them one step later."""
 
+from contextlib import nullcontext
+
 import lightning as L
 import pytest
 import torch
 
 from poisoned_training import POISON, Poison, fit
-from resuming import new_folder
+from resuming import copy_every_save, new_folder
 from vitrail.errors import TrainingError
 from vitrail.training import nonfinite_guard
 from vitrail.training.verdicts import HostReader, judge, spoil_gradients
@@ -99,13 +101,64 @@ def test_gradient__infinite_with_a_finite_loss_is_located(tmp_path, late, step):
         fit(tmp_path, BadGradient(step))
 
 
-def test_skip__restores_batchnorm_statistics(tmp_path, late):
-    overrides = ("model=timm", "model.name=resnet10t", "data.image_size=32", "epochs=1", "data.batch_size=128")
+class SavedPoison(Poison):
+    """Poison of a network with BatchNorm that copies every last.ckpt to the folder `copies`."""
+
+    def __init__(self, copies):
+        super().__init__("conv1")
+        self.copies = new_folder(copies)
+
+    def on_fit_start(self, trainer, module):
+        super().on_fit_start(trainer, module)
+        copy_every_save(trainer.strategy.checkpoint_io, self.copies)
+
+
+BATCHNORM = (
+    *("model=timm", "model.name=resnet10t", "data.image_size=32", "epochs=1", "data.batch_size=128"),
+    *("trainer.limit_train_batches=10", "schedule.warmup_epochs=0", "seed=2"),
+)
+
+
+EACH = "+callbacks.each={_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 1, save_top_k: -1}"
+
+
+def assert_finite(path):
+    """Check the raw and the EMA weights and the optimiser state of a checkpoint."""
+    checkpoint = torch.load(path, weights_only=True)
+    moments = [value for state in checkpoint["optimizer_states"][0]["state"].values() for value in state.values()]
+    weights = [*checkpoint["state_dict"].values(), *checkpoint["current_model_state"].values()]
+    assert all(torch.as_tensor(value).isfinite().all() for value in (*moments, *weights)), path
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip", "rollback"])
+def test_last_checkpoint__of_a_bad_step_has_no_bad_statistics(tmp_path, late, on_bad):
+    """The guard acts before the checkpoint after the bad step is saved; with `stop`, there is none."""
+    poison = SavedPoison(tmp_path / "copies")
+    options = (*BATCHNORM, f"callbacks.nonfinite_guard.on_bad={on_bad}", "callbacks.preemption.minutes=0")
+    if on_bad == "stop":
+        with pytest.raises(TrainingError, match="a loss of nan"):
+            fit(tmp_path, poison, *options)
+    else:
+        _, guard = fit(tmp_path, poison, *options)
+        assert guard.skipped + guard.returns == sum(poison.bad) == 1
+        assert_finite(tmp_path / "checkpoints" / "last.ckpt")
+    saved = sorted(poison.copies.iterdir())
+    assert len(saved) == len(poison.bad) > 0  # `stop` ends before the bad step is recorded
+    for path in saved:
+        assert_finite(path)
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip", "rollback"])
+def test_other_checkpoint__of_a_bad_step_has_no_bad_statistics(tmp_path, late, on_bad):
+    """Lightning's callback saves before the guard knows of the step; the device has restored the statistics."""
     poison = Poison("conv1")
-    trainer, guard = fit(tmp_path, poison, *overrides, SKIP, "trainer.limit_train_batches=10")
-    assert any(poison.bad)
-    assert guard.skipped == sum(poison.bad)
-    assert all(buffer.isfinite().all() for buffer in trainer.lightning_module.model.buffers())
+    options = (*BATCHNORM, f"callbacks.nonfinite_guard.on_bad={on_bad}", EACH)
+    with nullcontext() if on_bad == "skip" else pytest.raises(TrainingError):
+        fit(tmp_path, poison, *options)
+    saved = list((tmp_path / "checkpoints" / "each").iterdir())
+    assert len(saved) >= poison.bad.index(True) + 1
+    for path in saved:
+        assert_finite(path)
 
 
 def test_skip__ends_the_training_at_the_limit(tmp_path, late):
@@ -115,7 +168,8 @@ def test_skip__ends_the_training_at_the_limit(tmp_path, late):
 
 def test_rollback__drops_the_step_that_was_computed_meanwhile(tmp_path, late):
     poison = Poison("norm")
-    rollback = ("callbacks.nonfinite_guard.on_bad=rollback", "callbacks.preemption.minutes=0")
+    last = f"callbacks.nonfinite_guard.last={tmp_path}/checkpoints/each/last.ckpt"
+    rollback = ("callbacks.nonfinite_guard.on_bad=rollback", last, EACH.replace("-1", "1, save_last: true"))
     _, guard = fit(tmp_path, poison, *rollback, "schedule.warmup_epochs=0", "epochs=1")
     assert (guard.returns, guard.lr_scale) == (1, 0.5)
     (step,) = torch.tensor(poison.bad).nonzero().flatten().tolist()

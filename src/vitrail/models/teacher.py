@@ -37,6 +37,7 @@ class Teacher(nn.Module):
     provides = frozenset({"teacher_logits", "teacher_features", "teacher_heads"})
     scale: Tensor
     shift: Tensor
+    chosen: Tensor | None
 
     def __init__(
         self,
@@ -49,7 +50,9 @@ class Teacher(nn.Module):
         self.model = classifier.model.requires_grad_(False).eval()
         self.name, self.image_size = classifier.name, classifier.image_size
         self.interpolation = classifier.interpolation
-        self.chosen = None if classes is None else self._find(classifier, classes)
+        chosen = None if classes is None else self._find(classifier, classes)
+        # A buffer: an index in a list would be copied to the device at each step, and a GPU would wait for it.
+        self.register_buffer("chosen", None if chosen is None else torch.tensor(chosen), persistent=False)
         own_mean, own_std = torch.tensor(classifier.mean), torch.tensor(classifier.std)
         student_mean, student_std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
         # (x * student_std + student_mean - own_mean) / own_std

@@ -92,7 +92,9 @@ class DynamicViTLoss(Objective):
             raise ValueError(f"objective.keep_ratio: {len(ratios)} ratios for {stages} stages; set the backbone's.")
         kept = decisions.float().mean(2)  # (B, S)
         kept = kept if self.per_image else kept.mean(0, keepdim=True)
-        errors = (kept - torch.tensor(ratios, device=kept.device)).square().mean(0)  # (S,)
+        # One by one: a tensor of the ratios would be copied to the device, and a GPU would wait for it.
+        errors = torch.stack([kept[:, stage] - ratio for stage, ratio in enumerate(ratios)], 1)  # (B, S)
+        errors = errors.square().mean(0)  # (S,)
         return errors.sum() / (self.ratio_divisor or stages)
 
     def _teacher(self, outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,10 @@ class Preemption(Checkpoint):
         return int(asked), bool(due_on_rank_zero)
 
     def _save(self, trainer: L.Trainer) -> None:
+        """Save a checkpoint, after callbacks with a method `before_checkpoint(trainer, module)` have called it."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if before_checkpoint := getattr(callback, "before_checkpoint", None):
+                before_checkpoint(trainer, trainer.lightning_module)
         trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
 

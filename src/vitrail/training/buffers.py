@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 def share_buffers(buffers: Iterable[Tensor]) -> None:
     """Give all processes the buffers of the first one, in place; one process alone keeps its own.
 
-    The first process writes the checkpoints, so its buffers are those to measure. DDP shares them before each training
-    step, but not after the last one; FSDP never does.
+    The first process writes the checkpoints, at any step, so its buffers are those to measure. They depend on its own
+    batches only, whether or not DDP shares them at each step (`strategy.broadcast_buffers`); FSDP never does.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

@@ -32,7 +32,8 @@ class EMA(L.Callback):
     Args:
         decay: EMA decay per optimiser step.
         warmup: warm up the decay; False uses the full decay from the start, as DeiT, T2T-ViT and LV-ViT did.
-        device: device of the EMA weights; None keeps them on the model's device, `cpu` saves GPU memory.
+        device: device of the EMA weights; None keeps them on the model's device, `cpu` saves GPU memory, but every step
+            then waits for the GPU and for a copy of all weights.
     """
 
     def __init__(self, decay: Rate = 0.9999, warmup: bool = True, device: str | None = None) -> None:

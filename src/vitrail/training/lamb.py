@@ -1,7 +1,8 @@
 """LAMB (You et al., arXiv:1904.00962) with the arithmetic of timm's `Lamb`, for all parameters at once.
 
-timm's loops over the parameters, with about 20 kernels for each. This one has about 20 for all, keeps its step count on
-the device, and skips the update if the device says so (`found_inf`, as in PyTorch's fused optimisers).
+timm's loops over the parameters, with about 20 kernels for each. This one has about 20 for all and two for each
+parameter (for skipped steps, and the ratio of norms), keeps its step count on the device, and skips the update if the
+device says so (`found_inf`, as in PyTorch's fused optimisers).
 
 Shapes: P parameters of any shape.
 """
@@ -49,8 +50,11 @@ class ForeachLamb(Lamb):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
+        grads = [p.grad for p in params]
+        if clip is not None:
+            grads = list(torch._foreach_div(grads, clip))
         # torch.where: multiplying NaN by 0 would give NaN.
-        grads = [torch.where(keep > 0, p.grad / clip if clip is not None else p.grad, 0.0) for p in params]
+        grads = [torch.where(keep > 0, grad, 0.0) for grad in grads]
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

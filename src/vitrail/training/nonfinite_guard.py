@@ -45,8 +45,8 @@ class NonfiniteGuard(L.Callback):
     - `rollback`: restore weights, EMA weights and moments from the last checkpoint. The training continues with the
       next batch, and every learning rate of the schedule is multiplied by `factor`.
 
-    On a GPU nothing waits for the check: the device skips the update of a bad step, and the host learns of it and acts
-    one step later (`vitrail.training.verdicts`).
+    On a GPU nothing waits for the check: the device skips the update of a bad step and restores BatchNorm's statistics,
+    and the host learns of it and acts one step later (`vitrail.training.verdicts`), or before a checkpoint is saved.
 
     With fp16 loss scaling, which produces such gradients while it searches for its scale, only the loss is checked.
 
@@ -100,7 +100,7 @@ class NonfiniteGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: ImageClassifier, batch: Any, batch_idx: int
     ) -> None:
         """Keep the batches of the step, and BatchNorm's statistics before it."""
-        if not self._batches and self.on_bad == "skip":
+        if not self._batches and (self._reader.late or self.on_bad == "skip"):
             self._statistics = [buffer.clone() for buffer in pl_module.model.buffers()]
         self._batches.append((batch, pl_module.batch_key()))
 
@@ -130,8 +130,11 @@ class NonfiniteGuard(L.Callback):
         assert self._brake is not None
         if not scaled:
             self._brake.set(bad, grads)
-        if self.on_bad == "skip":
-            restore_if(bad, pl_module.model.buffers(), self._statistics)
+        restore_if(bad, pl_module.model.buffers(), self._statistics)
+
+    def before_checkpoint(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:
+        """Act on the last step before `Preemption` saves a checkpoint, which must not count a bad step as done."""
+        self._settle(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
         """Act on the last step before a validation."""

@@ -76,8 +76,12 @@ class HostReader:
     late = False
 
     def __init__(self) -> None:
-        self.verdict = torch.zeros(())
+        self.verdict = self._new_verdict()
+        self._value = self.verdict.numpy()  # the same memory
         self.pending: Step | None = None
+
+    def _new_verdict(self) -> Tensor:
+        return torch.zeros(())
 
     def post(self, step: Step) -> None:
         """Start to read the verdict of a step."""
@@ -90,7 +94,7 @@ class HostReader:
         return step if step is not None and self._is_bad() else None
 
     def _is_bad(self) -> bool:
-        return bool(self.verdict.numpy() != 0)
+        return bool(self._value != 0)
 
 
 class DeviceReader(HostReader):
@@ -100,7 +104,10 @@ class DeviceReader(HostReader):
 
     def __init__(self) -> None:
         super().__init__()
-        self.verdict, self.copied = self.verdict.pin_memory(), torch.cuda.Event()
+        self.copied = torch.cuda.Event()
+
+    def _new_verdict(self) -> Tensor:
+        return torch.zeros((), pin_memory=True)
 
     def post(self, step: Step) -> None:
         """Start to read the verdict of a step."""
