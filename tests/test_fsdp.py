@@ -91,6 +91,11 @@ def shared(*args, logs, ranks=2, **kwargs):
             ),
             marks=pytest.mark.thorough,
         ),
+        pytest.param(
+            "ddp_cpu_2",
+            ("model=volo", "optimizer=sgd", "trainer.limit_val_batches=1", "data.eval_batch_size=32"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=(
         "distilled, clipped, EMA",
@@ -101,12 +106,32 @@ def shared(*args, logs, ranks=2, **kwargs):
         "DynamicViT",
         "Evo-ViT",
         "Evo-LeViT, adaptively clipped",
+        "VOLO",
     ),
 )
 def test_curve__equals_that_of_unsharded_models(trainer, options, tmp_path):
-    """BatchNorm (LV-ViT, So-ViT, Evo-LeViT), dropout (T2T-ViT) and DynamicViT's decisions differ between processes:
-    these models are compared with DDP.
+    """BatchNorm (LV-ViT, So-ViT, Evo-LeViT, VOLO), dropout (T2T-ViT) and DynamicViT's decisions differ between
+    processes: these models are compared with DDP.
     """
+    assert_same_curve(trainer, options, tmp_path)
+
+
+@pytest.mark.thorough
+def test_curve__of_dynamic_vit_with_its_teacher(tmp_path):
+    torch.manual_seed(0)
+    weights = tmp_path / "dense.pth"
+    torch.save(timm.create_model("deit_nano", img_size=32, num_classes=10, depth=2).state_dict(), weights)
+    options = (
+        *("model=dynamicvit", "model.name=dynamicvit_deit_tiny", "model.patch_size=4", "+model.embed_dim=64"),
+        *("+model.depth=2", "+model.num_heads=2", "+model.selection_blocks=[1]", f"init_from={weights}"),
+        *("objective=dynamicvit", "teacher=timm", "teacher.name=deit_nano", "+teacher.depth=2", "teacher.classes=data"),
+        *("teacher.image_size=32", f"teacher.weights={weights}"),
+    )
+    assert_same_curve("ddp_cpu_2", options, tmp_path)
+
+
+def assert_same_curve(trainer, options, tmp_path):
+    """Train with `trainer` and sharded on two processes, and compare all metrics of both."""
     own = tuple(option for option in options if not option.startswith("strategy"))
     ranks = 1 if trainer == "cpu" else 2
     batch = f"data.batch_size={32 // ranks}"

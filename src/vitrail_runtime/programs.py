@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from vitrail_runtime import invocation, resolvers
 from vitrail_runtime.allowed_targets import allow, guarded
-from vitrail_runtime.deferred import defer_scipy_signal
+from vitrail_runtime.deferred import defer_imports
 from vitrail_runtime.null_groups import without_null_groups
 from vitrail_runtime.project import CONF, home
 from vitrail_runtime.renames import check_overrides
@@ -131,7 +131,7 @@ def run_program(name: str) -> None:
         config_name = program.config_for(sys.argv[1:])
         sys.argv[1:] = without_null_groups(sys.argv[1:], config_name)
         resolvers.register()
-        defer_scipy_signal()
+        defer_imports()
         with guarded():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except KeyboardInterrupt:

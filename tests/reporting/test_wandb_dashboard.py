@@ -74,7 +74,7 @@ def updates(monkeypatch):
     """The metrics and pictures of each update of the workspace, which is not made."""
     made = []
     monkeypatch.setattr(
-        "vitrail.reporting.wandb_dashboard.update_workspace", lambda _, *shown: made.append({*shown[0], *shown[1]})
+        "vitrail.reporting.wandb_workspace.update_workspace", lambda _, *shown: made.append({*shown[0], *shown[1]})
     )
     return made
 
@@ -108,7 +108,7 @@ def test_dashboard__a_refusal_is_one_warning(monkeypatch, caplog):
     def refuse(*_):
         raise ValueError("permission denied\nand a long story")
 
-    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.update_workspace", refuse)
+    monkeypatch.setattr("vitrail.reporting.wandb_workspace.update_workspace", refuse)
     end(logger_with())
     assert [record.getMessage() for record in caplog.records] == [
         "logger.wandb.workspace: permission denied; metrics are logged all the same"
@@ -119,7 +119,7 @@ def test_dashboard__does_not_wait_for_a_silent_server(monkeypatch, caplog):
     import threading
 
     answered = threading.Event()
-    monkeypatch.setattr("vitrail.reporting.wandb_dashboard.update_workspace", lambda *_: answered.wait(30))
+    monkeypatch.setattr("vitrail.reporting.wandb_workspace.update_workspace", lambda *_: answered.wait(30))
     end(logger_with(), patience=0.05)
     answered.set()
     assert "the server has not answered within 0.05 s" in caplog.text

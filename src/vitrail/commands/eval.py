@@ -24,7 +24,8 @@ from vitrail.runs.directory import RunDirectory, is_rank_zero
 from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.loggers import continue_loggers, log_results
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.segmentation import SEGMENTERS, build_inference, check_task, predicts_masks
+from vitrail.runs.outputs import check_task, predicts_masks
+from vitrail.runs.segmentation import SEGMENTERS, build_inference
 from vitrail.runs.trained import load_run
 from vitrail.runs.trained_model import TrainedModel
 from vitrail.training.predictions import Predictions, Predictor

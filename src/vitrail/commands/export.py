@@ -20,7 +20,7 @@ from vitrail.errors import ConfigError
 from vitrail.models.licences import PERMISSIVE
 from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
-from vitrail.runs.segmentation import predicts_masks
+from vitrail.runs.outputs import predicts_masks
 from vitrail.runs.trained import load_run
 from vitrail.runs.trained_model import TrainedModel
 

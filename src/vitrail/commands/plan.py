@@ -20,8 +20,8 @@ from vitrail.objectives.contract import passes_of
 from vitrail.reporting.plan import PEAK, UTILISATION, PhaseCost, Plan, describe_augmentation, plan_table
 from vitrail.runs.assembly import build_model, model_name
 from vitrail.runs.config import instantiate, settle_model
+from vitrail.runs.outputs import check_task
 from vitrail.runs.phases import build_phases, fit_to_phases
-from vitrail.runs.segmentation import check_task
 from vitrail.training import OptimizerFactory, ProbeSettings
 from vitrail.training.linear_probe import new_classifiers
 from vitrail.training.schedules import epoch_rates

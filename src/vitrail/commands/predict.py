@@ -27,8 +27,8 @@ from vitrail.runs.images import find_images, open_image
 from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
 from vitrail.runs.masks import PredictedMask, check_options, mask_predictions
+from vitrail.runs.outputs import predicts_masks
 from vitrail.runs.prediction import DTYPES, Prediction, predictions
-from vitrail.runs.segmentation import predicts_masks
 from vitrail.runs.trained import load_run
 from vitrail.runs.trained_model import TrainedModel
 from vitrail_runtime.names import readable

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data.augment import Augmentation, Transform
-from vitrail.data.cached_features import CachedFeatures
 from vitrail.data.dataset import TrainingTransform, ViewDataset, collate
-from vitrail.data.held_out import hold_out
 from vitrail.data.label_maps import LabelMapJoin, LabelMapStore
 from vitrail.data.phases import PhasedViews, Phases
-from vitrail.data.render import DeviceLoader, PILRenderer, device_renderer
+from vitrail.data.render import PILRenderer
 from vitrail.data.sampling import EpochSampler
 from vitrail.data.sources import Source, Split
 from vitrail.data.views import TrainingViews
 from vitrail.errors import ConfigError
 from vitrail.types import ImageSize, InputSpec, Item, height_width
 from vitrail_runtime.checking import RGB, Length, NonNegativeInt, Positive, PositiveInt, Share, checked
+
+if TYPE_CHECKING:
+    from vitrail.data.cached_features import CachedFeatures
 
 _GRACE_SECONDS = 60
 
@@ -166,20 +167,28 @@ class ImageDataModule(L.LightningDataModule):
         if stage in (None, "fit") and not hasattr(self, "train"):
             split = self.source.open("train")
             if self.held_out_share is not None:
+                from vitrail.data.held_out import hold_out
+
                 split, held_out = hold_out(split, self.held_out_share, self.seed, "probe.held_out")
                 self.held_out = self._cached(self._evaluation_set(held_out))
             self.train = self._cached(self._training_set(split))
         if not hasattr(self, "val"):
             self.val = self._cached(self._evaluation_set(self.source.open("val")))
 
-    def _cached(self, images: ViewDataset) -> ViewDataset | CachedFeatures:
-        return CachedFeatures(images) if self.caches_features else images
+    def _cached(self, images: ViewDataset) -> "ViewDataset | CachedFeatures":
+        if not self.caches_features:
+            return images
+        from vitrail.data.cached_features import CachedFeatures
+
+        return CachedFeatures(images)
 
     def _evaluation_set(self, split: Split) -> ViewDataset:
         return ViewDataset(split, self.augment.evaluation(self.input), None, self.skipped_file, fill=False)
 
     def fill_cache(self, extract: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]) -> None:
         """Compute the features that the loaders serve in place of images; see `CachedFeatures.compute`."""
+        from vitrail.data.cached_features import CachedFeatures
+
         for dataset in (self.train, self.held_out, self.val):
             assert isinstance(dataset, CachedFeatures)
             images = dataset.images
@@ -237,6 +246,8 @@ class ImageDataModule(L.LightningDataModule):
         options = self._loader_options(sampler, self.batch_size, self._loader_workers)
         if not self.renders_on_device:
             return DataLoader(self.train, **options)
+        from vitrail.data.render import DeviceLoader, device_renderer
+
         renderer = device_renderer(self.input, self._device, self.augment.erase_mode, self.augment.operations)
         return DeviceLoader(renderer, self.train, **options)
 

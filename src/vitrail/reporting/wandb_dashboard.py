@@ -10,8 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from vitrail.reporting.wandb_panels import GROUPS_TABLE
-from vitrail.reporting.wandb_workspace import update_workspace
 from vitrail_runtime.checking import Positive, checked
 
 log = logging.getLogger(__name__)
@@ -104,11 +102,12 @@ def _working(loggers: Iterable[Any]) -> list[Any]:
 
 def _update_workspaces(loggers: Iterable[Any], *shown: Any) -> list[threading.Thread]:
     """Update the workspaces of loggers that are online and want one; `shown` are `update_workspace`'s arguments."""
-    return [
-        _start("workspace", update_workspace, logger.experiment, *shown)
-        for logger in loggers
-        if logger.workspace and not (logger.experiment.offline or logger.experiment.disabled)
-    ]
+    runs = [logger.experiment for logger in loggers if logger.workspace]
+    if not runs:
+        return []
+    from vitrail.reporting.wandb_workspace import update_workspace
+
+    return [_start("workspace", update_workspace, run, *shown) for run in runs if not (run.offline or run.disabled)]
 
 
 def _start(key: str, act: Callable[..., None], *arguments: Any) -> threading.Thread:
@@ -155,6 +154,8 @@ def upload_best(run: Any, path: Path, metadata: dict[str, Any]) -> None:
 
 def _log_groups(logger: Any, optimizer: torch.optim.Optimizer) -> None:
     """Log a table of the optimiser's groups: those with the same learning rate and weight decay are one row."""
+    from vitrail.reporting.wandb_panels import GROUPS_TABLE
+
     rows: dict[tuple[float, float], list[int]] = {}
     for group in optimizer.param_groups:
         key = float(group.get("lr_scale", 1.0)), float(group.get("weight_decay", 0.0))

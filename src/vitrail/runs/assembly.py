@@ -33,12 +33,11 @@ from vitrail.runs.config import instantiate, plain
 from vitrail.runs.device import settle_auto
 from vitrail.runs.directory import RunDirectory, find_weights_file
 from vitrail.runs.loggers import MetricsCSV
-from vitrail.runs.outputs import check_outputs
+from vitrail.runs.outputs import check_outputs, check_task
 from vitrail.runs.phases import build_phases, fit_to_phases
 from vitrail.runs.probe import build_probe, probe_settings
 from vitrail.runs.resume import ResumePosition
-from vitrail.runs.segmentation import build_segmenter, check_task
-from vitrail.training import ImageClassifier, PhaseReport
+from vitrail.training import ImageClassifier
 from vitrail.training.targets import check_contracts
 from vitrail.types import InputSpec
 from vitrail_runtime.allowed_targets import resolve_target
@@ -173,6 +172,8 @@ def build_module(config: DictConfig, data: ImageDataModule) -> ImageClassifier:
     log_licence(config)
     check_task(model, "masks" in data.provides)
     if "masks" in data.provides:
+        from vitrail.runs.segmentation import build_segmenter
+
         return build_segmenter(config, data, model)  # type: ignore[arg-type]
     if data.phases is not None:
         fit_to_phases(model, data.phases, data.num_classes)
@@ -243,6 +244,8 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     callbacks = [callback for callback in named.values() if callback is not None]
     callbacks += [_SaveConfig(redacted(plain(config)), data), ResumePosition()]
     if data.phases is not None:
+        from vitrail.training import PhaseReport
+
         callbacks.append(PhaseReport(data.phases))
     loggers = [csv_log]
     for name, node in (config.logger or {}).items():

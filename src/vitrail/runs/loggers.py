@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,8 +14,13 @@ from vitrail.errors import ConfigError
 from vitrail.runs.config import instantiate
 from vitrail.runs.directory import is_rank_zero
 from vitrail.runs.tolerant import tolerant
-from vitrail.runs.wandb_logger import wandb
 from vitrail_runtime.checking import checked
+from vitrail_runtime.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vitrail.runs.wandb_logger import wandb
+else:
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = ["MetricsCSV", "mlflow", "tensorboard", "wandb"]
 

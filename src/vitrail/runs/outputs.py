@@ -1,4 +1,4 @@
-"""Check that a backbone returns what it declares."""
+"""Check that a backbone returns what it declares, and what its data asks for."""
 
 import torch
 from torch import nn
@@ -29,3 +29,28 @@ def check_outputs(model: nn.Module, num_classes: int, image_size: tuple[int, int
                 f"model: returns {described} as {name} for two images of {image_size[0]} x {image_size[1]} pixels, but"
                 f" must return {shape}, because the data has {num_classes} classes."
             )
+
+
+def predicts_masks(model: nn.Module) -> bool:
+    """Return whether a network segments images."""
+    return "masks" in declared_outputs(model)
+
+
+def check_task(model: nn.Module, has_masks: bool) -> None:
+    """Check that network and data belong to the same task, classification or segmentation.
+
+    Args:
+        model: network.
+        has_masks: whether the data has masks.
+
+    Raises:
+        ConfigError: one of them has masks and the other has not.
+    """
+    if predicts_masks(model) == has_masks:
+        return
+    advice = "experiment=segmentation selects model, objective and augmentation for segmentation"
+    if not has_masks:
+        raise ConfigError(
+            f"data: has no masks, which {type(model).__name__} needs; {advice}, and data=ade20k data with masks."
+        )
+    raise ConfigError(f"model: {type(model).__name__} is a classifier, but the data has masks; {advice}.")

@@ -17,7 +17,7 @@ from vitrail.data import Augmentation
 from vitrail.errors import ConfigError, ImageError
 from vitrail.models import forward_heads
 from vitrail.runs.images import name_of, open_image
-from vitrail.runs.segmentation import predicts_masks
+from vitrail.runs.outputs import predicts_masks
 from vitrail.types import InputSpec
 from vitrail_runtime.checking import NonNegativeInt, PositiveInt, checked
 

@@ -1,20 +1,21 @@
 """Linear probes: build their module from a config, and refuse what does not fit a frozen backbone."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from torch import nn
 
 from vitrail.data import ImageDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.probing import check_probe
 from vitrail.runs.config import instantiate
-from vitrail.training import LinearProbe, ProbeSettings
+
+if TYPE_CHECKING:
+    from vitrail.training import LinearProbe, ProbeSettings
 
 _FSDP = "vitrail.training.FSDP"
 
 
-def probe_settings(config: DictConfig) -> ProbeSettings | None:
+def probe_settings(config: DictConfig) -> "ProbeSettings | None":
     """Return the settings of a linear probe; None for any other training.
 
     Raises:
@@ -47,12 +48,15 @@ def probe_settings(config: DictConfig) -> ProbeSettings | None:
 
 
 def build_probe(
-    settings: ProbeSettings, model: nn.Module, objective: nn.Module, data: ImageDataModule, **kwargs: Any
-) -> LinearProbe:
+    settings: "ProbeSettings", model: nn.Module, objective: nn.Module, data: ImageDataModule, **kwargs: Any
+) -> "LinearProbe":
     """Build the module of a linear probe; `kwargs` are other arguments of `ImageClassifier`.
 
     Raises:
         ConfigError: the backbone or the objective does not fit a linear probe.
     """
+    from vitrail.models.probing import check_probe
+    from vitrail.training import LinearProbe
+
     check_probe(model.eval(), data.input.size)
     return LinearProbe(model, objective, data.num_classes, settings, **kwargs)

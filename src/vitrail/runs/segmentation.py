@@ -12,7 +12,6 @@ from vitrail.checkpoints.reading import find_weights, read_checkpoint
 from vitrail.data.segmentation import SegmentationDataModule
 from vitrail.errors import ConfigError
 from vitrail.models.any_size import allow_any_size
-from vitrail.models.heads import declared_outputs
 from vitrail.objectives.contract import uses_of
 from vitrail.runs.config import instantiate
 from vitrail.runs.directory import find_weights_file
@@ -26,32 +25,6 @@ SEGMENTERS = ("vitrail.models.upernet", "vitrail.models.linear_segmenter")
 
 INFERENCE_KEYS = ("short_side", "long_side", "eval_mode", "eval_stride", "eval_scales", "eval_flip")
 """Keys of a segmentation data config that say how whole images are predicted."""
-
-_ADVICE = "experiment=segmentation selects model, objective and augmentation for segmentation"
-
-
-def predicts_masks(model: nn.Module) -> bool:
-    """Return whether a network segments images."""
-    return "masks" in declared_outputs(model)
-
-
-def check_task(model: nn.Module, has_masks: bool) -> None:
-    """Check that network and data belong to the same task, classification or segmentation.
-
-    Args:
-        model: network.
-        has_masks: whether the data has masks.
-
-    Raises:
-        ConfigError: one of them has masks and the other has not.
-    """
-    if predicts_masks(model) == has_masks:
-        return
-    if not has_masks:
-        raise ConfigError(
-            f"data: has no masks, which {type(model).__name__} needs; {_ADVICE}, and data=ade20k data with masks."
-        )
-    raise ConfigError(f"model: {type(model).__name__} is a classifier, but the data has masks; {_ADVICE}.")
 
 
 def build_inference(data: SegmentationDataModule, model: nn.Module) -> DenseInference:

@@ -13,8 +13,9 @@ from vitrail.errors import ImageError
 from vitrail.runs.assembly import model_name
 from vitrail.runs.images import listed_images
 from vitrail.runs.masks import PredictedMask, check_options, mask_predictions
+from vitrail.runs.outputs import predicts_masks
 from vitrail.runs.prediction import Prediction, predictions
-from vitrail.runs.segmentation import INFERENCE_KEYS, inference_of, predicts_masks
+from vitrail.runs.segmentation import INFERENCE_KEYS, inference_of
 from vitrail.training.segmentation import DenseInference
 from vitrail.types import InputSpec
 

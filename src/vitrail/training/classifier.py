@@ -99,12 +99,17 @@ class ImageClassifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C) for images (B, 3, H, W); several heads are merged as in the backbone's paper."""
-        count = len(images)
-        if self.compile_mode and not self.training:  # fill up the last batch, which would be compiled separately
-            self._largest_batch = max(self._largest_batch, count)
-            if missing := self._largest_batch - count:
-                images = nn.functional.pad(images, (0, 0) * 3 + (0, missing))
-        return self.heads(self.model, images).merged()[:count]
+        return self.heads(self.model, self.filled(images)).merged()[: len(images)]
+
+    def filled(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) of an evaluation, of which the last batch is filled up with empty images.
+
+        A smaller batch would be compiled separately.
+        """
+        if self.compile_mode is None or self.training:
+            return images
+        self._largest_batch = max(self._largest_batch, len(images))
+        return nn.functional.pad(images, (0, 0) * 3 + (0, self._largest_batch - len(images)))
 
     def token_grid(self, images: Tensor) -> tuple[int, int] | None:
         """Return the rows and columns of patch tokens for images (B, 3, H, W); None if the backbone returns none."""

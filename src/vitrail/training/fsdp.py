@@ -96,7 +96,7 @@ class FSDP(ModelParallelStrategy):
         }
         for block in blocks_of(model):
             if compile_mode:
-                block.compile(mode=compile_mode)
+                block.compile(mode=compile_mode, dynamic=False)
             fully_shard(block, **options)
         fully_shard(model, **options)
         for other in others:

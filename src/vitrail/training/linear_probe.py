@@ -86,7 +86,9 @@ class LinearProbe(ImageClassifier):
         self.metrics = nn.ModuleDict(
             {name: nn.ModuleList(ValidationMetrics(num_classes) for _ in self.classifiers) for name in _VALIDATED}
         )
-        self.pool = torch.compile(pooled_features, mode=self.compile_mode) if self.compile_mode else pooled_features
+        self.pool: Any = pooled_features
+        if self.compile_mode:
+            self.pool = torch.compile(pooled_features, mode=self.compile_mode, dynamic=False)
 
     @property
     def lrs(self) -> list[float]:
@@ -110,8 +112,10 @@ class LinearProbe(ImageClassifier):
         if self.settings.cache:
             log.info("linear probe: computing the features of all images")
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.eval()
             with self.trainer.precision_plugin.val_step_context():
                 data.fill_cache(self._features, self._gather)
+            self.train()
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors (B, ...) of all processes, (processes, B, ...)."""
@@ -121,7 +125,7 @@ class LinearProbe(ImageClassifier):
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
         """Return the features (B, D) of images (B, 3, H, W)."""
-        return self.pool(self.model, images.to(self.device))
+        return self.pool(self.model, self.filled(images.to(self.device)))[: len(images)]
 
     def _outputs(self, batch: Batch) -> list[Outputs]:
         """Return the logits of each classifier for a batch of images (B, 3, H, W), or of their features (B, D)."""

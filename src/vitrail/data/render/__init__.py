@@ -4,11 +4,18 @@ Both renderers give the same result: Pillow's are timm's pixels, bit for bit; th
 255 in each operation.
 """
 
-from vitrail.data.render.device import DeviceRenderer, device_renderer
-from vitrail.data.render.loader import DeviceLoader
-from vitrail.data.render.pil import PILRenderer, Rendered, finish_batch
-from vitrail.data.render.plan import RenderPlan, plan_batch
-from vitrail.data.render.shipping import Shipped, ship
+from typing import TYPE_CHECKING
+
+from vitrail_runtime.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vitrail.data.render.device import DeviceRenderer, device_renderer
+    from vitrail.data.render.loader import DeviceLoader
+    from vitrail.data.render.pil import PILRenderer, Rendered, finish_batch
+    from vitrail.data.render.plan import RenderPlan, plan_batch
+    from vitrail.data.render.shipping import Shipped, ship
+else:
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     "DeviceLoader",
