@@ -1,4 +1,4 @@
-"""Render the report page: data and pictures as JSON in one HTML file, drawn by page/*.js (35 KB, no library).
+"""Render the report page: data and pictures as JSON in one HTML file, drawn by page/*.js (37 kB, no library).
 
 Texts of runs reach the page as JSON, and the scripts insert them as text, so that names with HTML in them are shown.
 The page's content security policy allows only its own script, and no network.
