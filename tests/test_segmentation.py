@@ -157,12 +157,12 @@ def test_predict__unreadable_images_and_options_without_meaning(finished, root, 
     assert [name for _, name, _ in table_of(tmp_path / "without.jsonl")] == ["", ""]
     for option, message in (
         ("top_k=3", "top_k: does not apply to a network that segments images; omit it."),
-        ("batch_size=2", "batch_size: this network segments images"),
+        ("batch_size=2", "batch_size: does not apply to a network that segments images"),
         ("masks=images", "masks=images: contains some of the images; choose another folder."),
     ):
         assert message in error_of(run(*arguments, option, logs=tmp_path)), option
     explain = ("explain=attention", "overlay=drawn")
-    assert "explain: this network segments images" in error_of(run(*arguments, *explain, logs=tmp_path))
+    assert "explain: does not apply to a network that segments images" in error_of(run(*arguments, *explain, logs=tmp_path))
 
 
 def test_report__shows_the_classes_and_pictures(finished):
