@@ -162,7 +162,9 @@ def test_predict__unreadable_images_and_options_without_meaning(finished, root, 
     ):
         assert message in error_of(run(*arguments, option, logs=tmp_path)), option
     explain = ("explain=attention", "overlay=drawn")
-    assert "explain: does not apply to a network that segments images" in error_of(run(*arguments, *explain, logs=tmp_path))
+    assert "explain: does not apply to a network that segments images" in error_of(
+        run(*arguments, *explain, logs=tmp_path)
+    )
 
 
 def test_report__shows_the_classes_and_pictures(finished):
