@@ -12,23 +12,11 @@ import scipy.signal
 assert hasattr(scipy.signal, "hamming") and "scipy.stats" not in sys.modules
 del scipy
 """
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        "import scipy; window = scipy.signal.windows.hann(3)",
-        "import scipy.signal as signal; window = signal.windows.hann(3)",
-        "import scipy.signal.windows; window = scipy.signal.windows.hann(3)",
-        "from scipy.signal import get_window; window = get_window('hann', 3, fftbins=False)",
-    ],
-)
-def test_scipy_signal__is_imported_when_used(use, tmp_path):
-    check = "assert sys.modules['scipy.signal'] is scipy.signal; print(*window, scipy.signal.hamming(1)[0])"
-    result = run_python("-c", f"{LIKE_TORCHMETRICS}{use}\nimport scipy\n{check}", folder=tmp_path)
-    assert result.stdout == "0.0 1.0 0.0 1.0\n", result.stderr
-
-
+CHECK_WINDOW = """
+import scipy
+assert sys.modules["scipy.signal"] is scipy.signal
+assert [*window, scipy.signal.hamming(1)[0]] == [0, 1, 0, 1]
+"""
 LIKE_TIMM = """
 import sys
 from importlib.util import find_spec
@@ -39,18 +27,28 @@ assert find_spec("wandb") is not None and "wandb.sdk" not in sys.modules
 timm_wandb = wandb
 del wandb
 """
+CHECK_ARTIFACT = """
+import wandb
+assert version == wandb.__version__
+assert artifact is wandb.Artifact is timm_wandb.Artifact
+"""
+SCIPY, WANDB = (LIKE_TORCHMETRICS, CHECK_WINDOW), (LIKE_TIMM, CHECK_ARTIFACT)
 
 
 @pytest.mark.parametrize(
-    "use",
+    ("program", "use"),
     [
-        "import wandb; version, artifact = wandb.__version__, wandb.Artifact",
-        "from wandb import Artifact as artifact, __version__ as version",
-        "import wandb.env; version, artifact = wandb.__version__, wandb.Artifact",
-        "from wandb.sdk import Artifact as artifact; version = timm_wandb.__version__",
+        (SCIPY, "import scipy; window = scipy.signal.windows.hann(3)"),
+        (SCIPY, "import scipy.signal as signal; window = signal.windows.hann(3)"),
+        (SCIPY, "import scipy.signal.windows; window = scipy.signal.windows.hann(3)"),
+        (SCIPY, "from scipy.signal import get_window; window = get_window('hann', 3, fftbins=False)"),
+        (WANDB, "import wandb; version, artifact = wandb.__version__, wandb.Artifact"),
+        (WANDB, "from wandb import Artifact as artifact, __version__ as version"),
+        (WANDB, "import wandb.env; version, artifact = wandb.__version__, wandb.Artifact"),
+        (WANDB, "from wandb.sdk import Artifact as artifact; version = timm_wandb.__version__"),
     ],
 )
-def test_wandb__is_imported_when_used(use, tmp_path):
-    check = "import wandb; print(version == wandb.__version__, artifact is wandb.Artifact is timm_wandb.Artifact)"
-    result = run_python("-c", f"{LIKE_TIMM}{use}\n{check}", folder=tmp_path)
-    assert result.stdout == "True True\n", result.stderr
+def test_module__is_imported_when_used(program, use, tmp_path):
+    before, after = program
+    result = run_python("-c", f"{before}{use}{after}print('equal')", folder=tmp_path)
+    assert result.stdout == "equal\n", result.stderr
