@@ -1,9 +1,11 @@
 import ctypes
 import gc
 import os
+import random
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +40,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.process)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Start each test with the same random numbers, whichever tests ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def image_tree(tmp_path):
     """`train/` and `val/` folders with two classes: JPEG crops of scikit-learn's two photographs."""
@@ -58,8 +68,6 @@ def image_tree(tmp_path):
 @pytest.fixture
 def label_maps(image_tree, tmp_path):
     """Label maps of the 16 training images with the true class in every cell."""
-    import numpy as np
-
     from vitrail.data.label_maps import LabelMapStore
 
     keys = sorted(str(path.relative_to(image_tree / "train").with_suffix("")) for path in image_tree.glob("train/*/*"))
