@@ -13,6 +13,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "src"))
 
+from vitrail.runs import preemption  # noqa: E402
 from vitrail.runs.preemption import Preemption  # noqa: E402
 
 save_between_steps = Preemption.on_train_batch_end
@@ -29,5 +30,6 @@ def on_train_batch_end(self, trainer, *args):
 
 if __name__ == "__main__":
     Preemption.on_train_batch_end = on_train_batch_end
+    preemption._SECONDS = 0.0  # the processes ask each other after every step
     sys.argv[0] = str(PROJECT / "src" / "train.py")
     runpy.run_path(sys.argv[0], run_name="__main__")

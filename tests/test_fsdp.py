@@ -1,5 +1,6 @@
 """FSDP in two and three real processes with gloo: the same loss curve and weights as one process."""
 
+import json
 import random
 import shutil
 import time
@@ -242,6 +243,41 @@ def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):
     assert any(sentence in results[0].stderr for sentence in sentences)
     kept = torch.load(run_directories(tmp_path)[0] / "bad_step.pt", weights_only=True)
     assert kept["weights"]["head.weight"].shape == (10, 64)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_skip__of_a_gradient_that_one_process_has(rank, tmp_path):
+    """The number is in a row of the first process; the other one learns of it by the reduction of the gradients."""
+    options = ("model=deit_nano", *COMMON, "epochs=1", "trainer.limit_train_batches=5", "data.batch_size=16")
+    spoilt = f"+callbacks.spoilt={{_target_: watched_steps.SpoiltGradient, rank: {rank}, part: blocks.1.attn.proj}}"
+    skip = "callbacks.nonfinite_guard.on_bad=skip"
+    own = ("trainer=fsdp_cpu_2", spoilt, skip)
+    results = run_ranks("train.py", *own, *options, logs=tmp_path, timeout=100, VITRAIL_TARGETS="watched_steps")
+    assert [result.returncode for result in results] == [0, 0], results
+    assert "Step skipped; 1 skipped so far" in results[0].stdout
+    checkpoint = read_checkpoint(run_directories(tmp_path)[0] / "checkpoints" / "last.ckpt")
+    assert checkpoint["callbacks"]["NonfiniteGuard"]["skipped"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("trainer=ddp_cpu_2", "model=deit_nano"), {"allreduce_": 5}),
+        (("trainer=cpu", "trainer.devices=2", "model=timm", "model.name=resnet10t"), {"allreduce_": 10}),
+        (("trainer=fsdp_cpu_2", "model=deit_nano"), {"_allgather_base_": 50, "_reduce_scatter_base_": 25}),
+    ],
+    ids=["ddp", "auto", "fsdp"],
+)
+def test_step__communicates_to_reduce_gradients_only(options, expected, tmp_path):
+    """Five steps; DDP has one or two buckets of gradients, FSDP five modules, whose weights it gathers twice."""
+    options = (*options, *COMMON, "epochs=1", "trainer.limit_train_batches=9", "data.num_workers=1")
+    count = f"+callbacks.count={{_target_: watched_steps.Collectives, folder: {tmp_path}}}"
+    interval = ("trainer.log_every_n_steps=100", "optimizer.fused=true")
+    shared(*interval, count, *options, logs=tmp_path, VITRAIL_TARGETS="watched_steps")
+    for rank in range(2):
+        found = json.loads((tmp_path / f"waits{rank}.json").read_text())
+        assert found == {f"c10d.{name}.default": number for name, number in expected.items()}
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])

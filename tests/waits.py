@@ -41,7 +41,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = str(func).split(".")[:2]
         is_free = name == "_local_scalar_dense" and is_of_host(args[0])
-        if namespace.startswith("c10d") or (_plain(name) in map(_plain, _WAITS) and not is_free):
+        if namespace.lstrip("_").startswith("c10d") or (_plain(name) in map(_plain, _WAITS) and not is_free):
             self.found[str(func)] += 1
         if name == "index" and any(index is not None and index.dtype.itemsize == 1 for index in args[1]):
             self.found["index by a mask"] += 1

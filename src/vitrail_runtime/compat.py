@@ -74,6 +74,16 @@ def set_device(module: L.LightningModule, device: Any) -> None:
     module._device = device
 
 
+def ignore_lightnings_signals(trainer: L.Trainer) -> None:
+    """Keep the training loop from telling all processes of SIGTERM at every batch, for which each waits."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def set_ddp_options(strategy: Any, **options: Any) -> None:
+    """Set options of a DDP strategy that Lightning has chosen itself, unless they are set."""
+    strategy._ddp_kwargs = options | strategy._ddp_kwargs
+
+
 # Hydra
 
 

@@ -62,6 +62,55 @@ def test_signal__to_one_of_two_processes_stops_both(image_tree, tmp_path):
         torch.testing.assert_close(value, expected["current_model_state"][key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("batches_of_others", "stopped_after"), [([4], 4), ([9], 9), ([4, 9], 4)])
+def test_late_answer__stops_all_processes_after_the_same_batch(batches_of_others, stopped_after, tmp_path, monkeypatch):
+    """On GPUs the answer to a question is read one batch later; here two processes ask at every fourth batch."""
+    questions = {}
+
+    class LatePoll:
+        late = True
+
+        def __init__(self, rank):
+            self.rank, self.asked, self.pending = rank, 0, False
+
+        def ask(self, numbers):
+            questions.setdefault(self.asked, {})[self.rank] = numbers
+            self.asked, self.pending = self.asked + 1, True
+
+        def answer(self):
+            self.pending = False
+            both = questions[self.asked - 1].values()
+            assert len(both) == 2, "read before the other process has asked"
+            return [max(numbers) for numbers in zip(*both, strict=True)]
+
+    monkeypatch.setattr(preemption, "is_last_batch", lambda _: False)
+    monkeypatch.setattr(preemption, "is_accumulating", lambda trainer: trainer.batch % 2 == 0)
+    monkeypatch.setattr(Preemption, "_save", lambda _, trainer: saved.append(trainer.batch))
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(preemption, "time", clock)
+    now, saved, ended = [0.0], [], []
+    strategy = SimpleNamespace(checkpoint_io=SimpleNamespace(teardown=lambda: None), barrier=lambda _: None)
+    ranks = [Preemption(tmp_path / "last.ckpt") for _ in range(2)]
+    for rank, callback in enumerate(ranks):
+        callback._poll = LatePoll(rank)
+    for batch in range(1, 40):
+        now[0] += 0.5
+        if batch in batches_of_others:
+            ranks[batches_of_others.index(batch) % 2]._asked = signal.SIGTERM
+        for callback in ranks:
+            trainer = SimpleNamespace(world_size=2, batch=batch, is_global_zero=callback is ranks[0], strategy=strategy)
+            try:
+                callback.on_train_batch_end(trainer, None, None, None, batch)
+            except Stopped:
+                ended.append(batch)
+        if ended:
+            break
+    assert saved == ended
+    assert len(set(ended)) == 1
+    assert len(ended) == 2
+    assert batch - stopped_after <= 8
+
+
 def test_interrupt__the_second_one_exits_at_once(monkeypatch, tmp_path, capfd):
     statuses = []
     monkeypatch.setattr(os, "_exit", statuses.append)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail_runtime import compat
@@ -91,6 +92,19 @@ def test_parallel_size_and_device__are_where_lightning_reads_them():
     module = Linear()
     compat.set_device(module, torch.device("meta"))
     assert module.device == torch.device("meta")
+
+
+def test_lightnings_signals__are_not_broadcast_at_every_batch(tmp_path):
+    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+    trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    compat.ignore_lightnings_signals(trainer)
+    assert trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None
+
+
+def test_ddp_options__reach_pytorch_unless_they_are_set():
+    strategy = DDPStrategy(static_graph=True)
+    compat.set_ddp_options(strategy, static_graph=False, broadcast_buffers=False)
+    assert strategy._ddp_kwargs == {"static_graph": True, "broadcast_buffers": False}
 
 
 def test_hydra_flags__of_a_command_line():

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
@@ -41,6 +42,7 @@ from vitrail.training import ImageClassifier
 from vitrail.training.targets import check_contracts
 from vitrail.types import InputSpec
 from vitrail_runtime.allowed_targets import resolve_target
+from vitrail_runtime.compat import set_ddp_options
 from vitrail_runtime.secrets import redacted
 
 log = logging.getLogger(__name__)
@@ -251,15 +253,18 @@ def build_trainer(config: DictConfig, run: RunDirectory, data: ImageDataModule, 
     for name, node in (config.logger or {}).items():
         if node is not None:
             loggers.append(instantiate(node, f"logger.{name}"))
+    strategy = instantiate(config.strategy, "strategy")
     trainer: L.Trainer = instantiate(
         config.trainer,
         "trainer",
-        strategy=instantiate(config.strategy, "strategy"),
+        strategy=strategy,
         callbacks=callbacks,
         logger=loggers,
         plugins=[AtomicCheckpointIO(), *slurm_environment(config.trainer)],
         default_root_dir=str(run.path),
     )
+    if isinstance(trainer.strategy, DDPStrategy) and isinstance(strategy, str):  # Lightning's choice: conf/strategy/ddp
+        set_ddp_options(trainer.strategy, broadcast_buffers=False, gradient_as_bucket_view=True)
     for logger in loggers:
         if not (config.resume and isinstance(logger, MLFlowLogger)):  # MLflow refuses a run whose parameters change
             logger.log_hyperparams(redacted(plain(config)))

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from vitrail.errors import TrainingError
+from vitrail.runs.poll import Poll
 from vitrail_runtime.checking import NonNegative, checked
-from vitrail_runtime.compat import is_accumulating, is_last_batch
+from vitrail_runtime.compat import ignore_lightnings_signals, is_accumulating, is_last_batch
 from vitrail_runtime.sentences import SHARED_MEMORY
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 2.0  # between two questions of the processes to each other, on GPUs
+_SECONDS = 2.0  # between two questions of the processes to each other
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
@@ -50,9 +50,10 @@ class Preemption(Checkpoint):
     A training that is resumed from the checkpoint continues exactly where it stopped.
 
     If any process gets SIGTERM, SIGUSR1 or Ctrl-C, all processes finish the current optimiser step (after the last one
-    of an epoch, also the validation), save the checkpoint and raise `Stopped`. Several GPUs ask each other for signals
-    about every two seconds. A second Ctrl-C exits at once. Another
-    program can stop the training by creating the file `stop`: at the end of the epoch it has the effect of SIGTERM.
+    of an epoch, also the validation), save the checkpoint and raise `Stopped`. The processes ask each other for signals
+    about every two seconds, and GPUs do not wait for the answer, which is read a step later. A second Ctrl-C exits at
+    once. Another program can stop the training by creating the file `stop`: at the end of the epoch it has the effect
+    of SIGTERM.
 
     Args:
         path: checkpoint file.
@@ -67,15 +68,17 @@ class Preemption(Checkpoint):
         self._asked = 0
         self._before: Mapping[int, Any] = {}
         self._saved = time.monotonic()
-        self._agreed, self._batches, self._next = time.monotonic(), 0, 1
+        self._poll: Poll | None = None
+        self._asked_at, self._batches, self._next = self._saved, 0, 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Install the signal handlers; Lightning's would communicate with other processes in the handler."""
-        self._saved = time.monotonic()
+        """Install the signal handlers; Lightning's would communicate in the handler, and at every batch."""
+        self._saved = self._asked_at = time.monotonic()
         if self.stop and trainer.is_global_zero:
             self.stop.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._ask) for signum in self.signals}
+            ignore_lightnings_signals(trainer)
 
     def _ask(self, signum: int, _: Any) -> None:
         if signum == signal.SIGINT and self._asked == signal.SIGINT:
@@ -91,13 +94,9 @@ class Preemption(Checkpoint):
     ) -> None:
         """Save between two optimiser steps; the last step of an epoch is saved after the validation."""
         self._batches += 1
-        if (
-            is_last_batch(trainer)
-            or is_accumulating(trainer)
-            or (trainer.world_size > 1 and self._batches < self._next)
-        ):
+        if is_last_batch(trainer) or is_accumulating(trainer):
             return
-        asked, due = self._agree(trainer)
+        asked, due = self._heard(trainer)
         if asked or due:
             self._save(trainer)
         if asked:
@@ -121,22 +120,41 @@ class Preemption(Checkpoint):
         trainer.strategy.barrier("stopped")
         raise Stopped(asked)
 
+    def _heard(self, trainer: L.Trainer) -> tuple[int, bool]:
+        """Return what is known between two steps: a stop signal (0 for none), and whether a checkpoint is due."""
+        if trainer.world_size == 1:
+            return self._asked, self._due()
+        asked, due = self._answer() if self._poll and self._poll.pending else (0, False)
+        if asked or due or self._batches < self._next:
+            return asked, due
+        return (0, False) if self._ask_others(trainer).late else self._answer()
+
     def _agree(self, trainer: L.Trainer) -> tuple[int, bool]:
         """Return the stop signal that any process got (0 for none), and whether rank 0's interval has passed."""
-        now = time.monotonic()
-        due = self.minutes is not None and now - self._saved >= 60 * self.minutes
         if trainer.world_size == 1:
-            return self._asked, due
-        device = trainer.strategy.root_device
-        # GPUs would wait for each other at every batch, so the processes also agree on the number of batches until the
-        # next question.
-        rare = device.type == "cuda" and self.minutes != 0
-        batches = max(1, int(_SECONDS * self._batches / max(now - self._agreed, 1e-9))) if rare else 1
-        flags = torch.tensor([self._asked, int(due and trainer.is_global_zero), -batches], device=device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        asked, due_on_rank_zero, fewest = flags.tolist()
-        self._agreed, self._batches, self._next = now, 0, -int(fewest)
-        return int(asked), bool(due_on_rank_zero)
+            return self._asked, self._due()
+        if self._poll and self._poll.pending:
+            self._answer()  # the new question includes the old one
+        self._ask_others(trainer)
+        return self._answer()
+
+    def _due(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
+
+    def _ask_others(self, trainer: L.Trainer) -> Poll:
+        """Tell the other processes what this one knows, and how many batches the next question may wait for."""
+        now = time.monotonic()
+        batches = 1 if self.minutes == 0 else int(_SECONDS * self._batches / max(now - self._asked_at, 1e-9))
+        self._poll = self._poll or Poll(trainer.strategy.root_device, 3)
+        self._poll.ask((self._asked, int(self._due() and trainer.is_global_zero), -max(1, batches)))
+        self._asked_at, self._batches = now, 0
+        return self._poll
+
+    def _answer(self) -> tuple[int, bool]:
+        assert self._poll is not None
+        asked, due, fewest = self._poll.answer()
+        self._next = -fewest
+        return asked, bool(due)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save a checkpoint, after callbacks with a method `before_checkpoint(trainer, module)` have called it."""

@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ class FSDP(ModelParallelStrategy):
             others: further trained modules, each sharded as a whole.
 
         Raises:
-            ConfigError: the backbone has no blocks, or the precision is not supported.
+            ConfigError: the backbone has no blocks, a module is too small to be sharded, or the precision is not
+                supported.
         """
         if isinstance(model, FSDPModule):
             return
@@ -97,10 +98,9 @@ class FSDP(ModelParallelStrategy):
         for block in blocks_of(model):
             if compile_mode:
                 block.compile(mode=compile_mode, dynamic=False)
-            fully_shard(block, **options)
-        fully_shard(model, **options)
-        for other in others:
-            fully_shard(other, **options)
+            _shard_whole(block, options)
+        for module in (model, *others):
+            _shard_whole(module, options)
         if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo returns the sum if asked for the mean
             for module in self.lightning_module.modules():  # type: ignore[union-attr]
                 if isinstance(module, FSDPModule):
@@ -208,6 +208,44 @@ class FSDP(ModelParallelStrategy):
         """Load the state that `load_checkpoint` returned into the optimisers; moments stay on their weights' device."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
+
+
+class SpoilingReduction:
+    """Reduction of gradients to shards that makes a NaN or infinite number reach all processes.
+
+    Each process gets its rows of the sum only. A process whose own gradients contain such a number therefore sends NaN
+    for all of them, so that every process learns of it without a reduction of its own. PyTorch's interface is
+    `torch.distributed.fsdp.FSDPModule.set_custom_reduce_scatter`.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for a tensor."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        """Reduce `input_tensor` (N n,), rows for each of N processes, to this process's rows `output_tensor` (n,)."""
+        input_tensor.add_(input_tensor.sum() * 0)
+        return torch.distributed.reduce_scatter_tensor(
+            output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        )
+
+
+def _shard_whole(module: nn.Module, options: dict[str, Any]) -> None:
+    """Shard the parameters of a module that no part of it has sharded.
+
+    Raises:
+        ConfigError: some process would get no row, so that it would not learn of bad gradients in the module.
+    """
+    count = options["mesh"].size()
+    rows = [parameter.shape[0] for parameter in module.parameters() if not isinstance(parameter, DTensor)]
+    if rows and not any(end > first for first, end in map(rows_of(count - 1, count), rows)):
+        raise ConfigError(
+            f"strategy=fsdp: {type(module).__name__} has at most {max(rows)} rows of weights, too few for {count}"
+            " processes; use strategy=ddp instead."
+        )
+    fully_shard(module, **options)
+    if rows:
+        module.set_custom_reduce_scatter(SpoilingReduction())  # type: ignore[operator]
 
 
 def _cut_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vitrail.checkpoints.shards import local
 
@@ -50,17 +49,14 @@ class Step:
 def judge(loss: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return whether a number is NaN or infinite, as 1 or 0 on the device, and the norms (P,) of the gradients.
 
-    Processes with whole gradients agree without communication: the reduction has taken a bad number to all of them.
-    Sharded ones need a small reduction, which the host does not wait for.
+    All processes agree without communication: the reduction of the gradients has taken a bad number to all of them
+    (to those with shards, by `vitrail.training.fsdp.SpoilingReduction`).
     """
     worst, norms = loss.float(), None
     if grads:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(grad) for grad in grads])])
         worst = worst + torch.linalg.vector_norm(norms).to(loss.device)
-    bad = worst.isfinite().logical_not().float()
-    if any(isinstance(grad, DTensor) for grad in grads):
-        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-    return bad, norms
+    return worst.isfinite().logical_not().float(), norms
 
 
 def spoil_gradients(loss: Tensor) -> None:
