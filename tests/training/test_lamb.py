@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.optim import Lamb
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrail.training import OptimizerFactory
 from vitrail.training.lamb import ForeachLamb
@@ -63,6 +64,34 @@ def test_found_inf__leaves_everything_as_it_is(bad):
     expected = trained(other, ForeachLamb(other.parameters(), lr=0.1), gradients)
     assert all(map(torch.equal, model.parameters(), expected))
     assert optimizer.param_groups[0]["step"] == len(gradients)
+
+
+def test_update__has_as_many_operators_for_many_parameters():
+    """Also for convolutions with channels in the last place of the memory; views are free on a device."""
+    free = {"as_strided", "expand", "unbind", "split", "split_with_sizes", "detach", "alias"}
+
+    class Operators(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func).split(".")[1]
+            self.found += [name] * (name not in free)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 20):
+        model = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(layers))).to(memory_format=torch.channels_last)
+        optimizer = ForeachLamb(model.parameters(), lr=0.1, weight_decay=0.1)
+        grads = [[torch.randn_like(p) for p in model.parameters()] for _ in range(2)]
+        trained(model, optimizer, grads[:1])  # makes the moments
+        for parameter, grad in zip(model.parameters(), grads[1], strict=True):
+            parameter.grad = grad
+        with Operators() as operators:
+            optimizer.step()
+        counts.append(len(operators.found))
+    assert counts[0] == counts[1]
 
 
 def test_state__is_that_of_timm():

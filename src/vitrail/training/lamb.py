@@ -1,10 +1,9 @@
 """LAMB (You et al., arXiv:1904.00962) with the arithmetic of timm's `Lamb`, for all parameters at once.
 
-timm's loops over the parameters, with about 20 kernels for each. This one has about 20 for all and two for each
-parameter (for skipped steps, and the ratio of norms), keeps its step count on the device, and skips the update if the
-device says so (`found_inf`, as in PyTorch's fused optimisers).
+timm's loops over the parameters, with about 20 kernels for each. This one has about 50 for all, keeps its step count on
+the device, and skips the update if the device says so (`found_inf`, as in PyTorch's fused optimisers).
 
-Shapes: P parameters of any shape.
+Shapes: P parameters of any shape, of N elements in all.
 """
 
 from collections.abc import Callable
@@ -53,8 +52,8 @@ class ForeachLamb(Lamb):
         grads = [p.grad for p in params]
         if clip is not None:
             grads = list(torch._foreach_div(grads, clip))
-        # torch.where: multiplying NaN by 0 would give NaN.
-        grads = [torch.where(keep > 0, grad, 0.0) for grad in grads]
+        joined = _joined(grads, params)
+        grads = _parts(torch.where(keep > 0, joined, 0.0), params)  # multiplying NaN by 0 would give NaN
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -91,13 +90,29 @@ class ForeachLamb(Lamb):
             weights, sizes = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
             ratios = torch.where((weights > 0) & (sizes > 0), weights / sizes, 1.0)
             ratios = ratios.clamp(max=1.0) if group["trust_clip"] else ratios
-            torch._foreach_mul_(updates, list(ratios.unbind()))
+            repeated = [ratio.expand(p.numel()) for ratio, p in zip(ratios.unbind(), params, strict=True)]
+            torch._foreach_mul_(updates, _parts(torch.cat(repeated), params))
         torch._foreach_sub_(params, torch._foreach_mul(updates, lr * keep))
 
 
 def _decay(tensors: list[Tensor], beta: float, keep: Tensor) -> None:
     """Multiply tensors by `beta` if the scalar `keep` is 1, and by 1 if it is 0, in place."""
     torch._foreach_mul_(tensors, torch.where(keep > 0, beta, 1.0))
+
+
+def _joined(tensors: list[Tensor], params: list[Tensor]) -> Tensor:
+    """Return the elements (N,) of tensors that have the shapes of `params`, in the order of the parameters' memory."""
+    ordered = [
+        tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
+        for tensor, p in zip(tensors, params, strict=True)
+    ]
+    return torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in ordered])
+
+
+def _parts(joined: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """Return the views of `joined` (N,) that have the shapes and the strides of the parameters."""
+    parts = joined.split([p.numel() for p in params])
+    return [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, params, strict=True)]
 
 
 def update_at_once(optimizer: Any) -> None:
