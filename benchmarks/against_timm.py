@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--timm", type=lambda text: Path(text).absolute(), required=True, help="checkout with train.py")
     parser.add_argument("--images", type=int, default=6000, help="training images, at least 32")
     parser.add_argument("--epochs", type=int, default=2, help="epochs")
-    parser.add_argument("--rounds", type=int, default=3, help="trainings of each program")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each program")
     add_json(parser)
     args = parser.parse_args()
     if not (args.timm / "train.py").is_file():

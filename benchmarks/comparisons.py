@@ -1,4 +1,4 @@
-"""Tables and curves of comparisons whose trainings are paired by seed."""
+"""Tables and curves of comparisons whose runs are paired by seed."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -67,7 +67,7 @@ class Demo:
     Args:
         out: output folder; data, annotator and label maps are made there.
         scale: factor of the number of images and epochs.
-        parallel: trainings at a time.
+        parallel: runs at a time.
         gpu: train LV-ViT-nano on a GPU, in fp32 as on the CPU.
     """
 
@@ -257,7 +257,7 @@ def parser_of_demo(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=lambda text: Path(text).absolute(), default=PROJECT / "logs" / "demo")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of images and epochs")
-    parser.add_argument("--parallel", type=int, default=2, help="parallel trainings, one core each")
+    parser.add_argument("--parallel", type=int, default=2, help="parallel runs, one core each")
     parser.add_argument("--gpu", action="store_true", help="train LV-ViT-nano on a GPU")
     add_json(parser)
     return parser

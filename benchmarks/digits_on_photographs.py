@@ -1,6 +1,6 @@
 """The demo's data: handwritten digits at random positions on photographs, and the convnet that annotates them.
 
-Every step calls a program of `src/` and prints its command. Finished trainings are kept, so that an interrupted program
+Every step calls a program of `src/` and prints its command. Finished runs are kept, so that an interrupted program
 resumes.
 """
 
@@ -143,7 +143,7 @@ def train(folder: Path, *arguments: str, threads: int = 2) -> Path:
 
 
 def data_options(data: Path) -> tuple[str, ...]:
-    """Return the overrides that all trainings share: the digits without flips, on the CPU, no progress bar."""
+    """Return the overrides that all runs share: the digits without flips, on the CPU, no progress bar."""
     return (
         *("trainer=cpu", "data=imagefolder", f"data.root={data}", f"data.image_size={SIDE}", "data.hflip=0"),
         *("data.num_workers=0", "data.batch_size=32", "callbacks.ema=null", "callbacks.progress=null"),

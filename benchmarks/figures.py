@@ -11,7 +11,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to: {name: number}")
 
 
-def parser_of_trainings(description: str | None, out: Path, epochs: int, trained: str) -> argparse.ArgumentParser:
+def parser_of_runs(description: str | None, out: Path, epochs: int, trained: str) -> argparse.ArgumentParser:
     """Return the parser of a benchmark that trains, with `--out`, `--epochs` and `--json`.
 
     Args:

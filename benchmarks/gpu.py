@@ -1,4 +1,4 @@
-"""Measure trainings on one GPU: DeiT-S, DeiT-B, T2T-ViT-14, and LV-ViT-S with token labels, each by its recipe.
+"""Measure training on one GPU: DeiT-S, DeiT-B, T2T-ViT-14, and LV-ViT-S with token labels, each by its recipe.
 
 Each network is compiled and eager, on batches made in advance and on packed files (pixels of 256, smooth noise that is
 made at the start, rendered on the device), beside a bare PyTorch loop of the same network in the same process. The

@@ -1,6 +1,6 @@
 """Measure progressive training on the embedded digits, offline: `python benchmarks/progressive.py`.
 
-Four trainings of a small ViT with three seeds each:
+Four runs of a small ViT with three seeds each:
 
 - plain: all epochs at 32 pixels, with RandAugment at magnitude 9;
 - progressive: the same epochs in EfficientTrain's phases, 24, 28 and 32 pixels, magnitudes 1 to 9;
@@ -8,7 +8,7 @@ Four trainings of a small ViT with three seeds each:
 - short: plain, with as many epochs as the operations of the progressive training pay for.
 
 Prints top-1 after the last epoch, mean and spread, against the share of the operations, in 15 minutes on one core.
-Finished trainings are kept, so that an interrupted measurement resumes.
+Finished runs are kept, so that an interrupted measurement resumes.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from digits_on_photographs import PROJECT, console, curve, train
-from figures import parser_of_trainings, write_figures
+from figures import parser_of_runs, write_figures
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
@@ -61,8 +61,8 @@ def measure(out: Path, epochs: int, share: float, parallel: int) -> dict[str, li
 def main() -> None:
     """Run the measurement."""
     out = PROJECT / "logs" / "progressive"
-    parser = parser_of_trainings(__doc__, out, 24, "the plain and the progressive training")
-    parser.add_argument("--parallel", type=int, default=1, help="parallel trainings, one core each")
+    parser = parser_of_runs(__doc__, out, 24, "the plain and the progressive training")
+    parser.add_argument("--parallel", type=int, default=1, help="parallel runs, one core each")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     share = operations_share(options.epochs)

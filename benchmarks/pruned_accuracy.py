@@ -2,7 +2,7 @@
 
 Each LV-ViT-nano that `make demo` trains with token labels (three seeds) is trained for a few more epochs: dense, or as
 DynamicViT at keep ratios of 0.7 and 0.5 with the dense network as teacher, as published. Prints and draws top-1 of the
-held-out digits against multiply-accumulates per image. Finished trainings are kept; those of `make demo` are reused.
+held-out digits against multiply-accumulates per image. Finished runs are kept; those of `make demo` are reused.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Compare whole trainings with either renderer, offline: `python benchmarks/renderers.py`.
+"""Compare whole runs with either renderer, offline: `python benchmarks/renderers.py`.
 
 ViT-nano learns the embedded digits with RandAugment, in several orders (and augmentations) of the images; each order
 once with Pillow in the loader, and once with the device's renderer. The initial weights are the same. A difference of 1
@@ -12,7 +12,7 @@ standard error).
 import statistics
 
 from digits_on_photographs import PROJECT, console, curve, train
-from figures import parser_of_trainings, write_figures
+from figures import parser_of_runs, write_figures
 from rich.table import Table
 
 RENDERERS = ("loader", "device")
@@ -24,7 +24,7 @@ RECIPE = (
 
 def main() -> None:
     """Run the comparison."""
-    parser = parser_of_trainings(__doc__, PROJECT / "logs" / "renderers", 20, "each training")
+    parser = parser_of_runs(__doc__, PROJECT / "logs" / "renderers", 20, "each training")
     parser.add_argument("--orders", type=int, default=6, help="orders of the images, at least 2")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

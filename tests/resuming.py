@@ -21,7 +21,7 @@ RANDOM_DRAWS = (
 augmentation, mixing, dropout, drop path, EMA weights, gradient accumulation and clipping."""
 
 STATE = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
-"""Entries of a checkpoint that two equal trainings have in common."""
+"""Entries of a checkpoint that two equal runs have in common."""
 
 
 def new_folder(path):

@@ -1,4 +1,4 @@
-"""A small network on the embedded digits, for trainings of a few steps in the test's own process."""
+"""A small network on the embedded digits, for runs of a few steps in the test's own process."""
 
 import lightning as L
 import torch

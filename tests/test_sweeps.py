@@ -1,4 +1,4 @@
-"""Multiruns in real processes: of real trainings, and of a fast program that only pretends to train."""
+"""Multiruns in real processes: of real runs, and of a fast program that only pretends to train."""
 
 import json
 import os

@@ -73,7 +73,7 @@ def test_train__distillation_token_learns_from_the_teacher(imagenet_folders, tmp
 
 
 def test_train__from_the_teachers_label_maps(imagenet_folders, tmp_path):
-    """The teacher annotates once; later trainings read its scores for the student's crop."""
+    """The teacher annotates once; later runs read its scores for the student's crop."""
     annotated = run(
         *("annotate.py", "annotator=efficientnet_lite0", *DATA[:1], f"data.root={imagenet_folders}"),
         *(f"out={tmp_path / 'maps'}", "top_k=4"),

@@ -1,4 +1,4 @@
-"""An untrained teacher for trainings of the digits."""
+"""An untrained teacher for runs of the digits."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Callbacks for trainings on several processes: one counts collectives, one spoils a gradient of one process."""
+"""Callbacks for runs on several processes: one counts collectives, one spoils a gradient of one process."""
 
 import json
 from pathlib import Path

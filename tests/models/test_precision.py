@@ -83,7 +83,7 @@ def test_bf16__close_to_fp32(name):
     assert (half - exact).abs().max() < 0.05 * exact.std()
 
 
-@pytest.mark.slow  # tests/training/test_compile.py compiles whole trainings of most families
+@pytest.mark.slow  # tests/training/test_compile.py compiles whole runs of most families
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compile__one_graph(name, training):

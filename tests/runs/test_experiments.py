@@ -25,7 +25,7 @@ pytestmark = pytest.mark.thorough
 # tests/training/segmentation/test_module.py has those of segmentation.
 EXPERIMENTS = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml") if path.stem[:3] != "seg")
 RECORDED = json.loads((PROJECT / "tests" / "peers" / "lr_schedules.json").read_text())
-RECORDED |= {  # of long trainings, only some epochs
+RECORDED |= {  # of long runs, only some epochs
     case: {"lr_of_epoch": rates}
     for file in ("vit5.json", "volo.json")
     for case, rates in recorded(file)["lr_schedules"].items()

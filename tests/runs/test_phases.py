@@ -1,4 +1,4 @@
-"""Progressive trainings resume exactly, and backbones that cannot change size are refused before any data is read."""
+"""Progressive runs resume exactly, and backbones that cannot change size are refused before any data is read."""
 
 import pytest
 import torch

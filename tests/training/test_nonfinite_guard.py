@@ -1,4 +1,4 @@
-"""Non-finite steps in real trainings of the digits are detected, located, saved and handled as configured."""
+"""Non-finite steps in real runs of the digits are detected, located, saved and handled as configured."""
 
 import lightning as L
 import pytest

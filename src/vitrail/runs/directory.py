@@ -61,7 +61,7 @@ class RunDirectory:
         return self.checkpoints / "best.ckpt"
 
     def claim(self, patience: float) -> None:
-        """Lock the directory against other trainings while this process lives.
+        """Lock the directory against other runs while this process lives.
 
         Args:
             patience: seconds to wait until another training in the directory ends.

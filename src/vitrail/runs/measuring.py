@@ -245,7 +245,7 @@ def _restrict(config: DictConfig, folder: Path, batches: int) -> None:
 
 
 def release() -> None:
-    """Return the memory of finished trainings to the device."""
+    """Return the memory of finished runs to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

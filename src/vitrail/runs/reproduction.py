@@ -70,7 +70,7 @@ def changes(before: Any, now: dict[str, Any]) -> list[str]:
 
 
 def comparison(source: Path, again: Path) -> tuple[Group, bool]:
-    """Compare the metrics of two trainings: a table of the largest differences, and whether there are none."""
+    """Compare the metrics of two runs: a table of the largest differences, and whether there are none."""
     first, second = (_rows(folder / "metrics.csv") for folder in (source, again))
     names = sorted({name for row in first for name in row if not name.startswith(_IGNORED)})
     table = PlainTable(title=f"Compared with {source.name}", title_style="bold")

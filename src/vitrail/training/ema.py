@@ -18,7 +18,7 @@ from vitrail_runtime.checking import Rate, checked
 class EMA(L.Callback):
     """Callback that keeps EMA weights and BatchNorm statistics, and validates EMA and raw weights on the same batches.
 
-    With a decay for long trainings (.9999 and more), the random initial weights dominate the EMA for thousands of
+    With a decay for long training runs (.9999 and more), the random initial weights dominate the EMA for thousands of
     steps, and its accuracy stays near 0 % for the first epochs. The decay is therefore warmed up: after t updates it is
     min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage. It reaches its full value after about
     10 / (1 - decay) steps.

@@ -1,4 +1,4 @@
-"""Callback for trainings in phases of image size."""
+"""Callback for training in phases of image size."""
 
 import logging
 from typing import Any

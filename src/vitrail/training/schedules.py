@@ -21,7 +21,7 @@ class CosineSchedule:
 
     The cosine is counted from epoch 0, so that the first epoch after the warm-up is slightly below the peak, as in
     DeiT, T2T-ViT and LV-ViT. With `warmup_prefix` the cosine is counted from the end of the warm-up and starts at the
-    peak, as in Google's trainings.
+    peak, as in Google's code.
 
     Attributes:
         warmup_epochs: length of the warm-up.
@@ -171,7 +171,7 @@ def epoch_rates(
         peak: learning rate of the optimiser.
         epochs: number of epochs.
         steps: optimiser steps per epoch.
-        position: maps epochs since the start to epochs of the schedule, for trainings in phases.
+        position: maps epochs since the start to epochs of the schedule, for training in phases.
     """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = schedule.build(optimizer, epochs, steps_per_epoch=steps)
