@@ -68,7 +68,7 @@ demo: $(VENV)/.dev  ## Measure whether token labels help, on real images, offlin
 demo-segmentation: $(VENV)/.dev  ## Measure whether they help segmentation too, with the runs of `make demo`
 	$(BIN)/python benchmarks/demo_segmentation.py $(ARGS)
 
-pictures: $(VENV)/.dev  ## Make every picture for README and docs (15 minutes on 2 cores after `make demo`; needs chromium)
+pictures: $(VENV)/.dev  ## Make every picture for README and docs (half an hour on 2 cores after `make demo`; needs chromium)
 	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 recipes: $(VENV)/.dev  ## Generate docs/recipes.md from conf/experiment/ and results/results.csv

@@ -8,9 +8,10 @@
 4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
 
 `make demo ARGS=full` is the whole experiment, for hours or on a GPU. It chooses learning rate and warm-up of `labels`
-and of `neither` with seeds of their own, in trainings of 12 epochs. With other seeds it trains all four ways for 12
-epochs (three seeds), and `labels` and `neither` for 24 epochs (five seeds), and writes `results/demo.json`. `make demo`
-prints that file, and trains `labels` and `neither` for 12 epochs with three seeds.
+and of `neither` with seeds of their own, in runs of 12 epochs; `patches` uses the settings of `labels`, and `class`
+those of `neither`. With other seeds it trains all four ways for 12 epochs (three seeds), and `labels` and `neither` for
+24 epochs (five seeds), and writes `results/demo.json`. `make demo` prints that file, and trains `labels` and `neither`
+for 12 epochs with three seeds.
 
 `--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
 teacher or with the labels only, on crops of 60 to 100 %. `--compare features` compares three: LV-ViT-nano with the
@@ -167,7 +168,7 @@ class Demo:
         search = self.search(("labels", "neither"))
         chosen = choose(search)
         ways = self.ways()
-        settings = {kind: chosen.get(kind, chosen["labels"]) for kind in ways}
+        settings = chosen | {"class": chosen["neither"], "patches": chosen["labels"]}
         return {
             "annotator_top1": curve(self.annotator)[-1],
             "search": search,

@@ -34,9 +34,9 @@ class Poll:
             return
         self._sent.copy_(torch.tensor(numbers))
         with torch.cuda.stream(self._stream):
-            numbers_there = self._sent.to(self._device, non_blocking=True)
-            torch.distributed.all_reduce(numbers_there, torch.distributed.ReduceOp.MAX)
-            self._received.copy_(numbers_there, non_blocking=True)
+            held = self._sent.to(self._device, non_blocking=True)
+            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+            self._received.copy_(held, non_blocking=True)
             self._arrived.record()
 
     def answer(self) -> list[int]:
