@@ -12,6 +12,7 @@ from vitrail.errors import TrainingError
 from vitrail.runs.config import compose
 from vitrail.runs.measured_config import training_config
 from vitrail.runs.measuring import MeasuredTraining
+from vitrail.runs.poll import Poll
 from vitrail.training.peaks import peak_operations
 from vitrail.training.verdicts import Brake
 
@@ -53,6 +54,24 @@ def test_step__does_not_wait_for_the_device(tmp_path, maps, settings, compile_mo
     if {"objective=distillation", "objective=dynamicvit"} & set(settings):
         settings = (*settings, "data.image_size=64", *untrained_teacher(tmp_path, "vit_tiny_patch16_224"))
     fit(tmp_path, NoWait(), *GPU, "epochs=1", f"compile={compile_mode}", f"data.render={render}", *settings)
+
+
+def test_poll__is_asked_without_a_wait():
+    """One process with NCCL; the first question starts the communicator."""
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        poll = Poll(torch.device("cuda", 0), 3)
+        for numbers in ((0, 0, -1), (15, 1, -40)):
+            poll.ask(numbers)
+            torch.cuda.set_sync_debug_mode("error")
+            assert poll.pending
+            poll.ask(numbers)
+            torch.cuda.set_sync_debug_mode("default")
+            assert poll.answer() == list(numbers)
+            assert not poll.pending
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon", "sgd"])

@@ -31,6 +31,9 @@ from vitrail_runtime.compat import set_data_parallel_size, set_device
 # Attributes in which timm's backbones keep their blocks; the last two are VOLO's.
 _STACKS = ("blocks", "stages", "layers", "network", "post_network")
 
+_reduce_scatter = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+"""PyTorch's function; the second is its name in older versions."""
+
 
 @checked
 class FSDP(ModelParallelStrategy):
@@ -225,9 +228,7 @@ class SpoilingReduction:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         """Reduce `input_tensor` (N n,), rows for each of N processes, to this process's rows `output_tensor` (n,)."""
         input_tensor.add_(input_tensor.sum() * 0)
-        return torch.distributed.reduce_scatter_tensor(
-            output_tensor, input_tensor, op=op, group=group, async_op=async_op
-        )
+        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def _shard_whole(module: nn.Module, options: dict[str, Any]) -> None:
