@@ -8,10 +8,16 @@ import time
 import pytest
 import timm
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from programs import error_of, metrics, run, run_directories, run_ranks, start_ranks, train
 from vitrail.checkpoints.reading import read_checkpoint
+from vitrail.training import FSDP
 
 COMMON = ("epochs=2", "trainer.limit_train_batches=4", "callbacks.model_summary=null", "callbacks.progress=null")
 
@@ -318,3 +324,22 @@ def test_compile__block_by_block(tmp_path):
     one = train("trainer=cpu", "data.batch_size=32", *options, logs=tmp_path)
     two = shared("trainer=fsdp_cpu_2", "data.batch_size=16", "compile=default", *options, logs=tmp_path, timeout=400)
     assert metrics(two)[0]["train/loss"] == pytest.approx(metrics(one)[0]["train/loss"], abs=1e-4)
+
+
+def test_sync_batchnorm__is_applied_before_the_weights_are_sharded():
+    """SyncBatchNorm runs on GPUs only; Lightning's own strategy for sharded models leaves BatchNorm as it is."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for sync in (None, TorchSyncBatchNorm()):
+            model = timm.create_model("lvvit_nano", num_classes=3, img_size=64)
+            strategy = FSDP()
+            strategy._layer_sync, strategy._lightning_module = sync, model
+            strategy._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+            strategy.accelerator = CPUAccelerator()
+            strategy.parallel_devices = [torch.device("cpu")]
+            strategy.shard(model)
+            found.append({type(module) for module in model.modules() if isinstance(module, _BatchNorm)})
+        assert found == [{nn.BatchNorm2d}, {nn.SyncBatchNorm}]
+    finally:
+        torch.distributed.destroy_process_group()

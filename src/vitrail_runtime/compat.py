@@ -74,6 +74,17 @@ def set_device(module: L.LightningModule, device: Any) -> None:
     module._device = device
 
 
+def shares_batch_norm(trainer: L.Trainer) -> bool:
+    """Return whether `trainer.sync_batchnorm` is set, for a strategy with several processes."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def share_batch_norm(strategy: Any, model: Any) -> None:
+    """Let BatchNorm share its statistics, in place, if `trainer.sync_batchnorm` is set."""
+    if strategy._layer_sync is not None:
+        strategy._layer_sync.apply(model)
+
+
 def ignore_lightnings_signals(trainer: L.Trainer) -> None:
     """Keep the training loop from telling all processes of SIGTERM at every batch, for which each waits."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -16,6 +16,19 @@ from vitrail.types import MASK_IGNORE, Batch
 NAMES = ("sky", "[red] house", "a class with a name that is far too long for a legend")
 
 
+class Kept:
+    """Logger that keeps its pictures."""
+
+    def __init__(self):
+        self.experiment, self.kept = self, []
+
+    def add_image(self, name, pixels, epoch, dataformats):
+        self.kept.append((name, len(pixels)))
+
+
+Kept.__name__ = "TensorBoardLogger"
+
+
 def halves(left, right):
     """Return a mask (40, 60) of two classes."""
     return np.repeat([[left] * 30 + [right] * 30], 40, axis=0)
@@ -50,6 +63,7 @@ def test_sheet__image_prediction_and_label_in_a_row():
 
 @pytest.mark.parametrize(("count", "drawn"), [(8, [0, 1, 2, 3, 4]), (3, [0, 2, 4]), (1, [0])])
 def test_callback__draws_different_images_evenly_spread(tmp_path, count, drawn):
+    logger = Kept()
     trainer = SimpleNamespace(
         num_val_batches=[5],
         current_epoch=1,
@@ -57,7 +71,7 @@ def test_callback__draws_different_images_evenly_spread(tmp_path, count, drawn):
         sanity_checking=False,
         precision_plugin=SimpleNamespace(val_step_context=nullcontext),
         is_global_zero=True,
-        loggers=[],
+        loggers=[logger],
         datamodule=SimpleNamespace(classes=NAMES),
     )
     seen = []
@@ -77,5 +91,6 @@ def test_callback__draws_different_images_evenly_spread(tmp_path, count, drawn):
                 trainer, SimpleNamespace(predicted_mask=predicted_mask), None, batch, number
             )
     assert seen == drawn * 2
+    assert logger.kept == [("predictions", 40 + len(drawn) * 174)] * 2
     with Image.open(tmp_path / "predictions.png") as picture:
         assert picture.height == 40 + len(drawn) * 174

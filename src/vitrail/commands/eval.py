@@ -150,7 +150,7 @@ def _evaluate_segmentation(
         trainer.validate(module, datamodule=data, verbose=False)
         scores[name] = module.val_metrics.latest
         summary = {key: float(value) for key, value in scores[name].summary().items()}
-        results[name] = {**summary, "images": len(data.val), "inference": inference.describe()}
+        results[name] = {**summary, "images": module.val_metrics.images, "inference": inference.describe()}
         if trainer.is_global_zero:
             write_class_scores(scores[name], classes, run.path / f"classes_{name}.csv")
     if trainer.is_global_zero:

@@ -11,7 +11,7 @@ from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import find_weights, read_checkpoint
 from vitrail.data.segmentation import SegmentationDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.any_size import allow_any_size
+from vitrail.models.any_size import accepts_any_size, allow_any_size
 from vitrail.objectives.contract import uses_of
 from vitrail.runs.config import instantiate
 from vitrail.runs.directory import find_weights_file
@@ -40,13 +40,19 @@ def inference_of(model: nn.Module, spec: InputSpec, settings: Mapping[str, Any])
         spec: its input in training; its size is the window's.
         settings: `INFERENCE_KEYS`, and others that are not used. Without them images are resized to a shorter side of
             the window's and a longer side of at most four times as much, as in the published recipes.
+
+    Raises:
+        ConfigError: whole images are to be predicted by a backbone with a fixed image size.
     """
     patch: Any = getattr(getattr(model, "backbone", None), "patch_embed", None)
     sides = height_width(getattr(patch, "patch_size", None) or 16)
     mode: Any = settings.get("eval_mode") or "slide"
     stride = settings.get("eval_stride")
-    if mode == "whole":
-        allow_any_size(model.backbone)  # type: ignore[arg-type]
+    if mode == "whole" and not accepts_any_size(allow_any_size(model.backbone)):  # type: ignore[arg-type]
+        name, size = type(model.backbone).__name__, " x ".join(map(str, spec.size))
+        raise ConfigError(
+            f"data.eval_mode=whole: {name} accepts images of {size} pixels only; set data.eval_mode=slide."
+        )
     short_side = settings.get("short_side") or min(spec.size)
     return DenseInference(
         spec.mean,
@@ -75,7 +81,6 @@ def build_segmenter(config: DictConfig, data: SegmentationDataModule, model: nn.
     for key in ("mixing", "phases", "teacher"):
         if config.get(key) is not None:
             raise ConfigError(f"{key}: segmentation does not support it; omit it, or set {key}=null.")
-    _check_batch_norm(model, data, config.trainer)
     if config.init_from is not None and not config.resume:
         load_initial(model, config.init_from, data.classes)
     return SemanticSegmenter(
@@ -89,17 +94,6 @@ def build_segmenter(config: DictConfig, data: SegmentationDataModule, model: nn.
         compile_mode=config.compile,
         grad_checkpointing=config.grad_checkpointing,
     )
-
-
-def _check_batch_norm(model: nn.Module, data: SegmentationDataModule, trainer: DictConfig) -> None:
-    """Refuse batches of one image if BatchNorm normalises pooled features of one position: it has no variance then."""
-    pooled = any(getattr(module, "output_size", None) in (1, (1, 1)) for module in model.modules())
-    several = trainer.sync_batchnorm and trainer.devices != 1
-    if pooled and data.batch_size == 1 and not several:
-        raise ConfigError(
-            "data.batch_size=1: the decoder's BatchNorm needs at least 2 images per device; raise it, or set"
-            " trainer.sync_batchnorm=true on several devices."
-        )
 
 
 def load_initial(model: Any, init_from: str, classes: list[str]) -> list[str]:

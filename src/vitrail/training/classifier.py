@@ -36,7 +36,7 @@ from vitrail.training.optimizers import OptimizerFactory
 from vitrail.training.schedules import CosineSchedule
 from vitrail.training.targets import TargetBuilder
 from vitrail.types import Batch
-from vitrail_runtime.compat import batches_seen, completed_batches, next_batch
+from vitrail_runtime.compat import batches_seen, completed_batches, next_batch, shares_batch_norm
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,18 @@ class ImageClassifier(L.LightningModule):
     def trained_parts(self) -> dict[str, nn.Module]:
         """Return the modules that are trained besides the backbone, by their dotted names."""
         return {f"objective.{name}": part for name, part in trained_parts(self.objective).items()}
+
+    def setup(self, stage: str) -> None:
+        """Check that the processes can share what they are to share.
+
+        Raises:
+            ConfigError: BatchNorm is to share its statistics between processes on CPUs.
+        """
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if stage == "fit" and on_cpu and self.trainer.world_size > 1 and shares_batch_norm(self.trainer):
+            raise ConfigError(
+                "trainer.sync_batchnorm=true: BatchNorm's statistics can be shared between GPUs only; set it to false."
+            )
 
     def configure_model(self) -> None:
         """Shard the backbone and the objective's trained modules, if the strategy shards; the optimiser comes later."""

@@ -26,7 +26,7 @@ from vitrail.errors import ConfigError
 from vitrail.models.heads import bind_forward_outputs, declared_outputs
 from vitrail.training.classifier import ImageClassifier
 from vitrail_runtime.checking import checked
-from vitrail_runtime.compat import set_data_parallel_size, set_device
+from vitrail_runtime.compat import set_data_parallel_size, set_device, share_batch_norm
 
 # Attributes in which timm's backbones keep their blocks; the last two are VOLO's.
 _STACKS = ("blocks", "stages", "layers", "network", "post_network")
@@ -98,6 +98,7 @@ class FSDP(ModelParallelStrategy):
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None),
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy(),
         }
+        share_batch_norm(self, model)
         for block in blocks_of(model):
             if compile_mode:
                 block.compile(mode=compile_mode, dynamic=False)

@@ -42,7 +42,7 @@ def test_doctor__sizes_pairs_and_orientation(root):
     found = findings(root)
     assert "1 of 4 sampled images cannot be used" in found["train images"].text
     assert found["train pairs"].text == "1 masks have no image, the first is picture_9"
-    assert "1 images are rotated by their EXIF orientation" in found["train orientation"].text
+    assert "1 images are turned by their EXIF orientation" in found["train orientation"].text
     (root / "masks" / "train" / "picture_2.png").unlink()
     assert "1 of 4 images have no mask" in findings(root)["folders"].text
     assert "skipped" not in findings(root, "data.source.on_unpaired=skip")["train pairs"].text

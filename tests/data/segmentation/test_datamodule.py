@@ -1,5 +1,7 @@
 """The data module: batches, order, unusable images."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +49,27 @@ def test_validation_batches__are_whole_images_in_their_size(root):
     assert batches[0].image.shape == (1, 3, 72, 96)
     assert batches[0].image.dtype == torch.uint8
     assert torch.equal(batches[0].label[0], torch.from_numpy(data.source.open("val")[0].mask))
+
+
+@pytest.mark.parametrize(("checked", "found"), [(2, False), (None, True)])
+def test_checked_images__none_reads_all(root, checked, found):
+    mask = root / "masks" / "train" / "picture_2.png"
+    Image.new("L", Image.open(mask).size, 9).save(mask)
+    with pytest.raises(ImageError, match=r"picture_2\.png: has the value 9") if found else nullcontext():
+        opened(root, checked_images=checked)
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_turned_images__are_a_warning(root, orientation, caplog):
+    image = root / "images" / "train" / "picture_0.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(image).convert("RGB").save(image, exif=exif)
+    opened(root)
+    warning = (
+        "train: 1 of 5 images that were looked at are turned by their EXIF orientation, the first is picture_0.png"
+    )
+    assert (warning in caplog.text) == (orientation != 1)
 
 
 def test_masks_of_padding_samples__are_ignored(root):

@@ -20,6 +20,12 @@ def test_shift__zero_and_255_are_not_labelled():
     assert classes(ValueTable(150, shift=-1), 0, 1, 150, 255) == [MASK_IGNORE, 0, 149, MASK_IGNORE]
 
 
+def test_shift__of_minus_two_needs_the_ignored_values():
+    with pytest.raises(ImageError, match=r"mask\.png: has the value 0, which is no class"):
+        classes(ValueTable(150, shift=-2), 0, 1, 2)
+    assert classes(ValueTable(150, shift=-2, ignore=[0, 1]), 0, 1, 2, 255) == [255, 255, 0, 255]
+
+
 def test_shift__uint8_does_not_wrap():
     mask = np.array([[0, 1, 255]], np.uint8)
     assert ValueTable(150, shift=-1).classes(mask, "m").tolist() == [[255, 0, 255]]

@@ -1,5 +1,8 @@
 """Trainings of a segmentation network: metrics, exact resume, initial weights, and parts that do not fit."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -143,6 +146,25 @@ def test_parts_that_do_not_fit__are_one_sentence_before_training(options, messag
         fit(tmp_path / "run", root, *options)
 
 
+def test_whole_images__with_a_backbone_of_one_size_are_refused(root, tmp_path):
+    options = ("backbone=swin_tiny_patch4_window7_224", "model.pyramid=none")
+    with pytest.raises(ConfigError, match="data.eval_mode=whole: .* accepts images of 64 x 64 pixels only"):
+        built(tmp_path / "whole", root, *options, "data.eval_mode=whole")
+    built(tmp_path / "slide", root, *options)
+
+
+def test_logits__are_resized_in_float32(root, tmp_path):
+    """Equal classes would become more frequent in bfloat16."""
+    _, module, _ = built(tmp_path / "run", root)
+    images = torch.randn(2, 3, 64, 64)
+    module.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, coarse = module(images), forward_heads(module.model, images).merged()
+    assert (coarse.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
+    expected = torch.nn.functional.interpolate(coarse.float(), (64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected)
+
+
 def test_tasks__are_not_mixed(root, tmp_path):
     data = [option for option in masked.SMALL if option.startswith("data.")]
     small = ("experiment=segmentation", "trainer=cpu", f"data.root={root}", *data)
@@ -153,8 +175,25 @@ def test_tasks__are_not_mixed(root, tmp_path):
         assemble(new_folder(tmp_path / "images"), *images)
 
 
-def test_batch_of_one__is_possible_with_shared_statistics_or_without_pooling(root, tmp_path):
-    built(tmp_path / "shared", root, "data.batch_size=1", "trainer=ddp_cpu_2", "trainer.sync_batchnorm=true")
+@pytest.mark.parametrize("several", ["trainer=ddp_cpu_2", "trainer=fsdp_cpu_2"])
+def test_shared_statistics__need_gpus(several, root, tmp_path):
+    """Lightning would fail in the first step, or not share them."""
+    trainer, module, data = built(tmp_path / "run", root, several, "trainer.sync_batchnorm=true")
+    module.trainer, trainer.datamodule = trainer, data
+    with pytest.raises(ConfigError, match="trainer.sync_batchnorm=true: BatchNorm's statistics can be shared between"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize(("processes", "shared", "possible"), [(2, True, True), (1, True, False), (2, False, False)])
+def test_batch_of_one__is_possible_with_shared_statistics(processes, shared, possible, root, tmp_path):
+    _, module, data = built(tmp_path / "run", root, "data.batch_size=1")
+    strategy = SimpleNamespace(_layer_sync=object() if shared else None, root_device=torch.device("cuda"))
+    module._trainer = SimpleNamespace(world_size=processes, strategy=strategy, datamodule=data)
+    with nullcontext() if possible else pytest.raises(ConfigError, match="data.batch_size=1: the decoder's BatchNorm"):
+        module.setup("fit")
+
+
+def test_batch_of_one__is_possible_without_pooling(root, tmp_path):
     linear = [option for option in masked.SMALL if not option.startswith("model.")]
     options = ("model=linear_segmenter", "data.batch_size=1", "epochs=1", f"data.root={root}")
     trainer, module, data = assemble(new_folder(tmp_path / "linear"), *linear, *options)

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vitrail.data.jpeg import ORIENTATION
 from vitrail.data.label_maps.checks import Finding
 from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.datamodule import class_pixels
@@ -37,9 +35,8 @@ def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Fin
         yield Finding(f"{name} masks", "ok", f"{len(indices)} read; sizes agree, all values are classes or ignored")
     if counts.any():
         yield _shares(name, counts, source.classes)
-    rotated = [split.files(index)[0] for index in indices if _orientation(split.files(index)[0]) != 1]
-    if rotated:
-        text = f"{len(rotated)} images are rotated by their EXIF orientation, the first is {rotated[0].name}"
+    if turned := split.turned(indices):
+        text = f"{len(turned)} images are turned by their EXIF orientation, the first is {turned[0]}"
         yield Finding(f"{name} orientation", "warning", text, "make sure that their masks are upright too")
 
 
@@ -55,11 +52,3 @@ def _shares(name: str, counts: np.ndarray, classes: list[str]) -> Finding:
         text += f"; {len(rare)} classes have less than {100 * _RARE:g} %: {listed}"
         return Finding(f"{name} classes", "warning", text, "expect a low IoU, or check the table of values")
     return Finding(f"{name} classes", "ok", text)
-
-
-def _orientation(path: Any) -> int:
-    try:
-        with Image.open(path) as image:
-            return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # an unreadable file is reported by its own check
-        return 1

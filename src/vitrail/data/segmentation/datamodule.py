@@ -5,6 +5,7 @@ Shapes: B images, H x W pixels.
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,7 +127,8 @@ class SegmentationDataModule(ImageDataModule):
         on_corrupt: `stop` at an image that cannot be used (unreadable, another size than its mask, unknown values, no
             labelled pixel), or `skip` it and list it in `skipped_file`.
         skipped_file: file that lists the skipped images.
-        checked_images: images per split to read before the training starts, so that wrong masks are reported early.
+        checked_images: images per split to read before the training starts, so that wrong masks are reported early;
+            None reads all.
         short_side, long_side: size of images at ratio 1, for training (by reference in the config) and evaluation.
         eval_mode: `slide` a window over the image, or predict the `whole` image at once.
         eval_stride: pixels between two windows; None means two thirds of the window.
@@ -155,7 +157,7 @@ class SegmentationDataModule(ImageDataModule):
         seed: NonNegativeInt = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         skipped_file: str | Path | None = None,
-        checked_images: NonNegativeInt = 32,
+        checked_images: NonNegativeInt | None = 32,
         short_side: PositiveInt = 512,
         long_side: PositiveInt = 2048,
         eval_mode: Literal["slide", "whole"] = "slide",
@@ -216,9 +218,17 @@ class SegmentationDataModule(ImageDataModule):
 
     def _opened(self, name: Literal["train", "val"], augment: JointAugmentation | None) -> MaskedDataset:
         split = self.source.open(name)
+        count = len(split) if self.checked_images is None else self.checked_images
+        indices = [int(index) for index in sample_of(len(split), count)] if count else []
         if self.skipped_file is None:
-            for index in sample_of(len(split), self.checked_images) if self.checked_images else ():
-                split[int(index)]
+            with ThreadPoolExecutor(8) as pool:
+                for _ in pool.map(lambda index: split[index] and None, indices):
+                    pass
+        if turned := split.turned(indices):
+            log.warning(
+                "%s: %d of %d images that were looked at are turned by their EXIF orientation, the first is %s; make"
+                " sure that their masks are upright too", name, len(turned), len(indices), turned[0],
+            )  # fmt: skip
         return MaskedDataset(split, augment, self.input, self.seed, self.skipped_file)
 
     def train_dataloader(self) -> DataLoader[Item]:

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from vitrail.data.bit_depth import ValueRange
 from vitrail.data.images import read_image, size_of
+from vitrail.data.jpeg import ORIENTATION
 from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import ValueTable, read_mask
 from vitrail.data.sources.contract import SplitName
@@ -65,6 +67,11 @@ class MaskedSplit:
         """Return the image and the mask of a sample."""
         return self._pairs[index]
 
+    def turned(self, indices: Sequence[int]) -> list[str]:
+        """Return the names of those of the images that their EXIF orientation turns or mirrors."""
+        paths = [self._pairs[index][0] for index in indices]
+        return [path.name for path in paths if _orientation(path) != 1]
+
     def __getitem__(self, index: int) -> MaskedSample:
         """Read image and mask.
 
@@ -86,6 +93,14 @@ class MaskedSplit:
                 " images."
             )
         return MaskedSample(image, mask, self._keys[index])
+
+
+def _orientation(path: Path) -> int:
+    try:
+        with Image.open(path) as image:
+            return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # an unreadable file is reported by its own check
+        return 1
 
 
 @checked

@@ -25,8 +25,9 @@ _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 class ValueTable:
     """Table from the values in mask files to classes.
 
-    A value becomes `map[value]` if `map` is set, else `value + shift`. 255, the values in `ignore` and those that the
-    shift makes negative are not labelled: they become `MASK_IGNORE`. Any other value outside the classes is an error.
+    A value becomes `map[value]` if `map` is set, else `value + shift`. The values in `ignore` are not labelled: they
+    become `MASK_IGNORE`. So do 255, unless `map` names it, and 0 with a shift of -1. Any other value outside the
+    classes is an error.
 
     Args:
         num_classes: number of classes, C; at most 255.
@@ -113,7 +114,8 @@ def _value_table(
         shifted = np.arange(_VALUES, dtype=np.int64) + shift
         valid = (shifted >= 0) & (shifted < num_classes)
         table[valid] = shifted[valid]
-        table[shifted < 0] = MASK_IGNORE
+        if shift == -1:
+            table[0] = MASK_IGNORE
         table[MASK_IGNORE] = MASK_IGNORE
     else:
         if wrong := [value for value, number in mapping.items() if number >= num_classes or value >= _VALUES]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from vitrail.types import MASK_IGNORE
@@ -45,17 +46,21 @@ class SegmentationMetrics(nn.Module):
 
     Attributes:
         latest: scores at the last reset.
+        images: labelled images at the last reset.
     """
 
     latest: SegmentationScores
+    images: int
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=MASK_IGNORE, validate_args=False)
+        self.count = SumMetric(nan_strategy="disable")
 
     def update(self, predictions: Tensor, masks: Tensor) -> None:
-        """Add predicted classes (..., H, W) and masks (..., H, W)."""
+        """Add predicted classes (H, W) and the mask (H, W) of an image."""
         self.confusion.update(predictions.flatten(), masks.flatten().long())
+        self.count.update((masks != MASK_IGNORE).any())  # not the samples that fill up the processes
 
     def scores(self) -> SegmentationScores:
         """Return the scores since the last reset, over all processes."""
@@ -65,5 +70,7 @@ class SegmentationMetrics(nn.Module):
         """Return mIoU, mAcc and aAcc in % since the last call."""
         self.latest = self.scores()
         summary = self.latest.summary()
+        self.images = int(self.count.compute())
         self.confusion.reset()
+        self.count.reset()
         return {f"{prefix}{name}": value.to(torch.float32) for name, value in summary.items()}

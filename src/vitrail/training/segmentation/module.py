@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrail.errors import ConfigError
 from vitrail.models.segmentation.decoders import resize_map
 from vitrail.training.classifier import ImageClassifier
 from vitrail.training.segmentation.inference import DenseInference
 from vitrail.training.segmentation.metrics import SegmentationMetrics
 from vitrail.types import Batch
+from vitrail_runtime.compat import shares_batch_norm
 
 
 class SemanticSegmenter(ImageClassifier):
@@ -45,8 +47,25 @@ class SemanticSegmenter(ImageClassifier):
         self.inference, self.on_prediction = inference, on_prediction
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, C, H, W) for images (B, 3, H, W)."""
-        return resize_map(super().forward(images), images.shape[-2:])
+        """Return logits (B, C, H, W), float32, for images (B, 3, H, W)."""
+        return resize_map(super().forward(images).float(), images.shape[-2:])
+
+    def setup(self, stage: str) -> None:
+        """Check that BatchNorm can normalise the batches of a training.
+
+        Raises:
+            ConfigError: a batch has one image, and BatchNorm normalises pooled features of one position: there is no
+                variance then.
+        """
+        super().setup(stage)
+        if stage != "fit" or getattr(self.trainer.datamodule, "batch_size", 2) > 1:  # type: ignore[attr-defined]
+            return
+        pooled = any(getattr(module, "output_size", None) in (1, (1, 1)) for module in self.model.modules())
+        if pooled and not (self.trainer.world_size > 1 and shares_batch_norm(self.trainer)):
+            raise ConfigError(
+                "data.batch_size=1: the decoder's BatchNorm needs at least 2 images per device; raise it, or set"
+                " trainer.sync_batchnorm=true on several GPUs."
+            )
 
     def token_grid(self, images: Tensor) -> tuple[int, int] | None:
         """Return None: segmentation has no targets of tokens."""
