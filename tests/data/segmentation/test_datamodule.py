@@ -66,9 +66,7 @@ def test_turned_images__are_a_warning(root, orientation, caplog):
     exif[0x0112] = orientation
     Image.open(image).convert("RGB").save(image, exif=exif)
     opened(root)
-    warning = (
-        "train: 1 of 5 images that were looked at are turned by their EXIF orientation, the first is picture_0.png"
-    )
+    warning = "train: 1 of 5 images that were looked at are turned by their EXIF orientation, the first is picture_0"
     assert (warning in caplog.text) == (orientation != 1)
 
 
