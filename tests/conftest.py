@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import time
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -32,12 +33,21 @@ def pytest_runtest_teardown():
 
 
 def pytest_collection_modifyitems(items):
-    """Put tests of the same finished training in the same xdist worker; mark what `make test-quick` skips."""
+    """Put tests of the same finished training in the same xdist worker; mark what suites skip."""
+    cases = defaultdict(list)
     for item in items:
         if "finished" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("finished"))
         if any(hasattr(item.module, name) for name in _STARTERS):
             item.add_marker(pytest.mark.process)
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            cases[item.module, item.originalname].append(item)
+    for group in cases.values():
+        (count,) = group[0].get_closest_marker("sample").args
+        chosen = {round(number) for number in np.linspace(0, len(group) - 1, count)}
+        for number, item in enumerate(group):
+            if number not in chosen:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

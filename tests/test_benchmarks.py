@@ -75,6 +75,7 @@ def test_demo__the_search_doubles_the_learning_rate_until_it_is_worse(monkeypatc
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.sample(5)
 def test_benchmark__starts_and_writes_json_if_asked(name, tmp_path):
     result = benchmark(name, "--help", folder=tmp_path)
     assert result.returncode == 0, result.stderr

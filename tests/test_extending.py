@@ -63,6 +63,7 @@ def test_page__has_every_kind_of_extension():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.sample(4)
 def test_command__runs(command, folder):
     arguments = re.findall(r'"[^"]+"|\S+', command)
     assert arguments[0] == "python"
@@ -80,6 +81,7 @@ def test_command__runs(command, folder):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.sample(2)
 def test_script__runs(script, folder):
     out = call(folder, script)
     if script == "own_trainer.py":

@@ -116,6 +116,7 @@ def shared(*args, logs, ranks=2, **kwargs):
         "VOLO",
     ),
 )
+@pytest.mark.sample(2)
 def test_curve__equals_that_of_unsharded_models(trainer, options, tmp_path):
     """BatchNorm (LV-ViT, So-ViT, Evo-LeViT, VOLO), dropout (T2T-ViT) and DynamicViT's decisions differ between
     processes: these models are compared with DDP.
@@ -217,6 +218,7 @@ def test_checkpoint__exports_and_evaluates_like_any_other(tmp_path):
         ),
     ],
 )
+@pytest.mark.sample(1)
 def test_muon_and_trained_parts__equal_those_of_one_process(optimizer, offload, tmp_path):
     """Muon orthogonalises in bfloat16, and other processes round differently. The projection is sharded, too."""
     torch.save(timm.create_model("lvvit_nano", num_classes=3, img_size=64).state_dict(), tmp_path / "teacher.pth")
@@ -252,6 +254,7 @@ def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.sample(1)
 def test_skip__of_a_gradient_that_one_process_has(rank, tmp_path):
     """The number is in a row of the first process; the other one learns of it by the reduction of the gradients."""
     options = ("model=deit_nano", *COMMON, "epochs=1", "trainer.limit_train_batches=5", "data.batch_size=16")

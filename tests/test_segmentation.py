@@ -257,6 +257,7 @@ def test_doctor__prints_the_findings(root, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["safetensors", "hub", "timm", "onnx", "torch_export"])
+@pytest.mark.sample(1)
 def test_export__gives_the_same_logits(to, finished):
     """The export is compared with the network, and its folder can be evaluated."""
     directory, logs = finished

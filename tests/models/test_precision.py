@@ -113,6 +113,7 @@ def test_compile__one_graph_for_all_boxes():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.sample(5)
 def test_export__evaluation_mode(name):
     model = small(name).eval()
     images = torch.randn(2, 3, 32, 32)

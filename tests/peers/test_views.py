@@ -147,6 +147,7 @@ def events_of(view):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(3)
 def test_draw_view__timms_draws(name, monkeypatch):
     count, ours, timms = CASES[name]
     options = {"interpolation": "bicubic", "color_jitter": None, "hflip": 0.5, "re_mode": "const", **timms}

@@ -55,6 +55,7 @@ def hydra():
 
 
 @pytest.mark.parametrize("recipe", [*EXPERIMENTS, "deit3_small objective=cosub"])
+@pytest.mark.sample(30)
 def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, tmp_path):
     """The recipe runs unchanged except for the data, smaller images and batches, and a single block."""
     weights = tmp_path / "weights.pt"
@@ -141,6 +142,7 @@ class Rates(L.Callback):
 @pytest.mark.parametrize(
     ("case", "name", "batch"), [(case, name, batch) for case, recipes in RECIPES.items() for name, batch in recipes]
 )
+@pytest.mark.sample(15)
 def test_lr__of_every_epoch_equals_the_recorded_one(case, name, batch, accumulate, tmp_path):
     config = compose("train", [f"experiment={name}", "data.label_maps=maps", "init_from=weights", "data.root=images"])
     optimizer, schedule = instantiate(config.optimizer, "optimizer"), instantiate(config.schedule, "schedule")

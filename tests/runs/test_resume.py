@@ -35,6 +35,7 @@ def test_resume__from_every_step_gives_the_same_weights(image_tree, tmp_path):
 
 
 @pytest.mark.parametrize("render", ["loader", "device"])
+@pytest.mark.sample(1)
 def test_resume__killed_twice_gives_the_same_bits(render, image_tree, tmp_path):
     """SIGKILL after step 2, within the first epoch, and after step 6, within the second; two loader workers."""
     arguments = (*RANDOM_DRAWS, f"data.root={image_tree}", "data.num_workers=2", f"data.render={render}")

@@ -70,6 +70,7 @@ def train(tmp_path, model, objective=None, label_maps=None, epochs=2, strategy="
         pytest.param("sot_tiny", {}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(3)
 def test_family__two_graphs(tmp_path, counter, name, options):
     train(tmp_path, small(name, **options), mixing=MixupCutMix())
     assert counter.frame_count == 2

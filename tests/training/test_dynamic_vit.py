@@ -65,6 +65,7 @@ def loss_of(model, dense, batch, step, ratio_weight):
         ("dynamicvit_lvvit_s", "lvvit_s", 2.0),
     ],
 )
+@pytest.mark.sample(1)
 def test_recipe__equals_a_plain_loop(recipe, dense_name, ratio_weight, tmp_path):
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         config = compose("train", [f"experiment={recipe}", "schedule.warmup_epochs=2", "init_from=x", "data.root=x"])

@@ -96,6 +96,7 @@ def test_report__refuses_images_of_another_phase(tmp_path):
 
 @pytest.mark.parametrize("per_step", [True, False])
 @pytest.mark.parametrize("by", ["epochs", "compute"])
+@pytest.mark.sample(3)
 def test_lr__follows_epochs_or_compute(by, per_step, tmp_path):
     """By compute, an epoch at half the side advances the cosine by a quarter as much."""
     phases = fit_phases(8, by=by)

@@ -29,6 +29,7 @@ def taught(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "nadamuon"])
+@pytest.mark.sample(2)
 def test_resume__from_a_step_within_an_epoch_gives_the_same_bits(optimizer, taught, image_tree, tmp_path):
     more = (f"optimizer={optimizer}", "optimizer.momentum=0.9", *(taught if optimizer == "nadamuon" else ()))
     copies = new_folder(tmp_path / "copies")

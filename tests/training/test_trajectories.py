@@ -168,6 +168,7 @@ FACTS = [
 
 
 @pytest.mark.parametrize(("recipe", "name", "loss_of", "rate", "weight_decay", "exempt", "clip", "decay"), FACTS)
+@pytest.mark.sample(3)
 def test_recipe__equals_a_plain_loop(recipe, name, loss_of, rate, weight_decay, exempt, clip, decay, tmp_path):
     images, cooldown = {
         "deit_small_distilled": (1024, 0), "deit3_small": (2048, 0), "t2t_vit_14": (512, 2), "lvvit_s": (1024, 2),

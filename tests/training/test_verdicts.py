@@ -41,6 +41,7 @@ def late(monkeypatch):
     ],
     ids=lambda overrides: " ".join(overrides),
 )
+@pytest.mark.sample(2)
 def test_skip__gives_the_weights_of_a_training_that_never_sees_the_step(tmp_path, monkeypatch, optimizer):
     """Skipping on the device equals leaving the update out on the host, bit for bit."""
     options = (SKIP, "seed=2", *optimizer, "data.batch_size=128", "schedule.warmup_epochs=0")
@@ -131,6 +132,7 @@ def assert_finite(path):
 
 
 @pytest.mark.parametrize("on_bad", ["stop", "skip", "rollback"])
+@pytest.mark.sample(1)
 def test_last_checkpoint__of_a_bad_step_has_no_bad_statistics(tmp_path, late, on_bad):
     """The guard acts before the checkpoint after the bad step is saved; with `stop`, there is none."""
     poison = SavedPoison(tmp_path / "copies")
@@ -149,6 +151,7 @@ def test_last_checkpoint__of_a_bad_step_has_no_bad_statistics(tmp_path, late, on
 
 
 @pytest.mark.parametrize("on_bad", ["stop", "skip", "rollback"])
+@pytest.mark.sample(1)
 def test_other_checkpoint__of_a_bad_step_has_no_bad_statistics(tmp_path, late, on_bad):
     """Lightning's callback saves before the guard knows of the step; the device has restored the statistics."""
     poison = Poison("conv1")

@@ -18,6 +18,7 @@ def run_interpreted(*options):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_kernels__pass_the_tests_of_whole_batches():
     run_interpreted("-k", "common_canvas or finished_crop")
 
