@@ -4,7 +4,8 @@ Shapes: B images, H x W pixels.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -222,9 +223,9 @@ class SegmentationDataModule(ImageDataModule):
         indices = [int(index) for index in sample_of(len(split), count)] if count else []
         if self.skipped_file is None:
             with ThreadPoolExecutor(8) as pool:
-                for _ in pool.map(lambda index: split[index] and None, indices):
-                    pass
-        if turned := split.turned(indices):
+                deque(pool.map(split.__getitem__, indices), maxlen=0)  # raises the first error
+        look: Callable[[list[int]], list[str]] | None = getattr(split, "turned", None)  # not in all sources
+        if turned := look(indices) if look else []:
             log.warning(
                 "%s: %d of %d images that were looked at are turned by their EXIF orientation, the first is %s; make"
                 " sure that their masks are upright too", name, len(turned), len(indices), turned[0],
