@@ -30,7 +30,7 @@ $(VENV)/.dev: $(VENV)/.installed
 train: $(VENV)/.installed  ## Train a small ViT on the built-in digits (no download); options: make train ARGS="epochs=10"
 	@$(BIN)/python src/train.py $(ARGS)
 
-test: $(VENV)/.dev  ## Run the whole test suite (8 to 10 minutes on 2 cores)
+test: $(VENV)/.dev  ## Run the default test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/.dev  ## Run what catches most mistakes in under a minute: no programs, few large networks

@@ -89,6 +89,7 @@ def test_config__unknown_name(arguments, sentence, tmp_path):
         ),
     ],
 )
+@pytest.mark.sample(10)
 def test_config__invalid_value(arguments, sentence, tmp_path):
     if "trainer=gpu" not in arguments:
         arguments = [*QUICK, *arguments]

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from programs import error_of, metrics, run, run_directories, run_ranks, start_ranks, train
 from vitrail.checkpoints.reading import read_checkpoint
+from vitrail.errors import ConfigError
 from vitrail.training import FSDP
+from vitrail.training.fsdp import _shard_whole
 
 COMMON = ("epochs=2", "trainer.limit_train_batches=4", "callbacks.model_summary=null", "callbacks.progress=null")
 
@@ -125,6 +128,7 @@ def test_curve__equals_that_of_unsharded_models(trainer, options, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.slow
 def test_curve__of_dynamic_vit_with_its_teacher(tmp_path):
     torch.manual_seed(0)
     weights = tmp_path / "dense.pth"
@@ -346,3 +350,10 @@ def test_sync_batchnorm__is_applied_before_the_weights_are_sharded():
         assert found == [{nn.BatchNorm2d}, {nn.SyncBatchNorm}]
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_module_with_fewer_rows_than_processes__is_refused():
+    """A process without a row would not learn of a bad gradient."""
+    options = {"mesh": SimpleNamespace(size=lambda: 8)}
+    with pytest.raises(ConfigError, match="Linear has at most 5 rows of weights, too few for 8 processes"):
+        _shard_whole(nn.Linear(9, 5), options)

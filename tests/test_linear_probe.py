@@ -11,6 +11,7 @@ from vitrail.models.pretrained import timm_classifier
 COMMON = ("experiment=linear_probe", "data=digits", "probe=linear_cached", "callbacks.model_summary=null")
 
 
+@pytest.mark.slow
 def test_probe_of_a_run__is_evaluated_and_exported(tmp_path):
     run_directory = train(*QUICK, "model=deit_nano", logs=tmp_path)
     options = (*COMMON, "model=deit_nano", f"init_from={run_directory}", "epochs=2", "optimizer.lr=1")

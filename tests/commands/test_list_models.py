@@ -11,6 +11,7 @@ from vitrail.commands.list_models import known_backbones, measure
 from vitrail.reporting.backbones import weights_line
 
 
+@pytest.mark.slow
 def test_list_models__table_of_all_backbones(tmp_path):
     out = run("list_models.py", logs=tmp_path, COLUMNS="80").stdout
     assert not (tmp_path / "models").exists()  # programs that only print create no run directory

@@ -49,6 +49,7 @@ def test_program__finds_the_batch_and_prints_the_command(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())["batch_size"] == LIMIT
 
 
+@pytest.mark.slow
 def test_tune__memory_limits_the_batch_on_a_cpu_and_checkpointing_allows_more():
     config = compose("benchmark_train", [*TINY, "model=deit_nano", "data.batch_size=8", "memory=0.02", "largest=64"])
     trials = command.tune(config)

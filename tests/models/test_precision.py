@@ -58,6 +58,7 @@ def train_with_large_weights(name, precision, steps):
 
 @pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["t2t_vit_7", "lvvit_t", "so_vit_7"])
+@pytest.mark.sample(1)
 def test_bf16__finite_with_large_weights(name, steps):
     train_with_large_weights(name, torch.bfloat16, steps)
 

@@ -55,7 +55,7 @@ def hydra():
 
 
 @pytest.mark.parametrize("recipe", [*EXPERIMENTS, "deit3_small objective=cosub"])
-@pytest.mark.sample(30)
+@pytest.mark.sample(20)
 def test_experiment__two_steps_and_a_validation(recipe, image_tree, label_maps, tmp_path):
     """The recipe runs unchanged except for the data, smaller images and batches, and a single block."""
     weights = tmp_path / "weights.pt"

@@ -199,6 +199,7 @@ def test_several_loggers__without_key_and_network(tmp_path):
     assert steps == [(2,)]
 
 
+@pytest.mark.slow
 def test_evaluation__joins_the_trainings_run(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -121,6 +121,7 @@ def test_dynamic_vit__two_graphs(tmp_path, counter):
 
 
 @pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.slow
 def test_linear_probe__a_graph_for_each_batch_size(tmp_path, counter, cache):
     """Cached features are computed in batches of the evaluation."""
     data = ImageDataModule(Digits(), Augmentation(enabled=not cache), 32, batch_size=8, eval_batch_size=100)

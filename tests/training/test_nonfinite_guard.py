@@ -36,6 +36,7 @@ def test_skip__skips_the_step(tmp_path):
     assert poison.weights[-1].isfinite().all()
 
 
+@pytest.mark.slow
 def test_skip__restores_batchnorm_statistics(tmp_path):
     poison = Poison("conv1")
     overrides = (

@@ -52,7 +52,7 @@ TEACHERS = {"distillation": "deit_nano", "features": "vit_nano", "dynamicvit": "
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 def test_step__reads_nothing_from_the_device_in_50_steps(tmp_path, maps, name):
     settings = SETTINGS[name]
     if "mixing=mixtoken" in settings:
