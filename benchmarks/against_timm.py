@@ -4,8 +4,8 @@ Both train DeiT-Ti at 64 pixels with AdamW, label smoothing, a random crop and E
 process, for two epochs of 6,000 small JPEGs, and evaluate raw and EMA weights after each epoch. Everything else is the
 program's default. vitrail's includes the checks, checkpoints and pictures of every run, and PyTorch's fused AdamW.
 timm's includes its checkpoints, AdamW one parameter at a time (`--opt-kwargs fused=True` would change it), and reading
-the validation images twice, once for each set of weights. The programs take turns, so that drift of the machine affects
-both alike. Processor time is that of the program and of its loader processes.
+the validation images twice, once for each set of weights. The programs take turns, and every second round begins with
+timm, so that drift of the machine affects both alike. Processor time includes the loader processes.
 
 Figures:
 - `cpu_over_timm`, `wall_over_timm`: vitrail's time over timm's, median of all rounds.
@@ -96,10 +96,10 @@ def measured(arguments: list[str], folder: Path) -> Seconds:
 
 
 def in_turns(run: Callable[[str], Seconds], rounds: int) -> dict[str, list[Seconds]]:
-    """Return the time of both programs in each round."""
+    """Return the time of both programs in each round; every second round begins with the other program."""
     seconds: dict[str, list[Seconds]] = {program: [] for program in PROGRAMS}
-    for _ in range(rounds):
-        for program in PROGRAMS:
+    for number in range(rounds):
+        for program in PROGRAMS if number % 2 == 0 else PROGRAMS[::-1]:
             seconds[program].append(run(program))
     return seconds
 
