@@ -247,6 +247,17 @@ def test_bad_masks__are_one_sentence_before_the_training(root, tmp_path):
     )
 
 
+def test_bad_mask_of_one_process__is_the_sentence_of_both(tmp_path):
+    root = masked.write_folder(tmp_path / "data", (("train", 4), ("val", 2)))
+    Image.new("L", (96, 72), 9).save(root / "masks" / "train" / "picture_1.png")
+    for result in run_ranks(
+        "train.py", *masked.SMALL, "trainer=ddp_cpu_2", f"data.root={root}", logs=tmp_path, timeout=120
+    ):
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1].startswith("error")
+        assert "picture_1.png: has the value 9, which is no class" in result.stderr.splitlines()[-1]
+
+
 def test_doctor__prints_the_findings(root, tmp_path):
     options = ("data=segmentation_folder", f"data.root={root}")
     result = run("doctor.py", *options, "data.source.shift=-1", logs=tmp_path)

@@ -218,7 +218,8 @@ def _is_debugging() -> bool:
 def _fail(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    print(f"{prefix}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{prefix}: {redacted(sentence(error))}\n")  # print writes the line's end separately
+    sys.stderr.flush()
     sys.stdout.flush()
     # A worker that was killed may hold the lock of the queue that the others wait for; they would end a minute later.
     for worker in multiprocessing.active_children():

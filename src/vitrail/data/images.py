@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = (5, 6, 7, 8)
+# Entries of a PNG that hold the orientation. Pillow decodes the pixels to look for entries behind them.
+_EXIF_OF_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 # Formats whose pixels Pillow cannot read on its own: it only recognises them, or needs another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -110,6 +113,31 @@ def size_of(picture: Picture) -> tuple[int, int]:
     return picture.height, picture.width
 
 
+class Header(NamedTuple):
+    """What an image file says before its pixels."""
+
+    size: tuple[int, int]
+    """(height, width) of the upright image, in pixels."""
+    is_turned: bool
+    """Whether the camera's orientation turns or mirrors the image."""
+
+
+def read_header(path: str | Path) -> Header:
+    """Return the size and orientation of an image file without decoding it.
+
+    Raises:
+        ImageError: the file is missing or not an image; the message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            is_plain = image.format == "PNG" and not _EXIF_OF_PNG & image.info.keys()
+            orientation = 1 if is_plain else _orientation(image)
+            size = (image.width, image.height) if orientation in _QUARTER_TURNS else (image.height, image.width)
+            return Header(size, orientation in _UPRIGHT)
+    except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
+        raise ImageError(f"{path}: not a readable image ({_reason(error)}).") from error
+
+
 def _decoded(
     file: Callable[[], str | Path | IO[bytes]], name: str, value_range: ValueRange | Literal["type"] | None
 ) -> Image.Image:
@@ -156,14 +184,16 @@ def to_rgb(picture: Picture, value_range: ValueRange | Literal["type"] | None = 
 
 
 def _upright(image: Image.Image, original: Image.Image | None = None) -> Image.Image:
-    """Apply the orientation that the camera recorded in `original`, by default the image itself.
-
-    Other EXIF entries, valid or not, do not matter.
-    """
-    orientation: Any = None
-    with suppress(Exception):  # EXIF is written by many programs; Pillow raises many kinds of exceptions for it
-        orientation = int((original or image).getexif().get(ORIENTATION, 1))
+    """Apply the orientation that the camera recorded in `original`, by default the image itself."""
+    orientation = _orientation(original or image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation in the EXIF entries; 1 without one. Other entries, valid or not, do not matter."""
+    with suppress(Exception):  # EXIF is written by many programs; Pillow raises many kinds of exceptions for it
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
 
 
 def _has_high_bit_depth(image: Image.Image) -> bool:

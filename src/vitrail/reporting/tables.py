@@ -23,7 +23,7 @@ def training_report(results: Mapping[str, Any], directory: Path) -> Group:
     table.add_row("training", f"{results['epochs']} epochs in {results['seconds']:.0f} s")
     table.add_row("speed", f"{results['images_per_second']:,.0f} images/s")
     if results.get("skipped_images"):
-        table.add_row("skipped", f"{results['skipped_images']} unreadable images, listed in skipped.txt")
+        table.add_row("skipped images", f"{results['skipped_images']}, listed in skipped.txt")
     run, train = near(directory), shown_command("train")
     own = "data=imagefolder data.root=/path/with/train/and/val model=deit_small"
     if "val/mIoU" in results:

@@ -9,7 +9,8 @@ from PIL import Image
 import masked
 from vitrail.data import Augmentation
 from vitrail.data.segmentation import JointAugmentation, SegmentationDataModule, SegmentationFolder
-from vitrail.data.segmentation.datamodule import PassSampler, class_pixels
+from vitrail.data.segmentation.checks import check_pairs, class_pixels
+from vitrail.data.segmentation.datamodule import PassSampler
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import MASK_IGNORE
 
@@ -51,12 +52,59 @@ def test_validation_batches__are_whole_images_in_their_size(root):
     assert torch.equal(batches[0].label[0], torch.from_numpy(data.source.open("val")[0].mask))
 
 
-@pytest.mark.parametrize(("checked", "found"), [(2, False), (None, True)])
-def test_checked_images__none_reads_all(root, checked, found):
-    mask = root / "masks" / "train" / "picture_2.png"
-    Image.new("L", Image.open(mask).size, 9).save(mask)
-    with pytest.raises(ImageError, match=r"picture_2\.png: has the value 9") if found else nullcontext():
+def write_mask(root, name, value, size=(96, 72)):
+    Image.new("L", size, value).save(root / "masks" / name)
+
+
+@pytest.mark.parametrize(("checked", "found"), [(32, False), (None, True)])
+def test_all_masks__are_checked_before_the_training(tmp_path, checked, found):
+    root = masked.write_folder(tmp_path / "data", (("train", 70), ("val", 3)))
+    write_mask(root, "train/picture_1.png", 9)
+    with pytest.raises(ImageError, match=r"^[^:]*picture_1\.png: has the value 9") if found else nullcontext():
         opened(root, checked_images=checked)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (Image.new("L", (96, 72), 9), "has the value 9, which is no class"),
+        (Image.new("I;16", (96, 72), 300), "has the value 300, which is no class"),
+        (Image.new("L", (96, 72), 0), "no pixel is labelled"),
+        (Image.new("L", (96, 71), 1), "is 71 x 96 pixels, its image picture_2.png 72 x 96"),
+        (Image.new("RGB", (96, 72), (1, 2, 3)), "stores colours, not classes"),
+        (Image.new("LA", (96, 72)), "is stored as LA"),
+    ],
+)
+def test_unusable_mask__is_one_sentence_before_the_training(root, mask, reason):
+    mask.save(root / "masks" / "val" / "picture_2.png")
+    with pytest.raises(ImageError) as caught:
+        opened(root)
+    assert str(caught.value).startswith(f"{root / 'masks' / 'val' / 'picture_2.png'}: {reason}")
+
+
+def test_several_unusable_masks__are_counted(root):
+    for index in (1, 3, 4):
+        write_mask(root, f"train/picture_{index}.png", 9)
+    with pytest.raises(ImageError, match=r"^3 of 5 checked masks cannot be used, the first: .*picture_1\.png: has"):
+        opened(root)
+
+
+def test_source_without_check__is_read(root):
+    class Split:
+        def __init__(self, split):
+            self.split = split
+
+        def __len__(self):
+            return len(self.split)
+
+        def __getitem__(self, index):
+            return self.split[index]
+
+        def keys(self):
+            return self.split.keys()
+
+    write_mask(root, "train/picture_1.png", 9)
+    assert len(check_pairs(Split(build(root).source.open("train")), range(5))[0]) == 1
 
 
 @pytest.mark.parametrize("orientation", [1, 3])
@@ -66,7 +114,7 @@ def test_turned_images__are_a_warning(root, orientation, caplog):
     exif[0x0112] = orientation
     Image.open(image).convert("RGB").save(image, exif=exif)
     opened(root)
-    warning = "train: 1 of 5 images that were looked at are turned by their EXIF orientation, the first is picture_0"
+    warning = "train: 1 of 5 checked images are turned by their EXIF orientation, the first is picture_0"
     assert (warning in caplog.text) == (orientation != 1)
 
 
@@ -121,9 +169,9 @@ def test_pass_sampler__same_order_on_any_number_of_processes_and_resumes(world):
 
 
 def test_unusable_images__stop_before_the_training_or_are_skipped_and_listed(root, tmp_path):
-    Image.new("L", (96, 72), 0).save(root / "masks" / "train" / "picture_0.png")
-    Image.new("L", (96, 72), 9).save(root / "masks" / "train" / "picture_1.png")
-    with pytest.raises(ImageError, match=r"picture_0\.png: no pixel is labelled"):
+    write_mask(root, "train/picture_0.png", 0)
+    write_mask(root, "train/picture_1.png", 9)
+    with pytest.raises(ImageError, match=r"2 of 5 .*picture_0\.png: no pixel is labelled"):
         build(root).setup()
     data = opened(root, on_corrupt="skip", skipped_file=tmp_path / "skipped.txt")
     keys = {key for batch in data.train_dataloader() for key in batch.key}
@@ -134,14 +182,14 @@ def test_unusable_images__stop_before_the_training_or_are_skipped_and_listed(roo
 
 
 def test_skipped_validation_images__are_not_counted_twice(root, tmp_path):
-    Image.new("L", (96, 72), 9).save(root / "masks" / "val" / "picture_1.png")
+    write_mask(root, "val/picture_1.png", 9)
     data = opened(root, on_corrupt="skip", skipped_file=tmp_path / "skipped.txt")
     counted = [(batch.label != MASK_IGNORE).any().item() for batch in data.val_dataloader()]
     assert counted == [True, False, True]
 
 
 def test_class_pixels__counts_and_collects_errors(root):
-    Image.new("L", (96, 72), 9).save(root / "masks" / "train" / "picture_1.png")
+    write_mask(root, "train/picture_1.png", 9)
     counts, errors = class_pixels(build(root).source.open("train"), range(5), 4)
     assert counts.sum() == 4 * 72 * 96
     assert counts[-1] == 4 * 4 * 96

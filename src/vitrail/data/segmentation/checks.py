@@ -1,16 +1,68 @@
-"""Checks of images with masks, for `src/doctor.py`."""
+"""Checks of images with masks, before a training and for `src/doctor.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from vitrail.data.label_maps.checks import Finding
 from vitrail.data.sampling import sample_of
-from vitrail.data.segmentation.datamodule import class_pixels
+from vitrail.errors import ImageError
+from vitrail.types import MASK_IGNORE
 
 _RARE = 1e-4  # share of the labelled pixels
 _NAMED = 5
+_THREADS = 8
+
+
+def check_pairs(split: Any, indices: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Check images and masks, and return the errors and the keys of images that are turned by their EXIF orientation.
+
+    Args:
+        split: images and masks. A split without a method `check` is read as a whole.
+        indices: samples to check.
+    """
+
+    def outcome(index: int) -> tuple[str | None, bool]:
+        try:
+            return None, _is_turned(split, index)
+        except ImageError as error:
+            return str(error), False
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        outcomes = list(pool.map(outcome, indices))
+    keys = split.keys()
+    turned = [keys[index] for index, (_, is_turned) in zip(indices, outcomes, strict=True) if is_turned]
+    return [error for error, _ in outcomes if error is not None], turned
+
+
+def _is_turned(split: Any, index: int) -> bool:
+    """Check a sample, and return whether its image is known to be turned."""
+    if hasattr(split, "check"):
+        return bool(split.check(index))
+    split[index]
+    return False
+
+
+def class_pixels(split: Any, indices: Sequence[int], num_classes: int) -> tuple[np.ndarray, list[str]]:
+    """Count the labelled pixels of each class (C + 1,), those without label last, and collect the errors.
+
+    Args:
+        split: images and masks.
+        indices: samples to read.
+        num_classes: number of classes, C.
+    """
+    counts, errors = np.zeros(num_classes + 1, np.int64), []
+    for index in indices:
+        try:
+            mask = split[int(index)].mask
+        except ImageError as error:
+            errors.append(str(error))
+            continue
+        found = np.bincount(mask.ravel(), minlength=MASK_IGNORE + 1)
+        counts += np.append(found[:num_classes], found[MASK_IGNORE])
+    return counts, errors
 
 
 def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Finding]:
@@ -35,7 +87,7 @@ def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Fin
         yield Finding(f"{name} masks", "ok", f"{len(indices)} read; sizes agree, all values are classes or ignored")
     if counts.any():
         yield _shares(name, counts, source.classes)
-    if turned := split.turned(indices):
+    if turned := check_pairs(split, indices)[1]:
         text = f"{len(turned)} images are turned by their EXIF orientation, the first is {turned[0]}"
         yield Finding(f"{name} orientation", "warning", text, "make sure that their masks are upright too")
 

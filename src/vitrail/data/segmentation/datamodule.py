@@ -4,13 +4,11 @@ Shapes: B images, H x W pixels.
 """
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,6 +20,7 @@ from vitrail.data.images import as_array
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler, sample_of
 from vitrail.data.segmentation.augment import JointAugmentation
+from vitrail.data.segmentation.checks import check_pairs
 from vitrail.data.segmentation.folders import SegmentationFolder
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, MASK_IGNORE, Batch, ImageSize, InputSpec, Item
@@ -29,6 +28,7 @@ from vitrail_runtime.checking import RGB, Length, NonNegativeInt, Positive, Posi
 
 log = logging.getLogger(__name__)
 
+_MANY = 1000  # masks that take seconds to check
 _NO_CLASSES = Augmentation()  # of the base class, which augments images without masks
 
 
@@ -128,8 +128,8 @@ class SegmentationDataModule(ImageDataModule):
         on_corrupt: `stop` at an image that cannot be used (unreadable, another size than its mask, unknown values, no
             labelled pixel), or `skip` it and list it in `skipped_file`.
         skipped_file: file that lists the skipped images.
-        checked_images: images per split to read before the training starts, so that wrong masks are reported early;
-            None reads all.
+        checked_images: images per split whose mask and size are checked before the training starts; None checks all,
+            divided among the processes.
         short_side, long_side: size of images at ratio 1, for training (by reference in the config) and evaluation.
         eval_mode: `slide` a window over the image, or predict the `whole` image at once.
         eval_stride: pixels between two windows; None means two thirds of the window.
@@ -158,7 +158,7 @@ class SegmentationDataModule(ImageDataModule):
         seed: NonNegativeInt = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         skipped_file: str | Path | None = None,
-        checked_images: NonNegativeInt | None = 32,
+        checked_images: NonNegativeInt | None = None,
         short_side: PositiveInt = 512,
         long_side: PositiveInt = 2048,
         eval_mode: Literal["slide", "whole"] = "slide",
@@ -207,10 +207,10 @@ class SegmentationDataModule(ImageDataModule):
         return frozenset({"masks"})
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits, and check a sample of each.
+        """Open the splits, and check their masks.
 
         Raises:
-            ImageError: a sampled image cannot be used, and `on_corrupt=stop`.
+            ImageError: a checked image cannot be used, and `on_corrupt=stop`.
         """
         if stage in (None, "fit") and not hasattr(self, "train"):
             self.train = self._opened("train", self.joint)
@@ -219,18 +219,34 @@ class SegmentationDataModule(ImageDataModule):
 
     def _opened(self, name: Literal["train", "val"], augment: JointAugmentation | None) -> MaskedDataset:
         split = self.source.open(name)
-        count = len(split) if self.checked_images is None else self.checked_images
-        indices = [int(index) for index in sample_of(len(split), count)] if count else []
-        if self.skipped_file is None:
-            with ThreadPoolExecutor(8) as pool:
-                deque(pool.map(split.__getitem__, indices), maxlen=0)  # raises the first error
-        look: Callable[[list[int]], list[str]] | None = getattr(split, "turned", None)  # not in all sources
-        if turned := look(indices) if look else []:
-            log.warning(
-                "%s: %d of %d images that were looked at are turned by their EXIF orientation, the first is %s; make"
-                " sure that their masks are upright too", name, len(turned), len(indices), turned[0],
-            )  # fmt: skip
+        self._check(name, split)
         return MaskedDataset(split, augment, self.input, self.seed, self.skipped_file)
+
+    def _check(self, name: str, split: Any) -> None:
+        """Check the masks, divided among the processes.
+
+        Raises:
+            ImageError: see `setup`; in all processes alike.
+        """
+        chosen = sample_of(len(split), len(split) if self.checked_images is None else self.checked_images)
+        if len(chosen) >= _MANY:
+            log.info("%s: checking %d masks; data.checked_images limits their number", name, len(chosen))
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        outcomes = [check_pairs(split, [int(index) for index in chosen[rank::world_size]])]
+        if world_size > 1:
+            outcomes *= world_size
+            torch.distributed.all_gather_object(outcomes, outcomes[rank])
+        errors, turned = (sorted(chain(*parts)) for parts in zip(*outcomes, strict=True))
+        found = f"{len(errors)} of {len(chosen)} checked masks cannot be used, the first: " if errors[1:] else ""
+        if errors and self.skipped_file is None:
+            raise ImageError(f"{found}{errors[0]}")
+        if errors:
+            log.warning("%s: %s%s Such images are skipped.", name, found, errors[0])
+        if turned:
+            log.warning(
+                "%s: %d of %d checked images are turned by their EXIF orientation, the first is %s; make sure that"
+                " their masks are upright too", name, len(turned), len(chosen), turned[0],
+            )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Return a loader of shuffled and augmented images, without incomplete batches.
@@ -258,26 +274,6 @@ class SegmentationDataModule(ImageDataModule):
         """Return a loader of all images in order, one at a time, because their sizes differ."""
         options = self._loader_options(self._sampler(self.val, shuffle=False), 1, self._loader_workers)
         return DataLoader(self.val, **{**options, "collate_fn": collate})
-
-
-def class_pixels(split: Any, indices: Sequence[int], num_classes: int) -> tuple[np.ndarray, list[str]]:
-    """Count the labelled pixels of each class (C + 1,), those without label last, and collect the errors.
-
-    Args:
-        split: images and masks.
-        indices: samples to read.
-        num_classes: number of classes, C.
-    """
-    counts, errors = np.zeros(num_classes + 1, np.int64), []
-    for index in indices:
-        try:
-            mask = split[int(index)].mask
-        except ImageError as error:
-            errors.append(str(error))
-            continue
-        found = np.bincount(mask.ravel(), minlength=MASK_IGNORE + 1)
-        counts += np.append(found[:num_classes], found[MASK_IGNORE])
-    return counts, errors
 
 
 def as_tensor(picture: Any) -> Tensor:

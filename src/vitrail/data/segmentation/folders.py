@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vitrail.data.bit_depth import ValueRange
-from vitrail.data.images import read_image, size_of
-from vitrail.data.jpeg import ORIENTATION
+from vitrail.data.images import read_header, read_image, size_of
 from vitrail.data.sampling import sample_of
 from vitrail.data.segmentation.values import ValueTable, read_mask
 from vitrail.data.sources.contract import SplitName
@@ -67,10 +65,16 @@ class MaskedSplit:
         """Return the image and the mask of a sample."""
         return self._pairs[index]
 
-    def turned(self, indices: Sequence[int]) -> list[str]:
-        """Return the names of those of the images that their EXIF orientation turns or mirrors."""
-        paths = [self._pairs[index][0] for index in indices]
-        return [path.name for path in paths if _orientation(path) != 1]
+    def check(self, index: int) -> bool:
+        """Read the mask, but only the header of the image; return whether an EXIF orientation turns the image.
+
+        Raises:
+            ImageError: as `__getitem__`, but for damaged pixels of the image.
+        """
+        image_path, _ = self._pairs[index]
+        header = read_header(image_path)
+        self._mask(index, header.size)
+        return header.is_turned
 
     def __getitem__(self, index: int) -> MaskedSample:
         """Read image and mask.
@@ -78,13 +82,17 @@ class MaskedSplit:
         Raises:
             ImageError: a file cannot be read, the sizes differ, a value is in no class, or no pixel is labelled.
         """
+        image = read_image(self._pairs[index][0], self.value_range)
+        return MaskedSample(image, self._mask(index, size_of(image)), self._keys[index])
+
+    def _mask(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return the mask (H, W) of an image with `size` (height, width)."""
         image_path, mask_path = self._pairs[index]
-        image, values = read_image(image_path, self.value_range), read_mask(mask_path)
-        height, width = size_of(image)
-        if values.shape[:2] != (height, width):
+        values = read_mask(mask_path)
+        if values.shape[:2] != size:
             raise ImageError(
                 f"{mask_path}: is {values.shape[0]} x {values.shape[1]} pixels, its image {image_path.name}"
-                f" {height} x {width} (upright, by its EXIF orientation); make both the same size."
+                f" {size[0]} x {size[1]} (upright, by its EXIF orientation); make both the same size."
             )
         mask = self.table.classes(values, str(mask_path))
         if (mask == MASK_IGNORE).all():
@@ -92,15 +100,7 @@ class MaskedSplit:
                 f"{mask_path}: no pixel is labelled; remove the image, or set data.on_corrupt=skip to leave out such"
                 " images."
             )
-        return MaskedSample(image, mask, self._keys[index])
-
-
-def _orientation(path: Path) -> int:
-    try:
-        with Image.open(path) as image:
-            return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # an unreadable file is reported by its own check
-        return 1
+        return mask
 
 
 @checked

@@ -76,10 +76,13 @@ class ValueTable:
             return self._classes_of_colours(values, name)
         if self.colours is not None:
             raise ImageError(f"{name}: stores values, not colours; omit data.source.colours.")
-        outside = (values < 0) | (values >= _VALUES)
-        found = self._table[np.where(outside, 0, values)]
-        found[outside] = _UNKNOWN
-        if (found == _UNKNOWN).any():
+        if values.dtype == np.uint8:
+            found = self._table.take(values)
+        else:
+            outside = (values < 0) | (values >= _VALUES)
+            found = self._table.take(np.where(outside, 0, values))
+            found[outside] = _UNKNOWN
+        if found.min() == _UNKNOWN:
             value = values[found == _UNKNOWN][0]
             raise ImageError(
                 f"{name}: has the value {value}, which is no class; add it to data.source.ignore, or check"
@@ -107,9 +110,9 @@ class ValueTable:
 
 def _value_table(
     num_classes: int, shift: int, mapping: Mapping[int, int] | None, ignore: Sequence[int]
-) -> NDArray[np.int64]:
-    """Return the class of every value of a 16-bit mask (65536,) int64: `MASK_IGNORE` or -1 for values without one."""
-    table = np.full(_VALUES, _UNKNOWN, np.int64)
+) -> NDArray[np.int16]:
+    """Return the class of every value of a 16-bit mask (65536,) int16: `MASK_IGNORE` or -1 for values without one."""
+    table = np.full(_VALUES, _UNKNOWN, np.int16)
     if mapping is None:
         shifted = np.arange(_VALUES, dtype=np.int64) + shift
         valid = (shifted >= 0) & (shifted < num_classes)
