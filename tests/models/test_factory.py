@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 from hydra import compose, initialize_config_dir
+from timm.models import register_model
 
 import vitrail  # noqa: F401
 from programs import PROJECT
@@ -147,3 +148,18 @@ def test_pretrained__without_a_network(monkeypatch, tmp_path):
     ):
         create_model("resnet10t.c3_in1k", 1000, pretrained=True)
     assert constants.HF_HUB_OFFLINE
+
+
+@register_model
+def of_a_user(pretrained=False, num_classes=10, **options):
+    """A backbone without timm's default configuration."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, num_classes))
+
+
+def test_registered_function__needs_no_default_configuration():
+    assert create_model("of_a_user", 5, 4)(torch.randn(2, 3, 4, 4)).shape == (2, 5)
+
+
+def test_name_that_timm_has_replaced__is_refused_with_similar_ones():
+    with pytest.raises(ConfigError, match=r"ig_resnext101_32x8d: no such backbone; did you mean resnext101_32x8d"):
+        create_model("ig_resnext101_32x8d", 5)

@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.models.factory import has_fixed_size
 from vitrail.models.licences import PERMISSIVE
 from vitrail.runs.keys import check_choices, check_keys
 from vitrail.runs.logs import set_up_logging
@@ -192,8 +193,7 @@ def _arguments(exported: Exported) -> dict[str, Any]:
         raise ConfigError(
             f"model: {exported.name} is not a network of timm; to=onnx and to=torch_export support any network."
         )
-    fixed = timm.get_pretrained_cfg_value(exported.name, "fixed_input_size")
-    return exported.arguments | ({"img_size": list(exported.size)} if fixed else {})
+    return exported.arguments | ({"img_size": list(exported.size)} if has_fixed_size(exported.name) else {})
 
 
 def _rebuilt(exported: Exported, **kwargs: Any) -> nn.Module:

@@ -140,7 +140,8 @@ def _log_settings(
     if module.optimizer is not None:
         log.info("%s", module.optimizer.describe(batch))
     log.info("%d x %s, precision %s", trainer.world_size, trainer.accelerator.name(), config.trainer.precision)
-    made_for = timm.get_pretrained_cfg(name).input_size[-1] if timm.is_model(name) else 0
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    made_for = cfg.input_size[-1] if cfg else 0
     if getattr(data.source, "is_demo", False) and made_for >= 2 * max(height, width):
         log.warning(
             "%s is designed for images of %d pixels, but the built-in digits have %d: this run only checks that"

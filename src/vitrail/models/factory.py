@@ -57,7 +57,7 @@ def create_model(
         ConfigError: the name is unknown, or the backbone does not accept one of the arguments.
     """
     _check_name(name)
-    fixed_size = bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+    fixed_size = has_fixed_size(name)
     created = _create(
         name,
         kwargs,
@@ -80,11 +80,21 @@ def create_model(
     return add_token_head(model) if token_head else model
 
 
+def has_fixed_size(name: str) -> bool:
+    """Return whether the weights of timm's backbone `name` depend on the image size, so that it takes `img_size`."""
+    cfg = timm.get_pretrained_cfg(name)  # None for functions that were registered without one
+    return cfg is not None and bool(cfg.fixed_input_size)
+
+
 def _check_name(name: str) -> None:
-    """Refuse a name that timm does not know, and suggest similar ones."""
-    if timm.is_model(name):
+    """Refuse a name that timm does not list, and suggest similar ones.
+
+    Names that timm has renamed are not listed, and have no configuration that tells their image size.
+    """
+    known = timm.list_models()
+    if name.partition(".")[0] in known:
         return
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    near = difflib.get_close_matches(name, known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() shows all."
     raise ConfigError(f"model.name={name}: no such backbone{hint}")
 

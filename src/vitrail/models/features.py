@@ -120,29 +120,49 @@ def feature_shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, .
 def intermediate_shapes(
     model: nn.Module, indices: Sequence[int], image_size: ImageSize, norm: bool = False
 ) -> list[tuple[int, ...]]:
-    """Return the shapes (1, D, H, W) of feature maps of one image, without computing them.
+    """Return the shapes (1, D, H, W) of feature maps of one image, if possible without computing them.
 
     Args:
         model: backbone with timm's `forward_intermediates`.
         indices: indices of the maps.
         image_size: side of the image in pixels, or (height, width).
         norm: apply the last norm to every map.
+
+    Raises:
+        ConfigError: the backbone has no such maps.
     """
     timm_model: Any = model
+
+    def maps(device: torch.device | str) -> list[Tensor]:
+        return timm_model.forward_intermediates(
+            torch.zeros(1, 3, *height_width(image_size), device=device),
+            indices=list(indices),
+            norm=norm,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+
+    def found() -> list[Tensor]:
+        try:
+            with _on_meta(model):
+                return maps("meta")
+        except Exception:  # some shapes depend on values, as in Gemma 4's vision encoder
+            return maps(next(model.parameters()).device)
+
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _on_meta(model):
-            maps = timm_model.forward_intermediates(
-                torch.empty(1, 3, *height_width(image_size), device="meta"),
-                indices=list(indices),
-                norm=norm,
-                output_fmt="NCHW",
-                intermediates_only=True,
-            )
+        with torch.no_grad():
+            return [tuple(features.shape) for features in found()]
+    except Exception as error:  # each backbone has its own checks
+        rows, columns = height_width(image_size)
+        raise ConfigError(
+            f"model.name: {type(model).__name__} has no spatial features of {rows} x {columns} pixels"
+            f" ({str(error).rstrip('.') or type(error).__name__}); choose another backbone or size"
+            f"{', or set model.norm=false' if norm else ''}."
+        ) from error
     finally:
         model.train(was_training)
-    return [tuple(features.shape) for features in maps]
 
 
 @contextmanager

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 from timm.layers import DropPath
+from timm.models import register_model
 
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads, linear_segmenter, upernet
+from vitrail.models.features import intermediate_shapes
 from vitrail.models.heads import declared_outputs
 from vitrail.training import OptimizerFactory
 
@@ -188,8 +190,33 @@ def test_unfit_options__are_one_sentence(name, options, message):
         small(name, **options)
 
 
-def test_backbone_without_spatial_features__is_refused(monkeypatch):
-    """timm's current models all have them; older versions and other packages may not."""
-    monkeypatch.setattr("vitrail.models.segmentation.segmenter.create_model", lambda *_, **__: torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"model\.name=plain: has no spatial features"):
-        upernet("plain", 5, 64)
+@register_model
+def without_maps(pretrained=False, num_classes=10, **options):
+    """A backbone of a user, known to timm's registry, with a classifier only."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
+    model.pretrained_cfg = model.default_cfg = {"input_size": (3, 64, 64)}
+    return model
+
+
+@pytest.mark.parametrize("build", [upernet, linear_segmenter])
+def test_backbone_without_spatial_features__is_refused(build):
+    with pytest.raises(ConfigError, match=r"model\.name=without_maps: has no spatial features"):
+        build("without_maps", 5)
+
+
+def test_backbone_without_norm_of_its_maps__names_the_option():
+    with pytest.raises(ConfigError, match=r"normalization of features not supported.*or set model\.norm=false\.$"):
+        linear_segmenter("hiera_tiny_224", 5)
+    assert linear_segmenter("hiera_tiny_224", 5, norm=False).decode_head.conv_seg.in_channels == 768
+
+
+def test_shapes_that_depend_on_values__are_computed():
+    class Values(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward_intermediates(self, images, **_):
+            return [images[:, :, : int(images.sum() + 2 * self.scale), :4]]
+
+    assert intermediate_shapes(Values(), [0], 64) == [(1, 3, 2, 4)]
