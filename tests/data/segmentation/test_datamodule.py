@@ -89,6 +89,29 @@ def test_several_unusable_masks__are_counted(root):
         opened(root)
 
 
+def test_masks_of_0_and_255__are_not_one_class(root):
+    """Most editors write masks of two classes so; 255 would count as not labelled."""
+    (root / "classes.txt").write_text("background\nobject\n")
+    for split in ("train", "val"):
+        for path in (root / "masks" / split).iterdir():
+            mask = Image.new("L", (96, 72), 0)
+            mask.paste(255, (10, 10, 40, 40))
+            mask.save(path)
+    options = {"image_size": 64, "num_workers": 0}
+    wrong = SegmentationDataModule(SegmentationFolder(str(root), "classes.txt"), **options)
+    with pytest.raises(ConfigError, match=r"only the class background .* set 'data\.source\.map=\{0:0,255:1\}'\.$"):
+        wrong.setup()
+    right = SegmentationDataModule(SegmentationFolder(str(root), "classes.txt", map={0: 0, 255: 1}), **options)
+    right.setup()
+    assert set(right.val[0].label.unique().tolist()) == {0, 1}
+
+
+def test_classes_without_a_training_mask__are_a_warning(root, caplog):
+    (root / "classes.txt").write_text("ground\nred\ngreen\nblue\npurple\nwhite\n")
+    opened(root)
+    assert "2 of 6 classes occur in no training mask: purple, white" in caplog.text
+
+
 def test_source_without_check__is_read(root):
     class Split:
         def __init__(self, split):
@@ -104,7 +127,7 @@ def test_source_without_check__is_read(root):
             return self.split.keys()
 
     write_mask(root, "train/picture_1.png", 9)
-    assert len(check_pairs(Split(build(root).source.open("train")), range(5))[0]) == 1
+    assert len(check_pairs(Split(build(root).source.open("train")), range(5)).errors) == 1
 
 
 @pytest.mark.parametrize("orientation", [1, 3])

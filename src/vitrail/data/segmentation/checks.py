@@ -1,48 +1,88 @@
 """Checks of images with masks, before a training and for `src/doctor.py`."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vitrail.data.label_maps.checks import Finding
 from vitrail.data.sampling import sample_of
-from vitrail.errors import ImageError
+from vitrail.data.segmentation.values import MaskCheck, occurring
+from vitrail.errors import ConfigError, ImageError
 from vitrail.types import MASK_IGNORE
+
+log = logging.getLogger(__name__)
 
 _RARE = 1e-4  # share of the labelled pixels
 _NAMED = 5
 _THREADS = 8
 
 
-def check_pairs(split: Any, indices: Sequence[int]) -> tuple[list[str], list[str]]:
-    """Check images and masks, and return the errors and the keys of images that are turned by their EXIF orientation.
+class PairChecks(NamedTuple):
+    """What the checks of several images and masks found."""
+
+    errors: list[str]
+    turned: list[str]
+    """Keys of the images that their EXIF orientation turns or mirrors."""
+    occurs: np.ndarray
+    """(256,) whether a class occurs in any of the masks, or `MASK_IGNORE`."""
+
+
+def check_pairs(split: Any, indices: Sequence[int]) -> PairChecks:
+    """Check images and masks.
 
     Args:
         split: images and masks. A split without a method `check` is read as a whole.
         indices: samples to check.
     """
+    keys = split.keys()
+    found = PairChecks([], [], np.zeros(MASK_IGNORE + 1, bool))
 
-    def outcome(index: int) -> tuple[str | None, bool]:
+    def outcome(index: int) -> MaskCheck | str:
         try:
-            return None, _is_turned(split, index)
+            return split.check(index) if hasattr(split, "check") else MaskCheck(False, occurring(split[index].mask))
         except ImageError as error:
-            return str(error), False
+            return str(error)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        outcomes = list(pool.map(outcome, indices))
-    keys = split.keys()
-    turned = [keys[index] for index, (_, is_turned) in zip(indices, outcomes, strict=True) if is_turned]
-    return [error for error, _ in outcomes if error is not None], turned
+        for index, result in zip(indices, pool.map(outcome, indices), strict=True):
+            if isinstance(result, str):
+                found.errors.append(result)
+                continue
+            found.occurs[:] |= result.occurs
+            if result.is_turned:
+                found.turned.append(keys[index])
+    return found
 
 
-def _is_turned(split: Any, index: int) -> bool:
-    """Check a sample, and return whether its image is known to be turned."""
-    if hasattr(split, "check"):
-        return bool(split.check(index))
-    split[index]
-    return False
+def joined(parts: Sequence[PairChecks]) -> PairChecks:
+    """Join what several processes found."""
+    errors, turned, occurs = zip(*parts, strict=True)
+    return PairChecks(sorted(chain(*errors)), sorted(chain(*turned)), np.any(occurs, 0))
+
+
+def check_classes(names: Sequence[str], occurs: np.ndarray) -> None:
+    """Refuse training masks with a single class, and warn about classes that occur in none.
+
+    Args:
+        names: names of the classes.
+        occurs: (256,) whether a class occurs in any training mask, or `MASK_IGNORE`.
+
+    Raises:
+        ConfigError: there is only one class.
+    """
+    missing = [name for name, does in zip(names, occurs, strict=False) if not does]
+    if len(missing) == len(names) - 1 > 0:
+        (only,) = set(names) - set(missing)
+        hint = ""
+        if occurs[MASK_IGNORE]:
+            hint = " and pixels without label; if 255 is a class, set 'data.source.map={0:0,255:1}'"
+        raise ConfigError(f"data.source: all training masks have only the class {only}{hint}.")
+    if missing:
+        log.warning("%d of %d classes occur in no training mask: %s", len(missing), len(names), _listed(missing))
 
 
 def class_pixels(split: Any, indices: Sequence[int], num_classes: int) -> tuple[np.ndarray, list[str]]:
@@ -87,7 +127,7 @@ def check_masks(name: str, split: Any, source: Any, sample: int) -> Iterator[Fin
         yield Finding(f"{name} masks", "ok", f"{len(indices)} read; sizes agree, all values are classes or ignored")
     if counts.any():
         yield _shares(name, counts, source.classes)
-    if turned := check_pairs(split, indices)[1]:
+    if turned := check_pairs(split, indices).turned:
         text = f"{len(turned)} images are turned by their EXIF orientation, the first is {turned[0]}"
         yield Finding(f"{name} orientation", "warning", text, "make sure that their masks are upright too")
 
@@ -100,7 +140,10 @@ def _shares(name: str, counts: np.ndarray, classes: list[str]) -> Finding:
     text = f"{100 * counts[-1] / max(1, counts.sum()):.1f} % of the pixels are not labelled; of the others {largest}"
     rare = [classes[index] for index in np.flatnonzero(shares < _RARE)]
     if labelled and rare:
-        listed = f"{', '.join(rare[:_NAMED])}{', ...' if len(rare) > _NAMED else ''}"
-        text += f"; {len(rare)} classes have less than {100 * _RARE:g} %: {listed}"
+        text += f"; {len(rare)} classes have less than {100 * _RARE:g} %: {_listed(rare)}"
         return Finding(f"{name} classes", "warning", text, "expect a low IoU, or check the table of values")
     return Finding(f"{name} classes", "ok", text)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -5,7 +5,6 @@ Shapes: B images, H x W pixels.
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from vitrail.data.images import as_array
 from vitrail.data.randomness import seeded
 from vitrail.data.sampling import Draw, EpochSampler, sample_of
 from vitrail.data.segmentation.augment import JointAugmentation
-from vitrail.data.segmentation.checks import check_pairs
+from vitrail.data.segmentation.checks import check_classes, check_pairs, joined
 from vitrail.data.segmentation.folders import SegmentationFolder
 from vitrail.errors import ConfigError, ImageError
 from vitrail.types import IGNORE, MASK_IGNORE, Batch, ImageSize, InputSpec, Item
@@ -232,16 +231,18 @@ class SegmentationDataModule(ImageDataModule):
         if len(chosen) >= _MANY:
             log.info("%s: checking %d masks; data.checked_images limits their number", name, len(chosen))
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        outcomes = [check_pairs(split, [int(index) for index in chosen[rank::world_size]])]
+        parts = [check_pairs(split, [int(index) for index in chosen[rank::world_size]])]
         if world_size > 1:
-            outcomes *= world_size
-            torch.distributed.all_gather_object(outcomes, outcomes[rank])
-        errors, turned = (sorted(chain(*parts)) for parts in zip(*outcomes, strict=True))
+            parts *= world_size
+            torch.distributed.all_gather_object(parts, parts[rank])
+        errors, turned, occurs = joined(parts)
         found = f"{len(errors)} of {len(chosen)} checked masks cannot be used, the first: " if errors[1:] else ""
         if errors and self.skipped_file is None:
             raise ImageError(f"{found}{errors[0]}")
         if errors:
             log.warning("%s: %s%s Such images are skipped.", name, found, errors[0])
+        if name == "train" and len(chosen) == len(split):
+            check_classes(self.source.classes, occurs)
         if turned:
             log.warning(
                 "%s: %d of %d checked images are turned by their EXIF orientation, the first is %s; make sure that"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vitrail.data.bit_depth import ValueRange
 from vitrail.data.images import read_header, read_image, size_of
 from vitrail.data.sampling import sample_of
-from vitrail.data.segmentation.values import ValueTable, read_mask
+from vitrail.data.segmentation.values import MaskCheck, ValueTable, occurring, read_mask
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.files import FolderWalk, describe_ignored, normal_form
 from vitrail.data.sources.value_range import SAMPLE, given_range, sampled_range
@@ -65,16 +65,15 @@ class MaskedSplit:
         """Return the image and the mask of a sample."""
         return self._pairs[index]
 
-    def check(self, index: int) -> bool:
-        """Read the mask, but only the header of the image; return whether an EXIF orientation turns the image.
+    def check(self, index: int) -> MaskCheck:
+        """Check a mask with no more than the header of its image.
 
         Raises:
             ImageError: as `__getitem__`, but for damaged pixels of the image.
         """
         image_path, _ = self._pairs[index]
         header = read_header(image_path)
-        self._mask(index, header.size)
-        return header.is_turned
+        return MaskCheck(header.is_turned, occurring(self._mask(index, header.size)))
 
     def __getitem__(self, index: int) -> MaskedSample:
         """Read image and mask.

@@ -5,7 +5,7 @@ Shapes: H x W pixels, C classes.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,6 +145,22 @@ def _colour_table(colours: list[int], ignored: list[int]) -> tuple[NDArray[np.in
         raise ConfigError("data.source.colours: a colour occurs twice; give each class its own.")
     order = np.argsort(codes)
     return codes[order], classes[order]
+
+
+class MaskCheck(NamedTuple):
+    """What the check of an image and its mask found."""
+
+    is_turned: bool
+    """Whether the image has an EXIF orientation that turns or mirrors it."""
+    occurs: NDArray[np.bool_]
+    """(256,) whether a class occurs, or `MASK_IGNORE`."""
+
+
+def occurring(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return (256,) whether each class, or `MASK_IGNORE`, occurs in a mask (H, W)."""
+    occurs = np.zeros(MASK_IGNORE + 1, bool)
+    occurs[mask] = True
+    return occurs
 
 
 def read_mask(path: str | Path) -> NDArray[Any]:
