@@ -44,6 +44,11 @@ def test_token_grid__matches_the_token_logits(size, grid):
         torch.testing.assert_close(model(images), heads.cls + 0.5 * heads.tokens.amax(1))
 
 
+def test_mixtoken_of_timm__is_refused():
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"model\.use_mix_token=true: .* use mixing=mixtoken"):
+        create_model("volo_d1_224", 5, 64, use_mix_token=True)
+
+
 def test_create_model__sizes_are_multiples_of_the_patches():
     """An odd number of patches is fine: the last row and column have no tokens."""
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from typing import Any
 from timm.models.volo import VOLO
 from torch import Tensor, nn
 
+from vitrail.errors import ConfigError
 from vitrail.models.token_mixing import mix_tokens
 from vitrail.types import Outputs
 
@@ -75,8 +76,14 @@ def has_token_logits(model: nn.Module) -> bool:
 
 
 def declare_token_logits(model: nn.Module) -> nn.Module:
-    """Make timm's VOLO a `TokenVOLO`, in place, if it has token logits; return other models unchanged."""
+    """Make timm's VOLO a `TokenVOLO`, in place, if it has token logits; return other models unchanged.
+
+    Raises:
+        ConfigError: it is to mix patches itself.
+    """
     volo: Any = model
     if type(model) is VOLO and has_token_logits(model):
+        if volo.mix_token:
+            raise ConfigError("model.use_mix_token=true: has no effect in timm's networks; use mixing=mixtoken.")
         volo.__class__ = TokenVOLO
     return model
