@@ -231,7 +231,12 @@ def test_muon_and_trained_parts__equal_those_of_one_process(optimizer, offload, 
     options = ("model=deit_nano", f"optimizer={optimizer}", *taught, *COMMON, "callbacks.ema.decay=0.9")
     one = shared("trainer=cpu", "data.batch_size=32", *options, logs=tmp_path, ranks=1)
     sharded = ("trainer=fsdp_cpu_2", "data.batch_size=16", f"strategy.offload={offload}")
-    two = shared(*sharded, *options, logs=tmp_path)
+    try:
+        two = shared(*sharded, *options, logs=tmp_path)
+    except AssertionError as failure:
+        if "with sharded weights" in str(failure):
+            pytest.skip(f"{optimizer} uses operations that torch {torch.__version__} cannot shard")
+        raise
     for whole, part in zip(metrics(one), metrics(two), strict=True):
         for name, value in whole.items():
             if "loss" in name:
@@ -241,6 +246,15 @@ def test_muon_and_trained_parts__equal_those_of_one_process(optimizer, offload, 
     resumed = shared(f"resume={two}", "trainer=cpu", "data.batch_size=32", "epochs=3", logs=tmp_path, ranks=1)
     assert resumed is None
     assert len(metrics(two)) == 3
+
+
+def test_operation_that_pytorch_cannot_shard__is_one_sentence(monkeypatch):
+    def step(*_, **__):
+        raise NotImplementedError("Operator aten.clamp_min_.default does not have a sharding strategy registered.")
+
+    monkeypatch.setattr("vitrail.training.fsdp.ModelParallelStrategy.optimizer_step", step)
+    with pytest.raises(ConfigError, match=r"strategy=fsdp: PyTorch \S+ cannot compute aten\.clamp_min_ with sharded"):
+        FSDP().optimizer_step(None, None)
 
 
 def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):

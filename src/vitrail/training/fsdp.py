@@ -1,8 +1,9 @@
 """Fully sharded data parallel (FSDP): weights, gradients and moments sharded over the processes, block by block."""
 
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ class FSDP(ModelParallelStrategy):
         for tensor in (*whole, *module.objective.buffers(), *module.model.buffers()):
             tensor.data = tensor.data.to(self.root_device)
         set_device(module, self.root_device)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """Update the weights.
+
+        Raises:
+            ConfigError: this version of PyTorch cannot do it with shards.
+        """
+        try:
+            return super().optimizer_step(optimizer, closure, *args, **kwargs)
+        except NotImplementedError as error:
+            found = re.search(r"(aten\.\w+).* sharding strategy", str(error))
+            if found is None:
+                raise
+            raise ConfigError(
+                f"strategy=fsdp: PyTorch {torch.__version__} cannot compute {found[1]} with sharded weights; use a"
+                " newer version, another optimizer, or strategy=ddp."
+            ) from error
 
     # Checkpoints
 
