@@ -7,11 +7,10 @@
    (neither).
 4. Annotate the photographs themselves with EfficientNet-Lite0 and its ImageNet weights.
 
-`make demo ARGS=full` is the whole experiment, for hours or on a GPU. It chooses learning rate and warm-up of `labels`
-and of `neither` with seeds of their own, in runs of 12 epochs; `patches` uses the settings of `labels`, and `class`
-those of `neither`. With other seeds it trains all four ways for 12 epochs (three seeds), and `labels` and `neither` for
-24 epochs (five seeds), and writes `results/demo.json`. `make demo` prints that file, and trains `labels` and `neither`
-for 12 epochs with three seeds.
+`make demo ARGS=full` is the whole experiment, for hours or on a GPU. It chooses learning rate and warm-up of each way
+with seeds of their own, in runs of 12 epochs. With other seeds it trains all four ways for 12 epochs (three seeds), and
+`labels` and `neither` for 24 epochs (five seeds), and writes `results/demo.json`. `make demo` prints that file, and
+trains `labels` and `neither` for 12 epochs with three seeds.
 
 `--compare teacher` compares another pair in step 3: DeiT-nano with a distillation token, trained with the convnet as
 teacher or with the labels only, on crops of 60 to 100 %. `--compare features` compares three: LV-ViT-nano with the
@@ -165,10 +164,9 @@ class Demo:
 
     def experiment(self) -> dict[str, Any]:
         """Run the whole experiment, and return what `results/demo.json` holds."""
-        search = self.search(("labels", "neither"))
-        chosen = choose(search)
         ways = self.ways()
-        settings = chosen | {"class": chosen["neither"], "patches": chosen["labels"]}
+        search = self.search(tuple(ways))
+        settings = choose(search)
         return {
             "annotator_top1": curve(self.annotator)[-1],
             "search": search,
