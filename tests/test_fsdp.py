@@ -271,12 +271,15 @@ def test_nonfinite_guard__ends_all_processes_with_one_sentence(tmp_path):
     assert kept["weights"]["head.weight"].shape == (10, 64)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "value"), [(0, "3e19"), (0, "nan"), (1, "nan")])
 @pytest.mark.sample(1)
-def test_skip__of_a_gradient_that_one_process_has(rank, tmp_path):
-    """The number is in a row of the first process; the other one learns of it by the reduction of the gradients."""
+def test_skip__of_a_gradient_that_one_process_has(rank, value, tmp_path):
+    """The number is in a row of the first process; the other one learns of it by the reduction of the gradients.
+
+    The square of 3e19, and with it the norm of that row, is infinite in float32.
+    """
     options = ("model=deit_nano", *COMMON, "epochs=1", "trainer.limit_train_batches=5", "data.batch_size=16")
-    spoilt = f"+callbacks.spoilt={{_target_: watched_steps.SpoiltGradient, rank: {rank}, part: blocks.1.attn.proj}}"
+    spoilt = f"+callbacks.spoilt={{_target_: watched_steps.SpoiltGradient, rank: {rank}, part: blocks.1.attn.proj, value: {value}}}"
     skip = "callbacks.nonfinite_guard.on_bad=skip"
     own = ("trainer=fsdp_cpu_2", spoilt, skip)
     results = run_ranks("train.py", *own, *options, logs=tmp_path, timeout=100, VITRAIL_TARGETS="watched_steps")

@@ -28,10 +28,10 @@ class Collectives(L.Callback):
 
 
 class SpoiltGradient(L.Callback):
-    """Callback that makes the first number of a gradient NaN, on process `rank` in batch 2, before its reduction."""
+    """Callback that sets the first number of a gradient, on process `rank` in batch 2, before its reduction."""
 
-    def __init__(self, rank, part):
-        self.rank, self.part, self.batch = rank, part, 0
+    def __init__(self, rank, part, value=torch.nan):
+        self.rank, self.part, self.value, self.batch = rank, part, float(value), 0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.batch = batch_idx
@@ -40,7 +40,7 @@ class SpoiltGradient(L.Callback):
         def spoil(grad):
             if self.batch != 2:
                 return grad
-            return torch.cat([grad.new_full((1,), torch.nan), grad[1:]])
+            return torch.cat([grad.new_full((1,), self.value), grad[1:]])
 
         def watch(part, _):
             if module.training and trainer.global_rank == self.rank and self.batch == 2:

@@ -10,6 +10,7 @@ from poisoned_training import POISON, Poison, fit
 from resuming import copy_every_save, new_folder
 from vitrail.errors import TrainingError
 from vitrail.training import nonfinite_guard
+from vitrail.training.fsdp import SpoilingReduction
 from vitrail.training.verdicts import HostReader, judge, spoil_gradients
 
 pytestmark = pytest.mark.thorough
@@ -181,6 +182,23 @@ def test_rollback__drops_the_step_that_was_computed_meanwhile(tmp_path, late):
     assert poison.rates[step + 1] == pytest.approx(poison.rates[step] / 2, rel=0.2)
     assert not torch.equal(poison.weights[step + 2], poison.weights[step])
     assert poison.weights[-1].isfinite().all()
+
+
+def test_shards__whose_norms_overflow_only_together_are_good():
+    """Another process may have smaller ones."""
+    grads = [torch.full((1,), 1.5e19), torch.full((1,), 1.5e19)]
+    assert not torch.linalg.vector_norm(torch.cat(grads)).isfinite()
+    assert judge(torch.zeros(()), grads)[0] == 0
+
+
+def test_reduction_to_shards__spoils_gradients_whose_norm_overflows(monkeypatch):
+    """The norm of a shard with finite numbers may be infinite, and that of the other shards finite."""
+    sent = []
+    monkeypatch.setattr("vitrail.training.fsdp._reduce_scatter", lambda _, tensor, **__: sent.append(tensor.clone()))
+    for gradient in ([3e19, 1.0], [1e19, 1.0], [float("inf"), 1.0]):
+        SpoilingReduction()(None, torch.tensor(gradient), None, None)
+    assert [tensor.isnan().all().item() for tensor in sent] == [True, False, True]
+    assert sent[1].tolist() == pytest.approx([1e19, 1.0])
 
 
 def test_spoil__a_non_finite_loss_reaches_every_gradient():

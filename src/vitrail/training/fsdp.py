@@ -235,8 +235,9 @@ class FSDP(ModelParallelStrategy):
 class SpoilingReduction:
     """Reduction of gradients to shards that makes a NaN or infinite number reach all processes.
 
-    Each process gets its rows of the sum only. A process whose own gradients contain such a number therefore sends NaN
-    for all of them, so that every process learns of it without a reduction of its own. PyTorch's interface is
+    Each process gets its rows of the sum only. A process whose own gradients have a norm that is NaN or infinite
+    therefore sends NaN for all of them, so that non-finite gradients reach every process with no extra reduction. If no
+    process does so, no rows of the mean have such a norm (triangle inequality). PyTorch's interface is
     `torch.distributed.fsdp.FSDPModule.set_custom_reduce_scatter`.
     """
 
@@ -246,7 +247,7 @@ class SpoilingReduction:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         """Reduce `input_tensor` (N n,), rows for each of N processes, to this process's rows `output_tensor` (n,)."""
-        input_tensor.add_(input_tensor.sum() * 0)
+        input_tensor.add_(torch.linalg.vector_norm(input_tensor) * 0)
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 

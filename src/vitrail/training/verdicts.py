@@ -47,15 +47,16 @@ class Step:
 
 
 def judge(loss: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return whether a number is NaN or infinite, as 1 or 0 on the device, and the norms (P,) of the gradients.
+    """Return whether a norm is NaN or infinite, as 1 or 0 on the device, and the norms (P,) of the gradients.
 
     All processes agree without communication: the reduction of the gradients has taken a bad number to all of them
-    (to those with shards, by `vitrail.training.fsdp.SpoilingReduction`).
+    (to those with shards, by `vitrail.training.fsdp.SpoilingReduction`). Shards have different norms, which are
+    therefore not added: their sum could overflow on one process only.
     """
     worst, norms = loss.float(), None
     if grads:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(grad) for grad in grads])])
-        worst = worst + torch.linalg.vector_norm(norms).to(loss.device)
+        worst = worst + (norms * 0).sum().to(loss.device)
     return worst.isfinite().logical_not().float(), norms
 
 
