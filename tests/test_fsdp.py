@@ -279,9 +279,9 @@ def test_skip__of_a_gradient_that_one_process_has(rank, value, tmp_path):
     The square of 3e19, and with it the norm of that row, is infinite in float32.
     """
     options = ("model=deit_nano", *COMMON, "epochs=1", "trainer.limit_train_batches=5", "data.batch_size=16")
-    spoilt = f"+callbacks.spoilt={{_target_: watched_steps.SpoiltGradient, rank: {rank}, part: blocks.1.attn.proj, value: {value}}}"
+    spoilt = f"_target_: watched_steps.SpoiltGradient, part: blocks.1.attn.proj, rank: {rank}, value: {value}"
     skip = "callbacks.nonfinite_guard.on_bad=skip"
-    own = ("trainer=fsdp_cpu_2", spoilt, skip)
+    own = ("trainer=fsdp_cpu_2", f"+callbacks.spoilt={{{spoilt}}}", skip)
     results = run_ranks("train.py", *own, *options, logs=tmp_path, timeout=100, VITRAIL_TARGETS="watched_steps")
     assert [result.returncode for result in results] == [0, 0], results
     assert "Step skipped; 1 skipped so far" in results[0].stdout

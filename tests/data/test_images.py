@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from vitrail.data import load_image
-from vitrail.data.images import decode_image, image_extensions
+from vitrail.data.images import decode_image, image_extensions, read_header, read_image, size_of
 from vitrail.data.sources.value_range import find_value_range
 from vitrail.errors import ConfigError, ImageError
 
@@ -291,3 +291,23 @@ def test_decode_image__as_load_image_from_bytes(name, tmp_path):
         assert np.array_equal(decode_image(given, "x", "type"), load_image(path, "type"))
     with pytest.raises(ImageError, match=r"^archive.tar: a/b: not a readable image \("):
         decode_image(data[: len(data) // 2], "archive.tar: a/b")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
+def test_read_header__has_the_size_of_the_upright_image(extension, orientation, tmp_path):
+    """Pillow's own size is the upright one for TIFFs and the stored one for others."""
+    path, exif = tmp_path / f"image.{extension}", Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    header = read_header(path)
+    assert header.size == size_of(read_image(path)) == ((20, 30) if orientation < 5 else (30, 20))
+    assert header.is_turned == (orientation != 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_read_header__names_what_is_no_image(content, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"broken\.png: not a readable image \("):
+        read_header(path)

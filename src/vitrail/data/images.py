@@ -132,7 +132,9 @@ def read_header(path: str | Path) -> Header:
         with Image.open(path) as image:
             is_plain = image.format == "PNG" and not _EXIF_OF_PNG & image.info.keys()
             orientation = 1 if is_plain else _orientation(image)
-            size = (image.width, image.height) if orientation in _QUARTER_TURNS else (image.height, image.width)
+            size = image.height, image.width
+            if orientation in _QUARTER_TURNS and image.format != "TIFF":  # Pillow gives the upright size of TIFFs
+                size = size[::-1]
             return Header(size, orientation in _UPRIGHT)
     except Exception as error:  # Pillow's plugins raise many kinds of exceptions for damaged files
         raise ImageError(f"{path}: not a readable image ({_reason(error)}).") from error

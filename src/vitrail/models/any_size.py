@@ -127,11 +127,6 @@ def allow_any_size(model: nn.Module) -> nn.Module:
     return model
 
 
-def accepts_any_size(model: nn.Module) -> bool:
-    """Return whether a backbone, after `allow_any_size`, accepts other image sizes than its own."""
-    return not getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
-
-
 @cache
 def _with_any_size(mixin: Any, backbone: Any) -> Any:
     return type(f"{backbone.__name__}AtAnySize", (mixin, backbone), {})

@@ -154,10 +154,12 @@ def intermediate_shapes(
     try:
         with torch.no_grad():
             return [tuple(features.shape) for features in found()]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # each backbone has its own checks
         rows, columns = height_width(image_size)
         raise ConfigError(
-            f"model.name: {type(model).__name__} has no spatial features of {rows} x {columns} pixels"
+            f"model.name: {type(model).__name__} gives no feature maps for images of {rows} x {columns} pixels"
             f" ({str(error).rstrip('.') or type(error).__name__}); choose another backbone or size"
             f"{', or set model.norm=false' if norm else ''}."
         ) from error

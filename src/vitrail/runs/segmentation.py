@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -11,7 +12,7 @@ from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.checkpoints.reading import find_weights, read_checkpoint
 from vitrail.data.segmentation import SegmentationDataModule
 from vitrail.errors import ConfigError
-from vitrail.models.any_size import accepts_any_size, allow_any_size
+from vitrail.models.any_size import allow_any_size
 from vitrail.objectives.contract import uses_of
 from vitrail.runs.config import instantiate
 from vitrail.runs.directory import find_weights_file
@@ -46,13 +47,11 @@ def inference_of(model: nn.Module, spec: InputSpec, settings: Mapping[str, Any])
     """
     patch: Any = getattr(getattr(model, "backbone", None), "patch_embed", None)
     sides = height_width(getattr(patch, "patch_size", None) or 16)
+    multiple = 2 * max(sides)  # some pyramids halve the grid of patches
     mode: Any = settings.get("eval_mode") or "slide"
     stride = settings.get("eval_stride")
-    if mode == "whole" and not accepts_any_size(allow_any_size(model.backbone)):  # type: ignore[arg-type]
-        name, size = type(model.backbone).__name__, " x ".join(map(str, spec.size))
-        raise ConfigError(
-            f"data.eval_mode=whole: {name} accepts images of {size} pixels only; set data.eval_mode=slide."
-        )
+    if mode == "whole":
+        _allow_whole_images(model, spec.size, multiple)
     short_side = settings.get("short_side") or min(spec.size)
     return DenseInference(
         spec.mean,
@@ -64,8 +63,29 @@ def inference_of(model: nn.Module, spec: InputSpec, settings: Mapping[str, Any])
         settings.get("long_side") or 4 * short_side,
         tuple(settings.get("eval_scales") or (1.0,)),
         bool(settings.get("eval_flip")),
-        multiple=2 * max(sides),  # some pyramids halve the grid of patches
+        multiple=multiple,
     )
+
+
+def _allow_whole_images(model: Any, size: tuple[int, int], multiple: int) -> None:
+    """Let the backbone run at other sizes than the training's `size`, of which each side is divided by `multiple`.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    backbone = allow_any_size(model.backbone)
+    rows, columns = size[0] + multiple, size[1] + 2 * multiple
+    was_training, device = model.training, next(model.parameters()).device
+    try:
+        with torch.no_grad():  # with real numbers, as indices out of bounds have no error without
+            model.eval()(torch.zeros(1, 3, rows, columns, device=device))
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"data.eval_mode=whole: {type(backbone).__name__} does not accept images of every size, such as"
+            f" {rows} x {columns} pixels; set data.eval_mode=slide."
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def build_segmenter(config: DictConfig, data: SegmentationDataModule, model: nn.Module) -> SemanticSegmenter:

@@ -106,6 +106,16 @@ def test_masks_of_0_and_255__are_not_one_class(root):
     assert set(right.val[0].label.unique().tolist()) == {0, 1}
 
 
+def test_masks_of_one_class__the_advice_fits_the_options(root):
+    for path in (root / "masks" / "train").iterdir():
+        Image.new("L", (96, 72), 1).save(path)
+        mask = Image.open(path)
+        mask.paste(0, (10, 10, 40, 40))
+        mask.save(path)
+    with pytest.raises(ConfigError, match=r"^data\.source: all training masks have only the class ground\.$"):
+        build(root).setup()
+
+
 def test_classes_without_a_training_mask__are_a_warning(root, caplog):
     (root / "classes.txt").write_text("ground\nred\ngreen\nblue\npurple\nwhite\n")
     opened(root)

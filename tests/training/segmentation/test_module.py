@@ -12,8 +12,10 @@ from programs import metrics
 from resuming import assert_same_state, copy_every_save, last_checkpoint, new_folder
 from vitrail.data.segmentation.augment import normalised, resized
 from vitrail.errors import ConfigError
-from vitrail.models import create_model, forward_heads
+from vitrail.models import create_model, forward_heads, linear_segmenter
+from vitrail.runs.segmentation import inference_of
 from vitrail.training.segmentation import SegmentationMetrics
+from vitrail.types import InputSpec
 
 pytestmark = pytest.mark.thorough
 
@@ -148,9 +150,25 @@ def test_parts_that_do_not_fit__are_one_sentence_before_training(options, messag
 
 def test_whole_images__with_a_backbone_of_one_size_are_refused(root, tmp_path):
     options = ("backbone=swin_tiny_patch4_window7_224", "model.pyramid=none")
-    with pytest.raises(ConfigError, match=r"data\.eval_mode=whole: .* accepts images of 64 x 64 pixels only"):
+    with pytest.raises(ConfigError, match=r"data\.eval_mode=whole: .* images of every size, such as 72 x 80 pixels"):
         built(tmp_path / "whole", root, *options, "data.eval_mode=whole")
     built(tmp_path / "slide", root, *options)
+
+
+@pytest.mark.parametrize(("name", "size", "accepts"), [
+    *((name, 64, True) for name in ("resnet18", "convnext_atto", "deit_tiny_patch16_224", "pvt_v2_b0", "vit5_small")),
+    ("xcit_nano_12_p8_224", 224, True),
+    *((name, 224, False) for name in ("levit_128s", "mvitv2_tiny", "efficientformer_l1", "gcvit_xxtiny", "pit_ti_224")),
+    *((name, 224, False) for name in ("coatnet_nano_rw_224", "volo_d1_224")),
+])  # fmt: skip
+def test_whole_images__are_predicted_or_refused_before_the_training(name, size, accepts):
+    model = linear_segmenter(name, 5, size, norm=False).eval()
+    spec = InputSpec((size, size), (0.5,) * 3, (0.5,) * 3, "bilinear")
+    settings = {"eval_mode": "whole", "short_side": size}
+    with nullcontext() if accepts else pytest.raises(ConfigError, match=r"data\.eval_mode=whole: .* every size"):
+        inference = inference_of(model, spec, settings)
+        image = torch.zeros(3, size + 13, size + 40, dtype=torch.uint8)
+        assert inference(lambda images: model(images), image).shape[1:] == image.shape[1:]
 
 
 def test_logits__are_resized_in_float32(root, tmp_path):

@@ -64,22 +64,23 @@ def joined(parts: Sequence[PairChecks]) -> PairChecks:
     return PairChecks(sorted(chain(*errors)), sorted(chain(*turned)), np.any(occurs, 0))
 
 
-def check_classes(names: Sequence[str], occurs: np.ndarray) -> None:
+def check_classes(source: Any, occurs: np.ndarray) -> None:
     """Refuse training masks with a single class, and warn about classes that occur in none.
 
     Args:
-        names: names of the classes.
+        source: source of the masks.
         occurs: (256,) whether a class occurs in any training mask, or `MASK_IGNORE`.
 
     Raises:
         ConfigError: there is only one class.
     """
+    names = source.classes
     missing = [name for name, does in zip(names, occurs, strict=False) if not does]
     if len(missing) == len(names) - 1 > 0:
         (only,) = set(names) - set(missing)
         hint = ""
-        if occurs[MASK_IGNORE]:
-            hint = " and pixels without label; if 255 is a class, set 'data.source.map={0:0,255:1}'"
+        if occurs[MASK_IGNORE] and getattr(getattr(source, "table", None), "ignores_only_255", False):
+            hint = " and the value 255, which is not labelled; if it is a class, set 'data.source.map={0:0,255:1}'"
         raise ConfigError(f"data.source: all training masks have only the class {only}{hint}.")
     if missing:
         log.warning("%d of %d classes occur in no training mask: %s", len(missing), len(names), _listed(missing))

@@ -242,7 +242,7 @@ class SegmentationDataModule(ImageDataModule):
         if errors:
             log.warning("%s: %s%s Such images are skipped.", name, found, errors[0])
         if name == "train" and len(chosen) == len(split):
-            check_classes(self.source.classes, occurs)
+            check_classes(self.source, occurs)
         if turned:
             log.warning(
                 "%s: %d of %d checked images are turned by their EXIF orientation, the first is %s; make sure that"

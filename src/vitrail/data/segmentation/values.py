@@ -59,6 +59,8 @@ class ValueTable:
         if colours is not None and len(colours) != num_classes:
             raise ConfigError(f"data.source.colours: {len(colours)} colours for {num_classes} classes; give one each.")
         self.colours = None if colours is None else [_code(colour) for colour in colours]
+        self.ignores_only_255 = not (shift or map or ignore or colours or ignore_colours)
+        """Whether no option says which pixels are not labelled, so that 255 is the only such value."""
         self._colour_table = _colour_table(self.colours or [], [_code(colour) for colour in ignore_colours])
         self._table = _value_table(num_classes, shift, map, ignore)
 
