@@ -32,3 +32,10 @@ from vitrail.errors import ConfigError
 def test_value__of_the_wrong_type_or_range_names_its_key(arguments, sentence, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         assemble(tmp_path, *arguments)
+
+
+def test_strategy_auto__on_several_devices_has_the_options_of_ddp(tmp_path):
+    two = ("trainer=cpu", "trainer.devices=2", "model=vit_nano")
+    auto, ddp = (assemble(tmp_path, *two, f"strategy={name}")[0].strategy._ddp_kwargs for name in ("auto", "ddp"))
+    false = {"find_unused_parameters": False, "static_graph": False}  # DDP's defaults
+    assert false | auto == false | ddp

@@ -106,10 +106,6 @@ class FSDP(ModelParallelStrategy):
             _shard_whole(block, options)
         for module in (model, *others):
             _shard_whole(module, options)
-        if self.root_device.type == "cpu":  # up to PyTorch 2.8 at least, gloo returns the sum if asked for the mean
-            for module in self.lightning_module.modules():  # type: ignore[union-attr]
-                if isinstance(module, FSDPModule):
-                    module.set_force_sum_reduction_for_comms(True)
         if declared_outputs(model) != {"cls"}:  # gather the root module's weights for `forward_outputs` too
             bind_forward_outputs(model)
             register_fsdp_forward_method(model, "forward_outputs")

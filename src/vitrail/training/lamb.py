@@ -1,7 +1,8 @@
 """LAMB (You et al., arXiv:1904.00962) with the arithmetic of timm's `Lamb`, for all parameters at once.
 
-timm's loops over the parameters, with about 20 kernels for each. This one has about 50 for all, keeps its step count on
-the device, and skips the update if the device says so (`found_inf`, as in PyTorch's fused optimisers).
+timm's loops over the parameters, with about 20 kernels for each. This one has about 50 for all, for which it needs
+memory for several copies of the gradients during the update. It keeps its step count on the device, and skips the
+update if the device says so (`found_inf`, as in PyTorch's fused optimisers).
 
 Shapes: P parameters of any shape, of N elements in all.
 """
@@ -52,8 +53,7 @@ class ForeachLamb(Lamb):
         grads = [p.grad for p in params]
         if clip is not None:
             grads = list(torch._foreach_div(grads, clip))
-        joined = _joined(grads, params)
-        grads = _parts(torch.where(keep > 0, joined, 0.0), params)  # multiplying NaN by 0 would give NaN
+        grads = _parts(torch.where(keep > 0, _joined(grads, params), 0.0), params)  # NaN times 0 would be NaN
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
