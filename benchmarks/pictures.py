@@ -3,11 +3,11 @@
 Each picture is made by the program that it shows: a training (`run.svg`), a sweep (`sweep.png`) and the page that
 compares its trials (`report.png`), an evaluation (`evaluation.png`), label maps of photographs (`label_maps.jpg`), and
 explanations of predictions (`explanations.jpg`) by networks of `make demo`, which are trained if they are not there, as
-are those that show accuracy against operations (`token_pruning.png`), accuracy over epochs with a teacher's features
-(`feature_distillation.png`), and segmentation with and without token labels (`segmentation.png`). `demo.png` shows the
-experiment of `make demo`, from results/demo.json. `overview.jpg` shows three of them together. With the networks of
-`make demo` it takes about half an hour on two cores. Runs are kept in `--out` and `--demo`, so that an interrupted
-command resumes; remove these folders to repeat them. The page needs chromium (apt-get install chromium).
+are those that show accuracy against operations (`token_pruning.png`) and accuracy over epochs with a teacher's features
+(`feature_distillation.png`). `demo.png` and `segmentation.png` show results/demo.json and demo_segmentation.json.
+`overview.jpg` shows three pictures together. With the networks of `make demo` it takes about half an hour on two cores.
+Runs are kept in `--out` and `--demo`, so that an interrupted command resumes; remove these folders to repeat them. The
+page needs chromium (apt-get install chromium).
 
 `--only sweep,overview` makes some of them.
 """
@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import demo_segmentation
 from comparisons import draw_curves
 from demo import Demo, panels, stated
 from digits_on_photographs import PROJECT, annotate_photographs, console, run, train, write_photographs
@@ -148,10 +149,10 @@ def feature_distillation(demo: Path) -> None:
     save(Image.open(demo / "features.png"), "feature_distillation.png")
 
 
-def segmentation(demo: Path) -> None:
-    """Draw the scores of segmentation with token labels in the pre-training and without; train what is missing."""
-    benchmark(demo, "demo_segmentation.py", "--json=results/demo_segmentation.json")
-    save(Image.open(demo / "segmentation.png"), "segmentation.png")
+def segmentation(out: Path) -> None:
+    """Draw the scores of segmentation with and without token labels, from results/demo_segmentation.json."""
+    demo_segmentation.draw(demo_segmentation.stated(), out / "segmentation.png")
+    save(Image.open(out / "segmentation.png"), "segmentation.png")
 
 
 def explained(folder: Path, ckpt: Path, images: Path, kinds: str) -> Image.Image:
@@ -227,7 +228,7 @@ def makers_of(demo: Path) -> dict[str, Callable[[Path], None]]:
         "demo": demo_curves,
         "token_pruning": lambda _: token_pruning(demo),
         "feature_distillation": lambda _: feature_distillation(demo),
-        "segmentation": lambda _: segmentation(demo),
+        "segmentation": segmentation,
         "overview": overview,
     }
 
