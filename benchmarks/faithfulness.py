@@ -83,14 +83,15 @@ def controls(count: int, side: int) -> dict[str, Tensor]:
 def measure(
     name: str, model: nn.Module, images: Tensor, classes: Tensor, maps: Mapping[str, Tensor], steps: int
 ) -> dict[str, float]:
-    """Print the areas under both curves of each map, with their standard errors, and return the areas."""
+    """Print and return the areas under both curves of each map, with their standard errors."""
     figures = {}
     for kind, importance in maps.items():
         areas = perturbation_curves(model, images, importance, classes, steps).areas()
-        cells = (f"{area.mean():.3f} ± {area.std() / len(area) ** 0.5:.3f}" for area in areas)
+        found = [(float(area.mean()), float(area.std()) / len(area) ** 0.5) for area in areas]
+        cells = (f"{mean:.3f} ± {error:.3f}" for mean, error in found)
         print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
-        deletion, insertion = (float(area.mean()) for area in areas)
-        figures |= {f"{name}, {kind}: deletion": deletion, f"{name}, {kind}: insertion": insertion}
+        for curve, (mean, error) in zip(("deletion", "insertion"), found, strict=True):
+            figures |= {f"{name}, {kind}: {curve}": mean, f"{name}, {kind}: {curve}, standard error": error}
     return figures
 
 

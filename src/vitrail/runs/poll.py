@@ -1,4 +1,4 @@
-"""Question of all processes of a training to each other, whose answer the host reads without waiting for a GPU."""
+"""Non-blocking all-reduce (maximum) of a few integers, which the host reads without waiting for a GPU."""
 
 from collections.abc import Sequence
 

@@ -87,7 +87,7 @@ class Preemption(Checkpoint):
         name = signal.Signals(signum).name
         # No logging or print: they are not reentrant, and the signal may have interrupted one.
         again = "; press Ctrl-C again to exit at once" * (signum == signal.SIGINT)
-        os.write(2, f"\n{name}: saving after this step{again}\n".encode())
+        os.write(2, f"\n{name}: saving after a step, then stopping{again}\n".encode())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -130,7 +130,7 @@ class ImageClassifier(L.LightningModule):
         return {f"objective.{name}": part for name, part in trained_parts(self.objective).items()}
 
     def setup(self, stage: str) -> None:
-        """Check that the processes can share what they are to share.
+        """Refuse synchronised BatchNorm on CPUs.
 
         Raises:
             ConfigError: BatchNorm is to share its statistics between processes on CPUs.
