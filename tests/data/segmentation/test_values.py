@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.data.segmentation.values import ValueTable, class_colours, read_mask
+from vitrail.data.segmentation.values import ValueTable, class_colours, distinct, read_mask
 from vitrail.errors import ArgumentError, ConfigError, ImageError
 from vitrail.types import MASK_IGNORE
 
@@ -110,3 +110,18 @@ def test_class_colours__are_voc_s_and_distinct():
     colours = class_colours(255)
     assert colours[:3].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert len(torch.unique(torch.from_numpy(colours), dim=0)) == 255
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_distinct__has_every_value_once(dtype):
+    values = np.random.default_rng(0).choice([0, 3, 200, 255], (20, 30)).astype(dtype)
+    assert distinct(values).tolist() == [[0, 3, 200, 255]]
+    assert distinct(values).dtype == dtype
+
+
+def test_distinct__has_every_colour_once():
+    colours = np.array([[0, 0, 1], [0, 255, 0], [128, 64, 128], [255, 255, 255]], np.uint8)
+    image = colours[np.random.default_rng(0).integers(0, 4, (20, 30))]
+    assert distinct(image).tolist() == [colours.tolist()]
+    table = ValueTable(4, colours=colours.tolist())
+    assert table.classes(distinct(image), "m").tolist() == [[0, 1, 2, 3]]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vitrail.data.bit_depth import ValueRange
 from vitrail.data.images import read_header, read_image, size_of
 from vitrail.data.sampling import sample_of
-from vitrail.data.segmentation.values import MaskCheck, ValueTable, occurring, read_mask
+from vitrail.data.segmentation.values import MaskCheck, ValueTable, distinct, occurring, read_mask
 from vitrail.data.sources.contract import SplitName
 from vitrail.data.sources.files import FolderWalk, describe_ignored, normal_form
 from vitrail.data.sources.value_range import SAMPLE, given_range, sampled_range
@@ -71,9 +71,10 @@ class MaskedSplit:
         Raises:
             ImageError: as `__getitem__`, but for damaged pixels of the image.
         """
-        image_path, _ = self._pairs[index]
+        image_path, mask_path = self._pairs[index]
         header = read_header(image_path)
-        return MaskCheck(header.is_turned, occurring(self._mask(index, header.size)))
+        values = distinct(self._values(index, header.size))  # the classes of all pixels would take longer
+        return MaskCheck(header.is_turned, occurring(self._classes(values, mask_path)))
 
     def __getitem__(self, index: int) -> MaskedSample:
         """Read image and mask.
@@ -81,11 +82,13 @@ class MaskedSplit:
         Raises:
             ImageError: a file cannot be read, the sizes differ, a value is in no class, or no pixel is labelled.
         """
-        image = read_image(self._pairs[index][0], self.value_range)
-        return MaskedSample(image, self._mask(index, size_of(image)), self._keys[index])
+        image_path, mask_path = self._pairs[index]
+        image = read_image(image_path, self.value_range)
+        mask = self._classes(self._values(index, size_of(image)), mask_path)
+        return MaskedSample(image, mask, self._keys[index])
 
-    def _mask(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return the mask (H, W) of an image with `size` (height, width)."""
+    def _values(self, index: int, size: tuple[int, int]) -> NDArray[Any]:
+        """Return the values of the mask of an image with `size` (height, width); see `read_mask`."""
         image_path, mask_path = self._pairs[index]
         values = read_mask(mask_path)
         if values.shape[:2] != size:
@@ -93,6 +96,10 @@ class MaskedSplit:
                 f"{mask_path}: is {values.shape[0]} x {values.shape[1]} pixels, its image {image_path.name}"
                 f" {size[0]} x {size[1]} (upright, by its EXIF orientation); make both the same size."
             )
+        return values
+
+    def _classes(self, values: NDArray[Any], mask_path: Path) -> NDArray[np.uint8]:
+        """Return the classes of the values of a mask."""
         mask = self.table.classes(values, str(mask_path))
         if (mask == MASK_IGNORE).all():
             raise ImageError(

@@ -158,6 +158,16 @@ class MaskCheck(NamedTuple):
     """(256,) whether a class occurs, or `MASK_IGNORE`."""
 
 
+def distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the different values of a mask (1, V), or its different colours (1, V, 3); see `read_mask`."""
+    if values.ndim == 3:
+        codes = np.unique(values.astype(np.int32) @ np.array([2**16, 2**8, 1], np.int32))
+        return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], -1).astype(np.uint8)[None]
+    if values.dtype == np.uint8:
+        return np.flatnonzero(np.bincount(values.ravel())).astype(np.uint8)[None]
+    return np.unique(values)[None]
+
+
 def occurring(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return (256,) whether each class, or `MASK_IGNORE`, occurs in a mask (H, W)."""
     occurs = np.zeros(MASK_IGNORE + 1, bool)
