@@ -131,23 +131,13 @@ def intermediate_shapes(
     Raises:
         ConfigError: the backbone has no such maps.
     """
-    timm_model: Any = model
-
-    def maps(device: torch.device | str) -> list[Tensor]:
-        return timm_model.forward_intermediates(
-            torch.zeros(1, 3, *height_width(image_size), device=device),
-            indices=list(indices),
-            norm=norm,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
 
     def found() -> list[Tensor]:
         try:
             with _on_meta(model):
-                return maps("meta")
+                return _maps(model, indices, image_size, norm, "meta")
         except Exception:  # some shapes depend on values, as in Gemma 4's vision encoder
-            return maps(next(model.parameters()).device)
+            return _maps(model, indices, image_size, norm, next(model.parameters()).device)
 
     was_training = model.training
     model.eval()
@@ -165,6 +155,37 @@ def intermediate_shapes(
         ) from error
     finally:
         model.train(was_training)
+
+
+def unused_tokens(
+    model: nn.Module, indices: Sequence[int], image_size: ImageSize, norm: bool = False
+) -> list[nn.Parameter]:
+    """Return the model's own parameters, those of no layer (tokens, tables), that the feature maps do not depend on.
+
+    Args:
+        model, indices, image_size, norm: as for `intermediate_shapes`; a model whose shapes depend on values has none.
+    """
+    own = {name: parameter for name, parameter in model._parameters.items() if parameter is not None}
+    try:
+        with _on_meta(model), torch.enable_grad():
+            tensors: list[Any] = [model._parameters[name].requires_grad_() for name in own]  # type: ignore[union-attr]
+            total = sum(features.sum() for features in _maps(model, indices, image_size, norm, "meta"))
+            grads = torch.autograd.grad(total, tensors, allow_unused=True)  # type: ignore[arg-type]
+    except RuntimeError:
+        return []
+    return [parameter for parameter, grad in zip(own.values(), grads, strict=True) if grad is None]
+
+
+def _maps(
+    model: Any, indices: Sequence[int], image_size: ImageSize, norm: bool, device: torch.device | str
+) -> list[Tensor]:
+    return model.forward_intermediates(
+        torch.zeros(1, 3, *height_width(image_size), device=device),
+        indices=list(indices),
+        norm=norm,
+        output_fmt="NCHW",
+        intermediates_only=True,
+    )
 
 
 @contextmanager

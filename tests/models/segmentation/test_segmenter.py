@@ -10,7 +10,7 @@ from timm.models import register_model
 from vitrail.checkpoints.fitting import load_checkpoint
 from vitrail.errors import ConfigError
 from vitrail.models import create_model, forward_heads, linear_segmenter, upernet
-from vitrail.models.features import intermediate_shapes
+from vitrail.models.features import intermediate_shapes, unused_tokens
 from vitrail.models.heads import declared_outputs
 from vitrail.training import OptimizerFactory
 
@@ -208,6 +208,20 @@ def test_backbone_without_norm_of_its_maps__names_the_option():
     with pytest.raises(ConfigError, match=r"normalization of features not supported.*or set model\.norm=false\.$"):
         linear_segmenter("hiera_tiny_224", 5)
     assert linear_segmenter("hiera_tiny_224", 5, norm=False).decode_head.conv_seg.in_channels == 768
+
+
+def test_unused_tokens__are_those_without_influence_on_the_maps():
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+
+        def forward_intermediates(self, images, **_):
+            return [images * self.used + 0 * self.unused.detach()]
+
+    tokens = Tokens().requires_grad_(False)
+    assert unused_tokens(tokens, [0], 64) == [tokens.unused]
+    assert not tokens.used.requires_grad
 
 
 def test_shapes_that_depend_on_values__are_computed():

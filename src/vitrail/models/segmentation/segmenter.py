@@ -18,7 +18,7 @@ from vitrail.checkpoints.positions import fit_positions
 from vitrail.checkpoints.reading import Origin
 from vitrail.errors import ConfigError
 from vitrail.models.factory import create_model
-from vitrail.models.features import intermediate_shapes
+from vitrail.models.features import intermediate_shapes, unused_tokens
 from vitrail.models.segmentation.decoders import FCNHead, LinearHead, UPerHead, resize_map
 from vitrail.models.segmentation.pyramids import PYRAMIDS
 from vitrail.types import ImageSize, Outputs
@@ -173,7 +173,8 @@ def _shapes_and_unused(
 ) -> list[tuple[int, ...]]:
     """Return the shapes of the feature maps, and freeze the parts of the backbone that they do not depend on.
 
-    DDP would wait for the gradients of such parts: second-order classifiers, predictors of token pruning.
+    DDP would wait for the gradients of such parts: second-order classifiers, predictors of token pruning, and the class
+    token of timm 1.0.23's VOLO.
     """
     called: set[nn.Module] = set()
 
@@ -187,6 +188,8 @@ def _shapes_and_unused(
     for child in backbone.children():
         if not called & set(child.modules()):
             child.requires_grad_(False)
+    for token in unused_tokens(backbone, taps, img_size, norm):
+        token.requires_grad_(False)
     return shapes
 
 
